@@ -1,0 +1,37 @@
+"""The ``seal:`` block of an Axolotl recipe. A key that is not here is an error."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from .config import Granularity
+
+
+class DataArgs(BaseModel):
+    """What to write into the recipe's dataset file when it is missing; see ``data_gen.generate.Request``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    task: str = Field(description="A task of `python -m data_gen`, such as `line`.")
+    tokens: int | str | None = Field(default=None, description='Longest sample: N, or "N:M" to draw it from a range.')
+    lines: int | None = Field(default=None, description="Lines of a record, instead of tokens.")
+    samples: int = Field(default=50, description="Number of samples; the paper uses 50.")
+    seed: int = Field(default=0, description="Seed of the data; that of the training is the recipe's own `seed`.")
+
+
+class SealBlock(BaseModel):
+    """Settings of the adapter and of its training data."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    granularity: Granularity | None = Field(default=None, description="`head` (SEAL-H) or `channel` (SEAL-C).")
+    target_modules: list[str] | None = Field(default=None, description="Attention outputs; left out, they are found.")
+    layers: list[int] | None = Field(default=None, description="Decoder layers to scale; left out, all of them.")
+    num_heads: int | None = Field(default=None, description="Query heads per layer; left out, the model's config says.")
+    data: DataArgs | None = Field(default=None, description="Makes the dataset file when it is missing.")
+
+
+class SealArgs(BaseModel):
+    """What the plugin adds to Axolotl's schema."""
+
+    seal: SealBlock | None = Field(default=None, description="SEAL: learnable scales on attention outputs.")

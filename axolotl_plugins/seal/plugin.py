@@ -1,0 +1,189 @@
+"""Axolotl's side of SEAL: ``plugins: [axolotl_plugins.seal.SealPlugin]``, ``adapter: seal``, a ``seal:`` block."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from axolotl.core.trainers import AxolotlTrainer
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from peft import PeftConfig, PeftModel, get_peft_model
+from pydantic import ValidationError
+from transformers import PreTrainedModel
+
+from data_gen.generate import Request, first_line, load_tokenizer, write
+
+from .args import SealArgs, SealBlock
+from .config import SealConfig
+from .scales import scale_matrix, summary
+
+
+def parse_block(block: Any) -> SealBlock:
+    """The recipe's ``seal:`` block, checked.
+
+    Raises:
+        ValueError: a key or value in it has no meaning; the message is one line.
+    """
+    try:
+        return SealArgs(seal=block).seal or SealBlock()
+    except ValidationError as error:
+        found = error.errors()[0]
+        place = ".".join(str(part) for part in found["loc"])
+        if found["type"] == "extra_forbidden":
+            raise ValueError(f"{place}: no such setting; see `python -m axolotl_plugins.seal settings`") from error
+        raise ValueError(f"{place}: found {found['input']!r}: {found['msg']}") from error
+
+
+def check_recipe(cfg: dict[str, Any]) -> SealBlock:
+    """Refuse settings under which a run would look fine and be worthless.
+
+    Args:
+        cfg: the recipe as written, command line overrides included.
+
+    Returns:
+        The ``seal:`` block.
+
+    Raises:
+        ValueError: what is wrong and how to mend it, in one line.
+    """
+    block = parse_block(cfg.get("seal"))
+    if cfg.get("adapter") == "seal":
+        if block.granularity is None:
+            raise ValueError("seal.granularity: missing: add `granularity: head` (SEAL-H) or `channel` (SEAL-C)")
+        if cfg.get("weight_decay"):
+            raise ValueError(
+                f"weight_decay: found {cfg['weight_decay']}, which pulls the scales to 0, not to 1: set `weight_decay: 0`"
+            )
+        if cfg.get("merge_method") != "legacy":
+            raise ValueError("merge_method: set `merge_method: legacy`; Axolotl's default method knows LoRA alone")
+    if cfg.get("seed") is None:
+        raise ValueError("seed: missing: without one every run shuffles the samples differently; add `seed: 42`")
+    if cfg.get("excess_length_strategy") != "raise":
+        raise ValueError(
+            f"excess_length_strategy: found {cfg.get('excess_length_strategy')!r}, under which samples longer than "
+            "sequence_len are dropped or lose their answer without an error: set `excess_length_strategy: raise`"
+        )
+    if cfg.get("sample_packing"):
+        raise ValueError("sample_packing: packs samples into one sequence, so that fewer steps are made: set it false")
+    if cfg.get("pad_to_sequence_len"):
+        raise ValueError("pad_to_sequence_len: pads every sample to sequence_len: set it false")
+    flash = "flash" in str(cfg.get("attn_implementation")) or cfg.get("flash_attention")
+    if cfg.get("pad_to_multiple_of") != 1 and not flash:
+        raise ValueError(
+            "pad_to_multiple_of: padding makes attention build a mask of sequence_len x sequence_len "
+            "(1 GiB at 32K): set `pad_to_multiple_of: 1`"
+        )
+    return block
+
+
+def prepare_data(cfg: dict[str, Any], block: SealBlock) -> None:
+    """Make the recipe's dataset file, or check that it is the one the recipe describes.
+
+    Raises:
+        ValueError: the file differs from the recipe, or the recipe's data cannot be made.
+    """
+    if block.data is None:
+        return
+    datasets = cfg.get("datasets") or []
+    if len(datasets) != 1 or not datasets[0].get("path"):
+        raise ValueError("seal.data: describes one file, so `datasets` must have one entry, with a `path`")
+    from filelock import FileLock
+
+    data = block.data
+    tokens = None if data.tokens is None else str(data.tokens)
+    request = Request(data.task, tokens, data.lines, data.samples, data.seed, "train")
+    out = Path(datasets[0]["path"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(cfg.get("tokenizer_config") or cfg.get("base_model") or "")
+    # Every process of a distributed run comes here; the first one makes the file.
+    with FileLock(out.with_name(f".{out.name}.lock")):
+        made = write(request, tokenizer, out)
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        print(f"seal: {out}: {data.samples} samples of {data.task} {'made' if made else 'already there'}")
+
+
+class SealTrainer(AxolotlTrainer):
+    """Axolotl's trainer, which also logs the scales wherever it logs the loss."""
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add a summary of the scales to what all loggers are given."""
+        model = self.accelerator.unwrap_model(self.model)
+        if "loss" in logs and isinstance(model, PeftModel):
+            logs = {**logs, **{f"seal/{key}": value for key, value in summary(scale_matrix(model)).items()}}
+        super().log(logs, *args, **kwargs)
+
+
+class SealPlugin(BasePlugin):
+    """Trains, evaluates, serves and merges SEAL adapters with Axolotl's own commands."""
+
+    def get_input_args(self) -> str:
+        """The schema of the ``seal:`` block."""
+        return "axolotl_plugins.seal.args.SealArgs"
+
+    def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
+        """Makes ``adapter: seal`` known."""
+        return [AdapterCapabilities(name="seal")]
+
+    def register(self, cfg: dict[str, Any]) -> None:
+        """Check the recipe and see to its data before Axolotl spends time on anything.
+
+        Raises:
+            SystemExit: with one line that says what is wrong.
+        """
+        try:
+            block = check_recipe(cfg)
+            if not (cfg.get("inference") or cfg.get("merge_lora")):
+                prepare_data(cfg, block)
+        except (ValueError, OSError) as error:
+            sys.exit(f"seal: {first_line(error)}")
+
+    def get_trainer_cls(self, cfg: Any) -> type[AxolotlTrainer] | None:
+        """The trainer that logs scales."""
+        return SealTrainer if cfg.adapter == "seal" else None
+
+    def load_adapter(
+        self, model: PreTrainedModel, cfg: Any, inference: bool = False, config_only: bool = False
+    ) -> tuple[PeftModel | None, PeftConfig] | None:
+        """Wrap the model with new scales, or with those of ``lora_model_dir``.
+
+        Raises:
+            SystemExit: with one line that says what is wrong.
+        """
+        if cfg.adapter != "seal":
+            return None
+        try:
+            return self._load_adapter(model, cfg, config_only)
+        except (ValueError, OSError) as error:
+            sys.exit(f"seal: {first_line(error)}")
+
+    def _load_adapter(
+        self, model: PreTrainedModel, cfg: Any, config_only: bool
+    ) -> tuple[PeftModel | None, PeftConfig]:
+        block = parse_block(cfg.seal)
+        config = SealConfig(
+            granularity=block.granularity,
+            target_modules=block.target_modules,
+            layers=block.layers,
+            num_heads=block.num_heads,
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=cfg.base_model,
+        )
+        if config_only:
+            return None, config
+        if not cfg.lora_model_dir:
+            if cfg.inference:
+                raise ValueError("inference with `adapter: seal` needs the adapter: add --lora-model-dir=FOLDER")
+            peft_model = get_peft_model(model, config)
+        else:
+            saved = PeftConfig.from_pretrained(cfg.lora_model_dir)
+            if not isinstance(saved, SealConfig):
+                raise ValueError(f"{cfg.lora_model_dir}: found a {saved.peft_type} adapter, expected a SEAL adapter")
+            if saved.granularity != block.granularity:
+                raise ValueError(
+                    f"{cfg.lora_model_dir}: its granularity is {saved.granularity}, the recipe's {block.granularity}"
+                )
+            peft_model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not cfg.inference)
+        peft_model.print_trainable_parameters()
+        return peft_model, config

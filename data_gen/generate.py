@@ -1,0 +1,248 @@
+"""Draws samples of a task, sizes them in the model's own tokens, and writes them with a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from data_gen import line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Split = Literal["train", "test"]
+Messages = list[dict[str, str]]
+# task -> function that draws one sample: (rng, tokens, lines, count, accept) -> prompt, answer and key facts
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {"line": line.sample}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for; equal requests give equal bytes.
+
+    Attributes:
+        task: a name in ``TASKS``.
+        tokens: longest sample, as ``"31000"``, or a range ``"8000:31000"`` that lengths are drawn from.
+        lines: number of lines instead, for the line task.
+        samples: how many.
+        seed: of everything random.
+        split: samples of ``train`` and ``test`` can never coincide, see ``accepts``.
+
+    Raises:
+        ValueError: a field has no meaning.
+    """
+
+    task: str
+    tokens: str | None = None
+    lines: int | None = None
+    samples: int = 50
+    seed: int = 0
+    split: Split = "train"
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        if self.task not in TASKS:
+            raise ValueError(f"task: found {self.task!r}, expected one of {', '.join(TASKS)}")
+        if self.split not in get_args(Split):
+            raise ValueError(f"split: found {self.split!r}, expected train or test")
+        if self.samples < 1:
+            raise ValueError(f"samples: found {self.samples}, expected at least 1")
+        if (self.tokens is None) == (self.lines is None):
+            raise ValueError("give the length either as tokens or as lines")
+        if self.lines is not None and self.lines < 1:
+            raise ValueError(f"lines: found {self.lines}, expected at least 1")
+        if self.tokens is not None:
+            object.__setattr__(self, "tokens", str(self.tokens))
+            self.token_range()
+
+    def token_range(self) -> tuple[int, int]:
+        """Shortest and longest length to draw, in tokens."""
+        found = re.fullmatch(r"(\d+)(?::(\d+))?", self.tokens or "")
+        low, high = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if not 0 < low <= high:
+            raise ValueError(f"tokens: found {self.tokens!r}, expected N or N:M with 0 < N <= M, such as 8000:31000")
+        return low, high
+
+
+def accepts(split: Split, answer: str) -> bool:
+    """Whether an answer belongs to a split: one bit of its SHA-256 decides.
+
+    So no answer, and therefore no sample, of one split can ever be drawn in the other, whatever seed and length.
+    """
+    return (hashlib.sha256(answer.encode()).digest()[0] & 1) == (split == "test")
+
+
+def as_messages(prompt: str, answer: str) -> Messages:
+    """A sample as the chat that is trained on."""
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model.
+
+    Args:
+        name: a folder or a hub id.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer: cannot load {name!r} as a folder or hub id ({first_line(error)})") from error
+    if not tokenizer.chat_template:
+        raise ValueError(f"tokenizer: {name!r} has no chat template: add chat_template.jinja to its folder")
+    return tokenizer
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> int:
+    """Length of a chat in tokens, chat template included."""
+    return len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+
+
+def generate(request: Request, tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
+    """Draw the samples of a request, one after the other.
+
+    A sample depends on the task, split, seed, length and its own index alone: asking for fewer samples or other
+    lengths changes none. A random length is part of the index's draw.
+
+    Yields:
+        ``messages`` (user, assistant), then ``task``, ``split``, ``seed``, ``index``, ``tokens`` (length of the whole
+        chat with its template), and the task's key facts, ``answer`` among them.
+
+    Raises:
+        ValueError: the task does not fit into the length.
+    """
+    for index in range(request.samples):
+        length = request.tokens if request.tokens is not None else f"{request.lines} lines"
+        rng = random.Random(f"{request.task}/{request.split}/{request.seed}/{length}/{index}")
+        tokens = rng.randint(*request.token_range()) if request.tokens is not None else None
+        drawn = TASKS[request.task](
+            rng=rng,
+            tokens=tokens,
+            lines=request.lines,
+            count=lambda prompt, answer: count_tokens(tokenizer, as_messages(prompt, answer)),
+            accept=lambda answer: accepts(request.split, answer),
+        )
+        messages = as_messages(drawn.pop("prompt"), drawn["answer"])
+        yield {
+            "messages": messages,
+            "task": request.task,
+            "split": request.split,
+            "seed": request.seed,
+            "index": index,
+            "tokens": count_tokens(tokenizer, messages),
+            **drawn,
+        }
+
+
+def manifest_path(out: Path) -> Path:
+    """Where the manifest of a data file lies: beside it."""
+    return out.with_name(out.name + ".manifest.json")
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over what decides a chat's tokens: vocabulary, rules and chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256((rules + str(tokenizer.chat_template)).encode()).hexdigest()
+
+
+def describe(request: Request, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """All that the bytes of a data file depend on."""
+    return {
+        **{key: value for key, value in asdict(request).items() if value is not None},
+        "tokenizer": tokenizer_hash(tokenizer),
+        "wonderwords": version("wonderwords"),
+    }
+
+
+def write(
+    request: Request, tokenizer: PreTrainedTokenizerBase, out: Path, *, progress: Callable[[int], object] = lambda n: n
+) -> bool:
+    """Write a request's samples to ``out`` as JSON lines, and their manifest last: its presence means complete.
+
+    Args:
+        request: what to draw.
+        tokenizer: measures the samples.
+        out: the file; nothing is left of it if anything goes wrong.
+        progress: called with the number of samples done.
+
+    Returns:
+        False if the file was there already, complete and equal to what would be written.
+
+    Raises:
+        ValueError: ``out`` holds other data than is asked for; the message names the difference.
+    """
+    wanted = describe(request, tokenizer)
+    if manifest_path(out).exists():
+        check(out, wanted)
+        return False
+    if out.exists():
+        raise ValueError(f"{out}: exists without its manifest {manifest_path(out).name}, so it is not ours: move it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            for done, sample in enumerate(generate(request, tokenizer), 1):
+                row = (json.dumps(sample, ensure_ascii=False) + "\n").encode()
+                digest.update(row)
+                file.write(row)
+                progress(done)
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+    write_atomically(manifest_path(out), json.dumps({**wanted, "sha256": digest.hexdigest()}, indent=2) + "\n")
+    return True
+
+
+def check(out: Path, wanted: dict[str, Any]) -> None:
+    """Compare a data file with what is wanted of it.
+
+    Raises:
+        ValueError: the file is missing, was changed, or was made otherwise; the message names the difference.
+    """
+    path = manifest_path(out)
+    try:
+        found = json.loads(path.read_text())
+        digest = found.pop("sha256")
+        content = out.read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError(f"{out}: missing although {path.name} is there: delete the manifest") from error
+    except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: not a manifest ({first_line(error)}): delete it and {out.name}") from error
+    for key in sorted(wanted.keys() | found.keys()):
+        if wanted.get(key) != found.get(key):
+            raise ValueError(
+                f"{out}: was made with {key} {found.get(key)!r}, but {wanted.get(key)!r} is asked for: "
+                "delete the file and its manifest, or name another file"
+            )
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError(f"{out}: was changed after it was made (its hash is not the manifest's): delete both")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees either all of it or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

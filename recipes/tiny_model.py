@@ -1,0 +1,295 @@
+"""Train the small base model from nothing: ``make tiny-model``, that is ``python -m recipes.tiny_model``.
+
+A Llama that answers LongEval line questions perfectly inside the short window it was trained at, and whose RoPE base
+is then raised NTK-fashion (bloc97: theta * s^(d / (d - 2))) to a longer declared window without retraining, as in the
+paper's section 6. There it loses lines as the record grows, which is what SEAL repairs.
+
+Retrieval does not appear by itself at this size. What brings it about is a curriculum: half of the first stage's
+batches are random tokens followed by a rotation of themselves (which teaches "find the token after this one"), the
+other half tiny records whose value stands directly behind its key. Then one thing at a time is widened whenever the
+first digit of nine answers in ten is right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from data_gen import line
+
+# Words with at most one leading space, single digits, punctuation with the line break that may follow it.
+PIECES = r" ?\p{L}[\p{L}_]*|\d| ?[^\s\p{L}\d]+\n?|\s"
+SPECIAL = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}<|user|>{{ message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}<|assistant|>"
+    "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ raise_exception('this template knows the roles user and assistant') }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with one token for each word of the wonderwords lists and of the line task's text.
+
+    Any other text is spelled in bytes, so nothing is ever unknown and decoding gives the text back exactly.
+    """
+    adjectives, nouns = line.words()
+    split = pre_tokenizers.Split(Regex(PIECES), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    pre = pre_tokenizers.Sequence([split, to_bytes])
+    texts = itertools.chain(
+        [line.HEADER, line.CLOSING + line.QUESTION.format(key="key"), line.ANSWER.format(key="key", number=1)],
+        (line.LINE.format(key=f"{adjective}-noun", number=1) for adjective in adjectives),
+        (f"-{noun}:" for noun in nouns),
+    )
+    pieces = dict.fromkeys(piece for text in texts for piece, _ in pre.pre_tokenize_str(text))
+    vocabulary = dict.fromkeys([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *pieces])
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(vocabulary)}, [], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        extra_special_tokens=SPECIAL[3:], padding_side="left", clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a training record looks like at one step of the curriculum.
+
+    Attributes:
+        filler: how many of the four tokens between key and value are there.
+        wording: 0 = lines are said again, 1 = bare question and answer, 2 = with the rest of the answer's words,
+            3 = with the question's too, 4 = with the header as well.
+        adjectives, nouns: size of the vocabulary that keys are drawn from.
+        digits: longest value; 0 = the task's own values.
+        lines: most lines in a record.
+        questions: questions asked about one record, as turns of one chat.
+    """
+
+    filler: int
+    wording: int
+    adjectives: int
+    nouns: int
+    digits: int
+    lines: int
+    questions: int
+
+
+def curriculum(max_lines: int) -> list[Stage]:
+    """From bare key-value records to LongEval's text with ``max_lines`` lines."""
+    adjectives, nouns = (len(column) for column in line.words())
+    stages = [Stage(0, 0, 24, 48, 1, 6, 3)]
+    stages += [Stage(filler, 1, 24, 48, 1, 6, 3) for filler in range(5)]
+    stages += [Stage(4, wording, 24, 48, 1, 6, 3) for wording in (2, 3)]
+    width = 1
+    while 24 * width < adjectives or 48 * width < nouns:
+        width *= 2
+        stages.append(Stage(4, 3, min(adjectives, 24 * width), min(nouns, 48 * width), 1, 8, 6))
+    stages += [Stage(4, 4, adjectives, nouns, digits, 8, 8) for digits in (1, 5)]
+    lines = 8
+    while lines < max_lines:
+        lines = min(max_lines, round(lines * 1.34))
+        stages.append(Stage(4, 4, adjectives, nouns, 0, lines, 12))
+    return stages
+
+
+class Records:
+    """Draws token ids and loss weights of training records; the last stage's text is ``data_gen.line``'s own."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+        """Encode the fixed parts of the text once."""
+        self.rng = random.Random(seed)
+        ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+        adjectives, nouns = line.words()
+        self.rng.shuffle(adjectives := list(adjectives))
+        self.rng.shuffle(nouns := list(nouns))
+        self.adjectives = [ids(" " + word) for word in adjectives]
+        self.nouns = [ids("-" + word) for word in nouns]
+        self.digit = [ids(str(d))[0] for d in range(10)]
+        before, after = line.LINE.split("{key}")
+        self.line_start = ids(before.rstrip())
+        self.filler = ids(after.split("{number}")[0])
+        self.line_end = ids(after.split("{number}")[1])
+        self.header, self.closing = ids(line.HEADER), ids(line.CLOSING[:-1])
+        question, self.question_end = line.QUESTION.split("{key}")
+        self.question_end = ids(self.question_end)
+        # The closing words end in the space that the question's first word takes.
+        self.question = {True: ids(" " + question.rstrip()), False: ids(question.rstrip())}
+        answer, answer_middle, self.answer_end = re.split(r"\{key\}|\{number\}", line.ANSWER)
+        self.answer, self.answer_middle = ids(answer.rstrip()), ids(answer_middle)
+        self.answer_end = ids(self.answer_end) + [tokenizer.eos_token_id]
+        self.bos, self.user, self.assistant = tokenizer.convert_tokens_to_ids(["<s>", "<|user|>", "<|assistant|>"])
+        self.fixed = set(range(self.bos, len(tokenizer))) - {i for word in self.adjectives + self.nouns for i in word}
+        self.allowed: dict[Stage, torch.Tensor] = {}
+
+    def record(self, stage: Stage, lines: int, max_digits: int) -> tuple[list[int], list[float]]:
+        """One chat about one record: ids and loss weights, both of length T.
+
+        The first digit weighs four times as much: later digits can be guessed from it, the first cannot.
+        """
+        rng = self.rng
+        pairs: dict[tuple[int, int], None] = {}
+        while len(pairs) < lines:
+            pairs[rng.randrange(stage.adjectives), rng.randrange(stage.nouns)] = None
+        keys = [self.adjectives[a] + self.nouns[n] for a, n in pairs]
+        if max_digits:
+            values = [[rng.choice(self.digit) for _ in range(max_digits)] for _ in keys]
+        else:
+            values = [[self.digit[int(d)] for d in str(rng.randint(1, line.MAX_NUMBER))] for _ in keys]
+        ids = [self.bos, self.user, *(self.header if stage.wording > 3 else [])]
+        for key, value in zip(keys, values, strict=True):
+            ids += self.line_start + key + self.filler[: stage.filler] + value + self.line_end
+        weights = [0.0] * len(ids)
+        for turn, asked in enumerate(rng.choices(range(lines), k=stage.questions)):
+            key, value = keys[asked], values[asked]
+            if stage.wording == 0:
+                ask, say, end = self.line_start + key + self.filler[: stage.filler], [], self.line_end
+            else:
+                ask = [self.user] if turn else self.closing if stage.wording > 3 else []
+                if stage.wording > 2:
+                    ask = ask + self.question[stage.wording > 3 and not turn] + key + self.question_end
+                else:
+                    ask = ask + self.line_start + key
+                ask = [*ask, self.assistant]
+                say, end = self.answer + key + (self.answer_middle if stage.wording > 1 else []), self.answer_end
+            ids += ask + say + value + end
+            weights += [0.0] * len(ask) + [1.0] * len(say) + [4.0] + [1.0] * (len(value) - 1 + len(end))
+        return ids, weights
+
+    def batch(self, stage: Stage, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """About ``tokens`` tokens of records of one size: ids and weights, each of shape (B, T), right-padded."""
+        rng = self.rng
+        longest = stage.lines
+        lines = rng.randint(max(2, longest // 2), longest) if rng.random() < 0.7 else rng.randint(2, longest)
+        digits = rng.randint(1, stage.digits) if stage.digits and rng.random() < 0.3 else stage.digits
+        rows = [self.record(stage, lines, digits)]
+        rows += [self.record(stage, lines, digits) for _ in range(tokens // len(rows[0][0]))]
+        width = max(len(ids) for ids, _ in rows)
+        pad = lambda row, fill: row + [fill] * (width - len(row))  # noqa: E731
+        return torch.tensor([pad(i, 0) for i, _ in rows]), torch.tensor([pad(w, 0.0) for _, w in rows])
+
+    def choices(self, stage: Stage) -> torch.Tensor:
+        """Sorted ids, shape (V',), that a stage's text is made of: its softmax runs over these alone, for speed."""
+        if stage not in self.allowed:
+            words = self.adjectives[: stage.adjectives] + self.nouns[: stage.nouns]
+            self.allowed[stage] = torch.tensor(sorted(self.fixed | {i for word in words for i in word}))
+        return self.allowed[stage]
+
+    def rotations(self, stage: Stage, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random tokens followed by a rotation of themselves; loss on the copy. Shapes as in ``batch``."""
+        words = self.adjectives[: stage.adjectives] + self.nouns[: stage.nouns]
+        pool = sorted({i for word in words for i in word} | set(self.digit) | set(self.filler) | set(self.line_end))
+        length = self.rng.randint(6, 32)
+        rows = []
+        for _ in range(max(1, tokens // (2 * length))):
+            row = self.rng.choices(pool, k=length)
+            turn = self.rng.randrange(length)
+            rows.append(row + row[turn:] + row[:turn])
+        ids = torch.tensor(rows)
+        weights = torch.ones(ids.shape)
+        weights[:, : length + 1] = 0
+        return ids, weights
+
+
+def pretrain(
+    model: LlamaForCausalLM, records: Records, stages: list[Stage], *,
+    lr: float, tokens: int, polish: int, max_steps: int,
+) -> list[dict]:
+    """Walk through the stages, then ``polish`` steps at the last with the rate falling to a twentieth.
+
+    Returns:
+        One entry per stage reached: step, seconds, tokens seen.
+
+    Raises:
+        RuntimeError: the last stage was not reached within ``max_steps``.
+    """
+    rng = records.rng
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    now, accuracy, seen, polished, start = 0, 0.0, 0, 0, time.time()
+    log = [{"stage": 0, "step": 0, "seconds": 0, "tokens": 0}]
+    for step in itertools.count():
+        last = now == len(stages) - 1
+        if last and polished == polish:
+            return log
+        if step == max_steps:
+            raise RuntimeError(f"stage {now} of {len(stages) - 1} after {step} steps: try another --seed")
+        decay = 1.0 - 0.95 * polished / polish if last else 1.0
+        polished += last
+        for group in optimizer.param_groups:
+            group["lr"] = lr * decay * min(1.0, (step + 1) / 100)
+        stage = stages[now] if rng.random() < 0.6 else stages[max(0, now - rng.randint(1, 3))]
+        rotate = rng.random() < (0.5 if now == 0 else 0.3 if now < 6 else 0.1)
+        ids, weights = records.rotations(stage, tokens) if rotate else records.batch(stage, tokens)
+        seen += ids.numel()
+        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
+        learn = weights[:, 1:] > 0
+        choices = records.choices(stage)
+        logits = F.linear(hidden[learn], model.lm_head.weight[choices])
+        target, weight = torch.searchsorted(choices, ids[:, 1:][learn]), weights[:, 1:][learn]
+        loss = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if not rotate and stage is stages[now]:
+            first = (logits.argmax(-1) == target)[weight == 4].float().mean().item()
+            accuracy = 0.93 * accuracy + 0.07 * first
+            if accuracy > 0.9 and not last:
+                now, accuracy = now + 1, 0.6
+                log.append({"stage": now, "step": step, "seconds": round(time.time() - start), "tokens": seen})
+                print(f"stage {now}/{len(stages) - 1}: {stages[now]}", log[-1], flush=True)
+        if step % 100 == 0:
+            rate = seen / (time.time() - start)
+            print(f"step {step} {time.time() - start:.0f}s {rate:.0f} tok/s loss {loss:.3f} first digit {accuracy:.3f} stage {now}", flush=True)
+    raise AssertionError("unreachable")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train, stretch, score and save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--lines", type=int, default=32, help="longest record in training")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens per batch")
+    parser.add_argument("--polish", type=int, default=1000)
+    args = parser.parse_args(argv)
+    torch.manual_seed(args.seed)
+    tokenizer = build_tokenizer()
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=int(args.hidden * 2.5) // 32 * 32,
+        num_hidden_layers=args.layers, num_attention_heads=args.heads, head_dim=32,
+        max_position_embeddings=1024, rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        initializer_range=0.05, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    ))
+    print(sum(p.numel() for p in model.parameters()) / 1e6, "M parameters", flush=True)
+    log = pretrain(model, Records(tokenizer, args.seed), curriculum(args.lines), lr=args.lr, tokens=args.tokens, polish=args.polish, max_steps=30000)
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    print(json.dumps(log))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""The tuner against PEFT's IA3, a naive reference, and its own promises, over architectures, grains and dtypes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from miniatures import COMMON, MINIATURES, build, token_ids
+from peft import IA3Config, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+
+from axolotl_plugins.seal import SealConfig, SealLayer, find_attention_outputs
+
+GRAINS = ("head", "channel")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.15}
+
+
+def train(model, parameters, steps=20, lr=2e-2):
+    """Plain AdamW steps on random text; returns the losses."""
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    losses = []
+    for step in range(steps):
+        ids = token_ids(seed=step)
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=token_ids()).logits.float()
+
+
+def scales(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "seal_scale" in name}
+
+
+def wrap(name="llama_mha", grain="channel", dtype=torch.float32, **kwargs):
+    return get_peft_model(build(name, dtype), SealConfig(granularity=grain, **kwargs))
+
+
+def randomise(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "seal_scale" in name:
+                parameter.copy_(1 + 0.5 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.mark.parametrize("name", ["llama_mha", "llama_gqa", "gpt_neox"])
+def test_channel_scales_train_exactly_as_ia3_on_the_same_projection(name):
+    seal = wrap(name)
+    targets = [ending.split(".")[-1] for ending in find_attention_outputs(build(name))]
+    if name == "gpt_neox":
+        targets = ["attention.dense"]
+    ia3 = get_peft_model(build(name), IA3Config(target_modules=targets, feedforward_modules=targets))
+    ours = train(seal, [p for p in seal.parameters() if p.requires_grad])
+    theirs = train(ia3, [p for p in ia3.parameters() if p.requires_grad])
+    assert ours == theirs
+    assert ours[0] != ours[-1]
+    reference = [p.flatten() for n, p in ia3.named_parameters() if "ia3_l" in n]
+    for scale, other in zip(scales(seal).values(), reference, strict=True):
+        assert torch.equal(scale, other) and not torch.equal(scale, torch.ones_like(scale))
+
+
+class NaiveHeadScale(nn.Module):
+    """One scalar per head, written as a loop over heads."""
+
+    def __init__(self, projection, heads):
+        super().__init__()
+        self.projection, self.scale = projection, nn.Parameter(torch.ones(heads))
+
+    def forward(self, x):
+        parts = [part * s for part, s in zip(x.chunk(len(self.scale), dim=-1), self.scale, strict=True)]
+        return self.projection(torch.cat(parts, dim=-1))
+
+
+@pytest.mark.parametrize("name", ["llama_mha", "llama_gqa"])
+def test_head_scales_train_as_a_loop_over_heads(name):
+    seal, naive = wrap(name, "head"), build(name)
+    naive.requires_grad_(False)
+    for layer in naive.model.layers:
+        layer.self_attn.o_proj = NaiveHeadScale(layer.self_attn.o_proj, COMMON["num_attention_heads"])
+    ours = train(seal, [p for p in seal.parameters() if p.requires_grad])
+    theirs = train(naive, [p for p in naive.parameters() if p.requires_grad])
+    assert ours == pytest.approx(theirs, abs=1e-6)
+    for layer, scale in zip(naive.model.layers, scales(seal).values(), strict=True):
+        assert scale.shape == (4,)
+        torch.testing.assert_close(scale, layer.self_attn.o_proj.scale.detach(), atol=1e-5, rtol=0)
+        assert not torch.allclose(scale, torch.ones(4), atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("grain", GRAINS)
+@pytest.mark.parametrize("name", MINIATURES)
+def test_life_of_an_adapter(name, grain, dtype, tmp_path):
+    """Identity at the start; only scales train; disable, merge, unmerge, save, load all agree."""
+    torch_dtype = DTYPES[dtype]
+    tolerance = TOLERANCE[torch_dtype]
+    base = build(name, torch_dtype)
+    before = logits(base)
+    model = wrap(name, grain, torch_dtype)
+    assert torch.equal(logits(model), before)
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert all("seal_scale" in n and p.dtype == torch.float32 for n, p in trainable.items())
+    assert sum(p.numel() for p in trainable.values()) == 2 * (4 if grain == "head" else MINIATURES[name][2])
+
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    train(model, trainable.values(), steps=3, lr=5e-2)
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+    tuned = logits(model)
+    assert (tuned - before).abs().max() > 10 * (tolerance if dtype == "fp32" else 0.002)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), before)
+
+    model.save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert all(t.dtype == torch.float32 for t in load_file(tmp_path / "adapter_model.safetensors").values())
+    loaded = PeftModel.from_pretrained(build(name, torch_dtype), tmp_path)
+    assert torch.equal(logits(loaded), tuned)
+
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), tuned, atol=tolerance, rtol=0)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), tuned)
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+    merged = loaded.merge_and_unload(safe_merge=True)
+    torch.testing.assert_close(logits(merged), tuned, atol=tolerance, rtol=0)
+    assert not any(isinstance(module, SealLayer) for module in merged.modules())
+    assert [n for n, _ in merged.named_modules()] == [n for n, _ in base.named_modules()]
+
+
+def test_gradient_reaches_float32_scales_of_a_bfloat16_base():
+    model = wrap("llama_gqa", "channel", torch.bfloat16)
+    ids = token_ids()
+    model(input_ids=ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.dtype == torch.float32 and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("grain", GRAINS)
+def test_several_adapters(grain):
+    model = wrap(grain=grain)
+    randomise(model)
+    first = logits(model)
+    model.add_adapter("other", SealConfig(granularity="head" if grain == "channel" else "channel"))
+    model.set_adapter("other")
+    untouched = logits(model)
+    assert (first - untouched).abs().max() > 1e-2
+    randomise(model, seed=3)  # randomises both
+    other = logits(model)
+    assert (other - untouched).abs().max() > 1e-2
+    model.base_model.set_adapter(["default", "other"])
+    both = logits(model)
+    assert (both - other).abs().max() > 1e-2
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), both, atol=1e-5, rtol=0)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), both)
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    assert list(model.peft_config) == ["default"]
+
+
+def test_layers_restricts_the_scales():
+    model = wrap(layers=[1])
+    assert [name for name in scales(model) if ".0." in name] == []
+    assert len(scales(model)) == 1
+
+
+def test_longchat_parameter_counts():
+    """Appendix C and Table 8: 1,024 and 131,072 numbers for a 7B model of 32 layers, 32 heads, head_dim 128."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    for grain, expected in (("head", 1_024), ("channel", 131_072)):
+        with torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig())
+            model = get_peft_model(model, SealConfig(granularity=grain))
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"granularity": "heads"}, "expected 'head'"),
+        ({"target_modules": "o_proj"}, "expected a list"),
+        ({"layers": []}, "non-empty list"),
+        ({"layers": [-1]}, "indices from 0"),
+        ({"layers": [7]}, "layers 0 to 1"),
+        ({"target_modules": ["self_attn.wo"]}, "attention outputs are \\['self_attn.o_proj'\\]"),
+        ({"num_heads": 5}, "5 heads do not divide"),
+    ],
+)
+def test_bad_configs_say_what_is_wrong(config, message):
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(build("llama_mha"), SealConfig(**config))
+
+
+def test_unknown_architecture_lists_candidates():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.my_attention = nn.ModuleDict({"mix": nn.Linear(8, 8), "out": nn.Linear(8, 8)})
+
+    class Strange(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([Block()])
+
+    with pytest.raises(ValueError, match="candidates: my_attention.mix, my_attention.out"):
+        find_attention_outputs(Strange())
+
+
+def test_the_package_needs_no_axolotl():
+    code = "import sys; sys.modules['axolotl'] = None; from axolotl_plugins.seal import SealConfig; SealConfig()"
+    subprocess.run([sys.executable, "-c", code], check=True)

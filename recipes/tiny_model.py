@@ -194,20 +194,23 @@ class Records:
             self.allowed[stage] = torch.tensor(sorted(self.fixed | {i for word in words for i in word}))
         return self.allowed[stage]
 
-    def rotations(self, stage: Stage, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Random tokens followed by a rotation of themselves; loss on the copy. Shapes as in ``batch``."""
-        words = self.adjectives[: stage.adjectives] + self.nouns[: stage.nouns]
-        pool = sorted({i for word in words for i in word} | set(self.digit) | set(self.filler) | set(self.line_end))
-        length = self.rng.randint(6, 32)
+    def rotations(self, pool: list[int], tokens: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Distinct tokens of ``pool`` followed by a rotation of themselves; loss on the copy. Shapes as in ``batch``."""
+        length = self.rng.randint(4, longest)
         rows = []
         for _ in range(max(1, tokens // (2 * length))):
-            row = self.rng.choices(pool, k=length)
+            row = self.rng.sample(pool, length)
             turn = self.rng.randrange(length)
             rows.append(row + row[turn:] + row[:turn])
         ids = torch.tensor(rows)
         weights = torch.ones(ids.shape)
         weights[:, : length + 1] = 0
         return ids, weights
+
+    def pool(self, stage: Stage) -> list[int]:
+        """The ids that a stage's rotations are made of, in an order that depends on nothing but the stage."""
+        words = self.adjectives[: stage.adjectives] + self.nouns[: stage.nouns]
+        return sorted({i for word in words for i in word} | set(self.digit) | set(self.filler) | set(self.line_end))
 
 
 def pretrain(
@@ -223,26 +226,21 @@ def pretrain(
         RuntimeError: the last stage was not reached within ``max_steps``.
     """
     rng = records.rng
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
-    now, accuracy, seen, polished, start = 0, 0.0, 0, 0, time.time()
-    log = [{"stage": 0, "step": 0, "seconds": 0, "tokens": 0}]
-    for step in itertools.count():
-        last = now == len(stages) - 1
-        if last and polished == polish:
-            return log
+    start = time.time()
+    seen = step = 0
+    log: list[dict] = []
+
+    def update(ids: torch.Tensor, weights: torch.Tensor, choices: torch.Tensor, decay: float = 1.0) -> tuple:
+        """One optimiser step; returns the loss, and logits, targets and weights where there is any loss."""
+        nonlocal seen, step
         if step == max_steps:
-            raise RuntimeError(f"stage {now} of {len(stages) - 1} after {step} steps: try another --seed")
-        decay = 1.0 - 0.95 * polished / polish if last else 1.0
-        polished += last
+            raise RuntimeError(f"no more than {log[-1] if log else 'nothing'} after {step} steps: try another --seed")
         for group in optimizer.param_groups:
             group["lr"] = lr * decay * min(1.0, (step + 1) / 100)
-        stage = stages[now] if rng.random() < 0.6 else stages[max(0, now - rng.randint(1, 3))]
-        rotate = rng.random() < (0.5 if now == 0 else 0.3 if now < 6 else 0.1)
-        ids, weights = records.rotations(stage, tokens) if rotate else records.batch(stage, tokens)
-        seen += ids.numel()
         hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
         learn = weights[:, 1:] > 0
-        choices = records.choices(stage)
         logits = F.linear(hidden[learn], model.lm_head.weight[choices])
         target, weight = torch.searchsorted(choices, ids[:, 1:][learn]), weights[:, 1:][learn]
         loss = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
@@ -250,17 +248,48 @@ def pretrain(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        seen, step = seen + ids.numel(), step + 1
+        return loss.item(), logits, target, weight
+
+    def reached(name: str) -> None:
+        log.append({"stage": name, "step": step, "seconds": round(time.time() - start), "tokens": seen})
+        print(log[-1], flush=True)
+
+    # Copying forms in about a minute over 20 tokens and not in ten over 100, so the pool grows.
+    everything = records.pool(stages[0])
+    rng.shuffle(everything)
+    size = 20
+    while size < len(everything) * 2:
+        pool = everything[:size]
+        choices, smooth = torch.tensor(sorted(pool)), 3.0
+        while smooth > 0.4:
+            loss, *_ = update(*records.rotations(pool, tokens // 4, 16), choices)
+            smooth = 0.95 * smooth + 0.05 * loss
+            if step % 100 == 0:
+                print(f"step {step} {time.time() - start:.0f}s copy loss {smooth:.3f}", flush=True)
+        reached(f"copying among {len(pool)} tokens")
+        size *= 2
+
+    now, accuracy, polished = 0, 0.0, 0
+    while polished < polish:
+        last = now == len(stages) - 1
+        stage = stages[now] if rng.random() < 0.6 else stages[max(0, now - rng.randint(1, 3))]
+        rotate = rng.random() < (0.3 if now < 6 else 0.1)
+        drawn = records.rotations(records.pool(stage), tokens, 32) if rotate else records.batch(stage, tokens)
+        decay = 1.0 - 0.95 * polished / polish if last else 1.0
+        loss, logits, target, weight = update(*drawn, records.choices(stage), decay)
+        polished += last
         if not rotate and stage is stages[now]:
             first = (logits.argmax(-1) == target)[weight == 4].float().mean().item()
             accuracy = 0.93 * accuracy + 0.07 * first
             if accuracy > 0.9 and not last:
+                reached(f"{now}: {stages[now]}")
                 now, accuracy = now + 1, 0.6
-                log.append({"stage": now, "step": step, "seconds": round(time.time() - start), "tokens": seen})
-                print(f"stage {now}/{len(stages) - 1}: {stages[now]}", log[-1], flush=True)
         if step % 100 == 0:
             rate = seen / (time.time() - start)
-            print(f"step {step} {time.time() - start:.0f}s {rate:.0f} tok/s loss {loss:.3f} first digit {accuracy:.3f} stage {now}", flush=True)
-    raise AssertionError("unreachable")
+            print(f"step {step} {time.time() - start:.0f}s {rate:.0f} tok/s loss {loss:.3f} first digit {accuracy:.3f} stage {now}/{len(stages) - 1}", flush=True)
+    reached("polished")
+    return log
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,0 +1,48 @@
+"""``python -m axolotl_plugins.seal``: what one does with an adapter after training."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+
+
+@app.callback()
+def main() -> None:
+    """SEAL adapters: merge them, and see what a recipe can say."""
+
+
+@app.command(epilog="Example: python -m axolotl_plugins.seal merge outputs/tiny_line_sealc outputs/tiny_line_sealc_merged")
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    out: Annotated[Path, typer.Argument(help="Model folder to write.")],
+    into: Annotated[
+        Literal["auto", "o_proj", "v_proj"],
+        typer.Option(help="o_proj fits any model; v_proj only those without grouped queries; auto prefers v_proj."),
+    ] = "auto",
+) -> None:
+    """Fold an adapter's scales into its base model's weights, so that inference costs nothing."""
+    from .merge import merge as fold
+
+    try:
+        fold(adapter, out, into)
+    except (ValueError, OSError) as error:
+        sys.exit(f"merge: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+
+
+@app.command()
+def settings() -> None:
+    """List what the `seal:` block of a recipe can say."""
+    from .args import DataArgs, SealBlock
+
+    for prefix, block in (("seal", SealBlock), ("seal.data", DataArgs)):
+        for name, field in block.model_fields.items():
+            print(f"{prefix}.{name}: {field.description}")
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m axolotl_plugins.seal")

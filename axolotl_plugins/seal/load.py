@@ -1,0 +1,83 @@
+"""Loading a model whichever way it is named: hub id, model folder, or adapter folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to use.
+
+    Attributes:
+        model: in evaluation mode, with the adapter applied if there is one.
+        tokenizer: with a chat template.
+        base: hub id or folder of the base model.
+        method: ``base``, ``SEAL-H``, ``SEAL-C`` or the adapter's PEFT type.
+        window: most tokens the model declares to take.
+    """
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    base: str
+    method: str
+    window: int
+
+
+def is_adapter(name: str | Path) -> bool:
+    """Whether a folder holds an adapter."""
+    return (Path(name) / "adapter_config.json").is_file()
+
+
+def method_name(config: PeftConfig) -> str:
+    """What the paper calls an adapter."""
+    return {"head": "SEAL-H", "channel": "SEAL-C"}.get(getattr(config, "granularity", ""), str(config.peft_type.value))
+
+
+def load(name: str | Path, *, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> Loaded:
+    """Load a model for inference.
+
+    Args:
+        name: hub id, model folder, or adapter folder (its base model is loaded and the adapter applied; a
+            ``config.json`` beside the adapter, such as Axolotl writes, overrides the base model's).
+        dtype: of the base model's weights; ``"auto"`` keeps the checkpoint's.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        ValueError: something is missing or does not fit; the message is one line.
+    """
+    name = str(name)
+    base = name
+    trust = {"trust_remote_code": trust_remote_code}
+    try:
+        adapter = PeftConfig.from_pretrained(name) if is_adapter(name) else None
+        if adapter is not None:
+            base = adapter.base_model_name_or_path or ""
+            if not base:
+                raise ValueError("adapter_config.json does not say what its base model is")
+        source = name if adapter is not None and (Path(name) / "config.json").is_file() else base
+        config = AutoConfig.from_pretrained(source, **trust)
+        model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype, use_safetensors=True, **trust)
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, name)
+        own = adapter is None or (Path(name) / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(name if own else base, **trust)
+    except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"cannot load {name}: {text[:400] or type(error).__name__}") from error
+    if not tokenizer.chat_template:
+        raise ValueError(f"{name}: its tokenizer has no chat template: add chat_template.jinja to the folder")
+    window = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not window:
+        raise ValueError(f"{name}: its config does not say how long a context it takes (max_position_embeddings)")
+    return Loaded(model.eval(), tokenizer, base, method_name(adapter) if adapter else "base", window)

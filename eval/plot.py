@@ -1,0 +1,73 @@
+"""Pictures of results."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLOURS = {"base": "#555555", "SEAL-H": "#e08214", "SEAL-C": "#2166ac"}
+
+
+def save_figure(figure: Figure, out: Path) -> None:
+    """Write a figure as PNG so that a reader sees all of it or none; equal figures give equal bytes."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        figure.savefig(partial, format="png", dpi=150, metadata={"Software": None})
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+        plt.close(figure)
+
+
+def draw_accuracy(axes: Axes, results: list[dict[str, Any]]) -> None:
+    """Accuracy over length, one line per method: mean over its results (seeds), and their range or 95 % interval."""
+    methods: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for result in results:
+        methods[result["method"]].append(result)
+    for method, runs in methods.items():
+        tokens = [score["tokens"] for score in runs[0]["scores"]]
+        table = np.array([[score["accuracy"] for score in run["scores"]] for run in runs])
+        if len(runs) > 1:
+            low, high = table.min(0), table.max(0)
+        else:
+            low = np.array([score["low"] for score in runs[0]["scores"]])
+            high = np.array([score["high"] for score in runs[0]["scores"]])
+        colour = COLOURS.get(method)
+        axes.plot(tokens, table.mean(0), marker="o", label=method, color=colour)
+        axes.fill_between(tokens, low, high, alpha=0.15, color=colour)
+    axes.set(xlabel="prompt length (tokens)", ylabel="accuracy", ylim=(-0.02, 1.04))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+
+
+def draw_scales(figure: Figure, axes: Axes, scales: np.ndarray, title: str) -> None:
+    """Scales of shape (layers, heads) in colours that diverge around 1, with their values where there is room."""
+    spread = max(0.02, float(np.abs(scales - 1).max()))
+    image = axes.imshow(scales, cmap="RdBu_r", vmin=1 - spread, vmax=1 + spread, aspect="auto")
+    if scales.size <= 64:
+        for (layer, head), value in np.ndenumerate(scales):
+            dark = abs(value - 1) > 0.6 * spread
+            axes.text(head, layer, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black")
+    axes.set(xlabel="head", ylabel="layer", title=title)
+    for axis, size in ((axes.xaxis, scales.shape[1]), (axes.yaxis, scales.shape[0])):
+        axis.set_ticks(range(0, size, max(1, size // 16)))
+    figure.colorbar(image, ax=axes, fraction=0.046)
+
+
+def accuracy_by_length(results: list[dict[str, Any]], out: Path) -> None:
+    """One picture of ``eval.run.run`` results."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    draw_accuracy(axes, results)
+    axes.set_title(f"{results[0]['task']} retrieval, {results[0]['scores'][0]['count']} samples per length")
+    save_figure(figure, out)

@@ -1,0 +1,130 @@
+"""Merged folders against unmerged models."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from miniatures import MINIATURES, build, token_ids
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+from axolotl_plugins.seal import SealConfig
+from axolotl_plugins.seal.merge import merge, merged_tensors
+from recipes.tiny_model import build_tokenizer
+
+
+def tuned(name, grain, dtype=torch.float32):
+    """A wrapped miniature whose scales are far from 1."""
+    model = get_peft_model(build(name, dtype), SealConfig(granularity=grain))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "seal_scale" in key:
+                parameter.copy_(1 + 0.5 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=token_ids()).logits.float()
+
+
+MHA = ["llama_mha", "llama_bias_tied", "qwen2", "gpt_neox", "gpt2"]
+
+
+@pytest.mark.parametrize("grain", ["head", "channel"])
+@pytest.mark.parametrize("name", MHA)
+def test_value_rows_do_what_output_columns_do(name, grain):
+    model = tuned(name, grain)
+    wanted = logits(model)
+    base = build(name)
+    assert (wanted - logits(base)).abs().max() > 1e-2
+    for into in ("v_proj", "o_proj"):
+        plain = build(name)
+        parameters = dict(plain.named_parameters())
+        changed = merged_tensors(model, into)
+        for key, tensor in changed.items():
+            parameters[key.removeprefix("base_model.model.")].data = tensor
+        torch.testing.assert_close(logits(plain), wanted, atol=5e-5, rtol=0)
+        different = {key for key, p in base.named_parameters() if not torch.equal(p, parameters[key])}
+        assert different == {key.removeprefix("base_model.model.") for key in changed}
+
+
+@pytest.mark.parametrize("name", sorted(set(MINIATURES) - set(MHA)))
+def test_grouped_queries_refuse_value_rows_and_auto_avoids_them(name):
+    model = tuned(name, "channel")
+    with pytest.raises(ValueError, match="one value row serves several query heads|not known"):
+        merged_tensors(model, "v_proj")
+    assert all("o_proj" in key for key in merged_tensors(model, "auto"))
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory):
+    """A random Llama with a RoPE stretch, a tokenizer and a chat template, in float32 and bfloat16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = build_tokenizer()
+    folders = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=4, initializer_range=0.1, max_position_embeddings=1024,
+            rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 20000.0}, dtype=dtype,
+        )  # fmt: skip
+        folder = tmp_path_factory.mktemp(str(dtype).removeprefix("torch."))
+        LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        folders[dtype] = folder
+    return folders
+
+
+@pytest.mark.parametrize("into", ["o_proj", "v_proj", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_folder_is_a_plain_model_with_the_adapters_logits(base_folder, dtype, into, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(base_folder[dtype])
+    model = get_peft_model(base, SealConfig(granularity="channel", base_model_name_or_path=str(base_folder[dtype])))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "seal_scale" in key:
+                parameter.copy_(1 + 0.5 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(tmp_path / "adapter")
+    result = merge(tmp_path / "adapter", tmp_path / "merged", into, report=lambda _: None)
+    assert result["difference"] <= 1e-4
+    assert result["changed"] == 2
+    assert result["into"] == ("v_proj" if into == "auto" else into)
+    assert (result["rounded_difference"] > 1e-4) == (dtype == torch.bfloat16)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    wanted, unchanged = logits(model), logits(AutoModelForCausalLM.from_pretrained(base_folder[dtype]))
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    assert (wanted - unchanged).abs().max() > 5 * tolerance
+    torch.testing.assert_close(logits(merged), wanted, atol=tolerance, rtol=0)
+    config = json.loads((tmp_path / "merged/config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 20000.0
+    assert config["rope_scaling"] == {"factor": 4.0, "rope_type": "linear"}
+    assert (tmp_path / "merged/chat_template.jinja").exists()
+    with pytest.raises(ValueError, match="exists already"):
+        merge(tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_a_merge_that_cannot_be_proved_leaves_nothing(base_folder, tmp_path, monkeypatch):
+    """A wrong merge, here one whose scales were disturbed between measuring and merging, is caught."""
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base_folder[torch.float32]),
+        SealConfig(granularity="head", base_model_name_or_path=str(base_folder[torch.float32])),
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr(
+        "axolotl_plugins.seal.merge.scale_columns", lambda layer, scale: layer.weight.data * 1.5
+    )
+    with pytest.raises(ValueError, match="would change logits"):
+        merge(tmp_path / "adapter", tmp_path / "merged", "o_proj", report=lambda _: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_not_an_adapter(base_folder, tmp_path):
+    with pytest.raises(ValueError, match="not an adapter folder"):
+        merge(base_folder[torch.float32], tmp_path / "merged")

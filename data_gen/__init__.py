@@ -1,0 +1,1 @@
+"""Training and test data in the format of long-context benchmarks."""

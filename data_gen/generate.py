@@ -193,8 +193,6 @@ def write(
     if manifest_path(out).exists():
         check(out, wanted)
         return False
-    if out.exists():
-        raise ValueError(f"{out}: exists without its manifest {manifest_path(out).name}, so it is not ours: move it")
     out.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
@@ -205,6 +203,9 @@ def write(
                 digest.update(row)
                 file.write(row)
                 progress(done)
+        # A file without its manifest is either a run that was cut off just here, or not ours.
+        if out.exists() and out.read_bytes() != partial.read_bytes():
+            raise ValueError(f"{out}: holds other data and has no {manifest_path(out).name}: move it away")
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)

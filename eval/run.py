@@ -111,7 +111,10 @@ def generate_responses(
         known = ", ".join(sorted(task.removeprefix("seal_") for task in manager.all_tasks))
         raise ValueError(f"task: found {task!r}, expected one of {known}")
     harness = Harness(
-        pretrained=loaded.model, tokenizer=loaded.tokenizer, max_length=loaded.window, batch_size=batch_size,
+        pretrained=loaded.model,
+        tokenizer=loaded.tokenizer,
+        max_length=loaded.window,
+        batch_size=batch_size,
         add_bos_token=False,  # the chat template says whether there is one, as in training
     )
     results = simple_evaluate(

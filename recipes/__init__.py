@@ -1,0 +1,1 @@
+"""Recipes, the small model they can be tried on, and the demo."""

@@ -64,8 +64,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        extra_special_tokens=SPECIAL[3:], padding_side="left", clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens=SPECIAL[3:],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
@@ -136,7 +141,7 @@ class Records:
         self.question = {True: ids(" " + question.rstrip()), False: ids(question.rstrip())}
         answer, answer_middle, self.answer_end = re.split(r"\{key\}|\{number\}", line.ANSWER)
         self.answer, self.answer_middle = ids(answer.rstrip()), ids(answer_middle)
-        self.answer_end = ids(self.answer_end) + [tokenizer.eos_token_id]
+        self.answer_end = [*ids(self.answer_end), tokenizer.eos_token_id]
         self.bos, self.user, self.assistant = tokenizer.convert_tokens_to_ids(["<s>", "<|user|>", "<|assistant|>"])
         self.fixed = set(range(self.bos, len(tokenizer))) - {i for word in self.adjectives + self.nouns for i in word}
         self.allowed: dict[Stage, torch.Tensor] = {}
@@ -195,7 +200,7 @@ class Records:
         return self.allowed[stage]
 
     def rotations(self, pool: list[int], tokens: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Distinct tokens of ``pool`` followed by a rotation of themselves; loss on the copy. Shapes as in ``batch``."""
+        """Distinct tokens of ``pool``, then a rotation of themselves; loss on the copy. Shapes as in ``batch``."""
         length = self.rng.randint(4, longest)
         rows = []
         for _ in range(max(1, tokens // (2 * length))):
@@ -214,8 +219,14 @@ class Records:
 
 
 def pretrain(
-    model: LlamaForCausalLM, records: Records, stages: list[Stage], *,
-    lr: float, tokens: int, polish: int, max_steps: int,
+    model: LlamaForCausalLM,
+    records: Records,
+    stages: list[Stage],
+    *,
+    lr: float,
+    tokens: int,
+    polish: int,
+    max_steps: int,
 ) -> list[dict]:
     """Walk through the stages, then ``polish`` steps at the last with the rate falling to a twentieth.
 
@@ -287,7 +298,10 @@ def pretrain(
                 now, accuracy = now + 1, 0.6
         if step % 100 == 0:
             rate = seen / (time.time() - start)
-            print(f"step {step} {time.time() - start:.0f}s {rate:.0f} tok/s loss {loss:.3f} first digit {accuracy:.3f} stage {now}/{len(stages) - 1}", flush=True)
+            print(
+                f"step {step} {time.time() - start:.0f}s {rate:.0f} tok/s loss {loss:.3f} first digit {accuracy:.3f} stage {now}/{len(stages) - 1}",
+                flush=True,
+            )
     reached("polished")
     return log
 
@@ -307,14 +321,33 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=int(args.hidden * 2.5) // 32 * 32,
-        num_hidden_layers=args.layers, num_attention_heads=args.heads, head_dim=32,
-        max_position_embeddings=1024, rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        initializer_range=0.05, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    ))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=args.hidden,
+            intermediate_size=int(args.hidden * 2.5) // 32 * 32,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.heads,
+            head_dim=32,
+            max_position_embeddings=1024,
+            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+            initializer_range=0.05,
+            tie_word_embeddings=False,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
     print(sum(p.numel() for p in model.parameters()) / 1e6, "M parameters", flush=True)
-    log = pretrain(model, Records(tokenizer, args.seed), curriculum(args.lines), lr=args.lr, tokens=args.tokens, polish=args.polish, max_steps=30000)
+    log = pretrain(
+        model,
+        Records(tokenizer, args.seed),
+        curriculum(args.lines),
+        lr=args.lr,
+        tokens=args.tokens,
+        polish=args.polish,
+        max_steps=30000,
+    )
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(json.dumps(log))

@@ -55,7 +55,7 @@ def test_value_rows_do_what_output_columns_do(name, grain):
 @pytest.mark.parametrize("name", sorted(set(MINIATURES) - set(MHA)))
 def test_grouped_queries_refuse_value_rows_and_auto_avoids_them(name):
     model = tuned(name, "channel")
-    with pytest.raises(ValueError, match="one value row serves several query heads|not known"):
+    with pytest.raises(ValueError, match=r"one value row serves several query heads|not known"):
         merged_tensors(model, "v_proj")
     assert all("o_proj" in key for key in merged_tensors(model, "auto"))
 
@@ -117,9 +117,7 @@ def test_a_merge_that_cannot_be_proved_leaves_nothing(base_folder, tmp_path, mon
         SealConfig(granularity="head", base_model_name_or_path=str(base_folder[torch.float32])),
     )
     model.save_pretrained(tmp_path / "adapter")
-    monkeypatch.setattr(
-        "axolotl_plugins.seal.merge.scale_columns", lambda layer, scale: layer.weight.data * 1.5
-    )
+    monkeypatch.setattr("axolotl_plugins.seal.merge.scale_columns", lambda layer, scale: layer.weight.data * 1.5)
     with pytest.raises(ValueError, match="would change logits"):
         merge(tmp_path / "adapter", tmp_path / "merged", "o_proj", report=lambda _: None)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -215,7 +215,7 @@ def test_unknown_architecture_lists_candidates():
             super().__init__()
             self.layers = nn.ModuleList([Block()])
 
-    with pytest.raises(ValueError, match="candidates: my_attention.mix, my_attention.out"):
+    with pytest.raises(ValueError, match=r"candidates: my_attention\.mix, my_attention\.out"):
         find_attention_outputs(Strange())
 
 

@@ -16,7 +16,9 @@ def main() -> None:
     """SEAL adapters: merge them, and see what a recipe can say."""
 
 
-@app.command(epilog="Example: python -m axolotl_plugins.seal merge outputs/tiny_line_sealc outputs/tiny_line_sealc_merged")
+@app.command(
+    epilog="Example: python -m axolotl_plugins.seal merge outputs/tiny_line_sealc outputs/tiny_line_sealc_merged"
+)
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
     out: Annotated[Path, typer.Argument(help="Model folder to write.")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ class SealLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("seal_scale",)
+
+    # What BaseTunerLayer gives, for the type checker: nn.Module claims every name to be a tensor or a module.
+    active_adapters: list[str]
+    get_base_layer: Callable[[], Any]
+    set_adapter: Callable[..., None]
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: SealConfig, num_heads: int) -> None:
         """Wrap ``base_layer`` and give it its first adapter."""
@@ -139,7 +145,7 @@ def projection_shape(module: nn.Module) -> tuple[int, int]:
     raise TypeError(f"SEAL scales the input of a Linear or Conv1D projection, found {type(module).__name__}")
 
 
-def scale_columns(module: nn.Module, scale: torch.Tensor) -> torch.Tensor:
+def scale_columns(module: nn.Linear | Conv1D, scale: torch.Tensor) -> torch.Tensor:
     """The weight of ``module`` with input channel c multiplied by ``scale[c]``, formed in float32, in its own dtype."""
     column = scale[:, None] if isinstance(module, Conv1D) else scale
     return (module.weight.data.float() * column).to(module.weight.dtype)

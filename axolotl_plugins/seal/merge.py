@@ -168,9 +168,7 @@ def merge(
     # Wrapped names lose PEFT's prefix and the wrapper's level, and become those of the base model.
     exact = loaded.model.float()
     unmerged = last_logits(exact, prompts)
-    changed = {
-        name.removeprefix("base_model.model."): tensor for name, tensor in merged_tensors(exact, into).items()
-    }
+    changed = {name.removeprefix("base_model.model."): tensor for name, tensor in merged_tensors(exact, into).items()}
     plain: PreTrainedModel = exact.unload()
     parameters = dict(plain.named_parameters())
     for name, tensor in changed.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
@@ -79,7 +79,7 @@ class SealModel(BaseTuner):
 
     prefix: str = "seal_"
     tuner_layer_cls = SealLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     @staticmethod
     def _check_target_module_exists(peft_config: SealConfig, key: str) -> bool:
@@ -113,11 +113,13 @@ class SealModel(BaseTuner):
                 f"the model has layers {every[0] if every else 'none'} to {every[-1] if every else 'none'}, "
                 f"and its attention outputs are {find_attention_outputs(model)}"
             )
+        heads = peft_config.num_heads
+        assert heads is not None  # see _prepare_adapter_config
         for name, module in targets:
             channels = module.in_features if isinstance(module, SealLayer) else projection_shape(module)[0]
-            if channels % peft_config.num_heads:
+            if channels % heads:
                 raise ValueError(
-                    f"{name} reads {channels} channels, which {peft_config.num_heads} heads do not divide: "
+                    f"{name} reads {channels} channels, which {heads} heads do not divide: "
                     "give num_heads, or other target_modules"
                 )
 
@@ -131,7 +133,9 @@ class SealModel(BaseTuner):
             return
         if isinstance(target, BaseTunerLayer):
             raise ValueError(f"{current_key} carries an adapter of another kind: merge that one first")
-        layer = SealLayer(target, adapter_name, peft_config, peft_config.num_heads)
+        heads = peft_config.num_heads
+        assert heads is not None
+        layer = SealLayer(target, adapter_name, peft_config, heads)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

@@ -54,7 +54,7 @@ def check_recipe(cfg: dict[str, Any]) -> SealBlock:
             raise ValueError("seal.granularity: missing: add `granularity: head` (SEAL-H) or `channel` (SEAL-C)")
         if cfg.get("weight_decay"):
             raise ValueError(
-                f"weight_decay: found {cfg['weight_decay']}, which pulls the scales to 0, not to 1: set `weight_decay: 0`"
+                f"weight_decay: found {cfg['weight_decay']}, which would pull the scales to 0: set `weight_decay: 0`"
             )
         if cfg.get("merge_method") != "legacy":
             raise ValueError("merge_method: set `merge_method: legacy`; Axolotl's default method knows LoRA alone")
@@ -158,12 +158,10 @@ class SealPlugin(BasePlugin):
         except (ValueError, OSError) as error:
             sys.exit(f"seal: {first_line(error)}")
 
-    def _load_adapter(
-        self, model: PreTrainedModel, cfg: Any, config_only: bool
-    ) -> tuple[PeftModel | None, PeftConfig]:
+    def _load_adapter(self, model: PreTrainedModel, cfg: Any, config_only: bool) -> tuple[PeftModel | None, PeftConfig]:
         block = parse_block(cfg.seal)
         config = SealConfig(
-            granularity=block.granularity,
+            granularity=block.granularity or "channel",
             target_modules=block.target_modules,
             layers=block.layers,
             num_heads=block.num_heads,

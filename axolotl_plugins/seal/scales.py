@@ -18,7 +18,7 @@ def scale_matrix(model: nn.Module) -> dict[int, torch.Tensor]:
     Returns:
         Layer index -> float32 of shape (heads, head_dim), on the CPU; heads of a SEAL-H adapter have equal rows.
     """
-    scales = {}
+    scales: dict[int, torch.Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, SealLayer) and (scale := module.active_scale()) is not None:
             index = layer_index(name)

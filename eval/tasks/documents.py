@@ -10,7 +10,9 @@ from data_gen.generate import Request, generate, load_tokenizer
 from eval.score import last_integer
 
 
-def documents(*, task: str, tokenizer: str, lengths: list[int], samples: int, seed: int, **_: Any) -> dict[str, Dataset]:
+def documents(
+    *, task: str, tokenizer: str, lengths: list[int], samples: int, seed: int, **_: Any
+) -> dict[str, Dataset]:
     """Test samples of every length, from the same generator as the training samples."""
     loaded = load_tokenizer(tokenizer)
     rows = [

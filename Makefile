@@ -1,0 +1,59 @@
+# `make` alone lists what there is. `make demo` and `make test` set up what they need.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := AXOLOTL_DO_NOT_TRACK=1 $(BIN)/python
+
+RECIPE ?= recipes/tiny_line_sealc.yml
+MODEL ?= recipes/tiny
+TASK ?= line
+LENGTHS ?=
+SAMPLES ?= 50
+ADAPTER ?= outputs/tiny_line_sealc
+OUT ?= $(patsubst %/,%,$(ADAPTER))_merged
+INTO ?= auto
+TOKENS ?= 1900
+SEEDS ?= 0 1 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test train data eval merge lint tiny-model
+
+help: ## list the targets and their variables
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.installed ## make a virtual environment in .venv and install everything into it
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "setup: needs Python 3.10 or newer, found " + sys.version.split()[0] + ": make setup PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: setup ## score, tune, merge, score again and draw on the small model: results/demo.png   [SEEDS="0 1 2"]
+	$(RUN) -m recipes.demo --seeds $(SEEDS)
+
+test: setup ## lint, then run the tests (minutes; `pytest -m slow` has the rest)
+	@$(MAKE) --no-print-directory lint
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadscope -m "not slow"
+
+train: setup ## tune with a recipe   [RECIPE=recipes/tiny_line_sealc.yml]
+	AXOLOTL_DO_NOT_TRACK=1 $(BIN)/accelerate launch -m axolotl.cli.train $(RECIPE)
+
+data: setup ## write training samples   [TASK=line MODEL=recipes/tiny TOKENS=1900 SAMPLES=50]
+	$(RUN) -m data_gen $(TASK) --tokenizer $(MODEL) --tokens $(TOKENS) --samples $(SAMPLES) --out data/$(TASK)_$(TOKENS).jsonl
+
+eval: setup ## score a model, merged folder or adapter   [MODEL=recipes/tiny TASK=line LENGTHS=512,1900 SAMPLES=50]
+	$(RUN) -m eval run --model $(MODEL) --task $(TASK) --lengths "$(LENGTHS)" --samples $(SAMPLES)
+
+merge: setup ## fold an adapter into its model's weights   [ADAPTER=... OUT=ADAPTER_merged INTO=auto|o_proj|v_proj]
+	$(RUN) -m axolotl_plugins.seal merge $(ADAPTER) $(OUT) --into $(INTO)
+
+lint: setup ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+tiny-model: setup ## train the small base model in recipes/tiny again, from nothing
+	$(RUN) -m recipes.tiny_model

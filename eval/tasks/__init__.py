@@ -1,0 +1,1 @@
+"""The tasks lm-eval is given."""

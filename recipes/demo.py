@@ -1,0 +1,276 @@
+"""The whole path on the small model: score, tune, merge, score again, draw (``make demo``).
+
+Every step is the command a user would type, two at a time; a step that is done is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.progress import Progress, TimeElapsedColumn
+
+from data_gen.generate import write_atomically
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = Path("recipes/tiny")
+METHODS = {"sealh": "SEAL-H", "sealc": "SEAL-C"}
+LENGTHS = (256, 512, 1024, 1448, 1900)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the demo.
+
+    Attributes:
+        name: also of its log file.
+        command: what is run.
+        makes: there once the command has succeeded.
+        needs: names of steps that must be done before.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    makes: Path
+    needs: tuple[str, ...] = ()
+
+
+def derive_recipe(recipe: Path, seed: int, output_dir: Path, folder: Path) -> Path:
+    """The same recipe with another seed for data and training: the file itself is what is launched.
+
+    Seed 0 is the recipe as it is, but for its ``output_dir``.
+    """
+    settings = yaml.safe_load(recipe.read_text())
+    settings["seed"] += seed
+    settings["seal"]["data"]["seed"] += seed
+    settings["datasets"][0]["path"] = settings["datasets"][0]["path"].replace("seed0", f"seed{seed}")
+    settings["output_dir"] = str(output_dir)
+    derived = folder / f"{recipe.stem}_seed{seed}.yml"
+    write_atomically(derived, yaml.safe_dump(settings, sort_keys=False))
+    return derived
+
+
+def plan(seeds: list[int], samples: int, work: Path) -> list[Step]:
+    """All steps, in an order in which they can be done."""
+    python = sys.executable
+
+    def score(name: str, model: Path, needs: tuple[str, ...] = ()) -> Step:
+        out = work / "scores" / f"{name}.json"
+        lengths = ",".join(map(str, LENGTHS))
+        command = (python, "-m", "eval", "run", "--model", str(model), "--task", "line", "--lengths", lengths,
+                   "--samples", str(samples), "--batch-size", "10", "--out", str(out))  # fmt: skip
+        return Step(f"score {name}", command, out, needs)
+
+    steps = [score("base", BASE)]
+    for seed in seeds:
+        for method in METHODS:
+            name = f"{method}_seed{seed}"
+            adapter, merged = work / name, work / f"{name}_merged"
+            recipe = derive_recipe(Path(f"recipes/tiny_line_{method}.yml"), seed, adapter, work / "recipes")
+            launch = (python, "-m", "accelerate.commands.launch", "-m", "axolotl.cli.train", str(recipe))
+            steps.append(Step(f"tune {name}", launch, adapter / "adapter_model.safetensors"))
+            fold = (python, "-m", "axolotl_plugins.seal", "merge", str(adapter), str(merged))
+            steps.append(Step(f"merge {name}", fold, merged, (f"tune {name}",)))
+            steps.append(score(name, adapter, (f"tune {name}",)))
+            steps.append(score(f"{name}_merged", merged, (f"merge {name}",)))
+    return steps
+
+
+def run_step(step: Step, logs: Path) -> float:
+    """Run one step, its output in a log file; returns seconds.
+
+    Raises:
+        RuntimeError: it failed; the message is the end of its output.
+    """
+    if step.makes.is_dir():
+        shutil.rmtree(step.makes)
+    log = logs / f"{step.name.replace(' ', '_')}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    start = time.time()
+    with log.open("w") as file:
+        done = subprocess.run(step.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    if done.returncode or not step.makes.exists():
+        tail = "\n".join(log.read_text(errors="replace").strip().splitlines()[-15:])
+        raise RuntimeError(f"{step.name} failed (exit {done.returncode}); the end of {log}:\n{tail}")
+    return round(time.time() - start, 1)
+
+
+def run_all(
+    steps: list[Step], state_file: Path, logs: Path, jobs: int, tell: Callable[[str], object]
+) -> dict[str, float]:
+    """Run the steps that are not done yet, ``jobs`` at a time; returns the seconds of each.
+
+    What is done is written down after every step, so that an interrupted run goes on where it was.
+    """
+    state: dict[str, float] = json.loads(state_file.read_text()) if state_file.exists() else {}
+    state = {step.name: state[step.name] for step in steps if step.name in state and step.makes.exists()}
+    todo = [step for step in steps if step.name not in state]
+    running: dict[Future[float], Step] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            while todo or running:
+                for step in [step for step in todo if all(need in state for need in step.needs)]:
+                    if len(running) < jobs:
+                        todo.remove(step)
+                        running[pool.submit(run_step, step, logs)] = step
+                tell(", ".join(step.name for step in running.values()))
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    state[running.pop(future).name] = future.result()
+                    write_atomically(state_file, json.dumps(state, indent=1) + "\n")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return state
+
+
+def collect(seeds: list[int], seconds: dict[str, float], work: Path) -> dict[str, Any]:
+    """Gather the scores of all steps into what ``results/demo.json`` holds.
+
+    Raises:
+        RuntimeError: a merged model answered anything otherwise than the unmerged one.
+    """
+    from safetensors.torch import load_file
+
+    def scores(name: str) -> dict[str, Any]:
+        return json.loads((work / "scores" / f"{name}.json").read_text())
+
+    base = scores("base")
+    result: dict[str, Any] = {
+        "task": "line",
+        "base_model": str(BASE),
+        "samples_per_length": base["scores"][0]["count"],
+        "lengths_tokens": [score["tokens"] for score in base["scores"]],
+        "seeds": seeds,
+        "trainable_parameters": {},
+        "accuracy": {"base": [[score["accuracy"] for score in base["scores"]]]},
+        "scales": {},
+    }
+    for method, title in METHODS.items():
+        runs = []
+        for seed in seeds:
+            name = f"{method}_seed{seed}"
+            unmerged, merged = scores(name), scores(f"{name}_merged")
+            ours, theirs = ([row["response"] for row in run["responses"]] for run in (unmerged, merged))
+            if different := sum(a != b for a, b in zip(ours, theirs, strict=True)):
+                raise RuntimeError(f"{name}: merged and unmerged differ in {different} of {len(ours)} answers")
+            runs.append([score["accuracy"] for score in merged["scores"]])
+        weights = load_file(work / f"{method}_seed{seeds[0]}" / "adapter_model.safetensors")
+        heads = json.loads((work / f"{method}_seed{seeds[0]}" / "adapter_config.json").read_text())["num_heads"]
+        result["trainable_parameters"][title] = sum(tensor.numel() for tensor in weights.values())
+        result["accuracy"][title] = runs
+        result["scales"][title] = [tensor.view(heads, -1).mean(1).tolist() for _, tensor in sorted(weights.items())]
+    result["merged_equals_unmerged"] = True
+    result["seconds"] = seconds
+    return result
+
+
+def draw(result: dict[str, Any], out: Path) -> None:
+    """Accuracy by length, and the scales that were learned (seed by seed means over channels)."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    from eval.plot import draw_accuracy, draw_scales, save_figure
+    from eval.score import wilson
+
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(14, 4.2), width_ratios=(1.5, 1, 1), layout="constrained"
+    )
+    count = result["samples_per_length"]
+    runs = [
+        {
+            "method": method,
+            "scores": [
+                {
+                    "tokens": tokens,
+                    "accuracy": accuracy,
+                    **dict(zip(("low", "high"), wilson(accuracy * count, count), strict=True)),
+                }
+                for tokens, accuracy in zip(result["lengths_tokens"], row, strict=True)
+            ],
+        }
+        for method, rows in result["accuracy"].items()
+        for row in rows
+    ]
+    draw_accuracy(left, runs)
+    left.set_title(f"Line retrieval, {count} test samples per length, {len(result['seeds'])} seeds")
+    for axes, method in ((middle, "SEAL-H"), (right, "SEAL-C")):
+        what = "scales" if method == "SEAL-H" else "scales, mean of each head"
+        number = result["trainable_parameters"][method]
+        draw_scales(figure, axes, np.array(result["scales"][method]), f"{method}: {number} {what}")
+    save_figure(figure, out)
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Mean accuracy over seeds, and their range, by length."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Line retrieval: accuracy, mean over seeds {result['seeds']} (range)")
+    table.add_column("method")
+    table.add_column("parameters", justify="right")
+    for tokens in result["lengths_tokens"]:
+        table.add_column(f"{tokens:.0f} tokens", justify="right")
+    for method, runs in result["accuracy"].items():
+        cells = []
+        for values in zip(*runs, strict=True):
+            spread = f" ({min(values):.2f}-{max(values):.2f})" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):.2f}{spread}")
+        table.add_row(method, str(result["trainable_parameters"].get(method, "-")), *cells)
+    Console().print(table)
+
+
+def fingerprint(*parts: object) -> str:
+    """Changes with the base model, the recipes and the demo's own settings: results of another demo are not reused."""
+    digest = hashlib.sha256(repr(parts).encode())
+    for path in sorted([*BASE.iterdir(), *Path("recipes").glob("tiny_*.yml")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def main() -> None:
+    """Run the demo from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one tuning of each kind per seed")
+    parser.add_argument("--samples", type=int, default=100, help="test samples per length")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="steps run side by side")
+    parser.add_argument("--out", type=Path, default=Path("results/demo.json"))
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    start = time.time()
+    work = Path("outputs/demo") / fingerprint(args.seeds, args.samples, LENGTHS)
+    try:
+        steps = plan(args.seeds, args.samples, work)
+        with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as progress:
+            bar = progress.add_task("demo", total=len(steps))
+
+            def tell(running: str) -> None:
+                done = len(json.loads((work / "state.json").read_text())) if (work / "state.json").exists() else 0
+                progress.update(bar, completed=done, description=running or "demo")
+
+            seconds = run_all(steps, work / "state.json", work / "logs", args.jobs, tell)
+        result = collect(args.seeds, seconds, work)
+    except (RuntimeError, OSError) as error:
+        sys.exit(f"demo: {error}")
+    except KeyboardInterrupt:
+        sys.exit("demo: interrupted; the same command goes on from here")
+    draw(result, args.out.with_suffix(".png"))
+    write_atomically(args.out, json.dumps(result, indent=1) + "\n")
+    print_table(result)
+    print(f"{args.out} and {args.out.with_suffix('.png')}, {time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Axolotl's own commands on a recipe, run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from axolotl_plugins.seal.load import load
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "recipes" / "tiny"
+STEPS = 4
+
+
+def run(folder: Path, *command: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", *command], cwd=folder, env=environment, input=stdin, capture_output=True, text=True,
+        timeout=600,
+    )  # fmt: skip
+
+
+def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """What the recipe's header says: accelerate launch -m axolotl.cli.train recipe.yml."""
+    return run(folder, "accelerate.commands.launch", "-m", "axolotl.cli.train", "recipe.yml", *arguments)
+
+
+def write_recipe(folder: Path, **changes: object) -> dict:
+    """The shipped SEAL-C recipe, made short."""
+    recipe = yaml.safe_load((ROOT / "recipes" / "tiny_line_sealc.yml").read_text())
+    recipe |= {"base_model": str(TINY), "sequence_len": 512, "max_steps": STEPS, "output_dir": "out"}
+    recipe["seal"]["data"] |= {"tokens": "300:500", "samples": 8}
+    recipe |= changes
+    (folder / "recipe.yml").write_text(yaml.safe_dump({k: v for k, v in recipe.items() if v is not None}))
+    return recipe
+
+
+def scales(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def refusal(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line that the plugin says."""
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("seal: ")]
+    assert len(lines) == 1, done.stderr[-2000:]
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A short run with a checkpoint half-way."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_recipe(folder, save_strategy="steps", save_steps=STEPS // 2)
+    done = launch(folder)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder, done.stdout + done.stderr
+
+
+def test_training_moves_only_scales_and_logs_them(trained):
+    folder, output = trained
+    tensors = scales(folder / "out")
+    layers, channels = 3, 128
+    assert {tuple(t.shape) for t in tensors.values()} == {(channels,)} and len(tensors) == layers
+    assert all(t.dtype == torch.float32 and (t != 1).all() and (t - 1).abs().max() < 0.5 for t in tensors.values())
+    assert f"trainable params: {layers * channels} " in output
+    log = json.loads(next((folder / "out").glob("checkpoint-*/trainer_state.json")).read_text())["log_history"]
+    step = next(entry for entry in log if "loss" in entry)
+    assert {"seal/mean", "seal/min", "seal/max", "seal/raised_layer", "seal/lowered_head"} <= step.keys()
+    assert step["seal/min"] < 1 < step["seal/max"]
+
+
+def test_resumed_training_ends_with_the_same_bits(trained):
+    folder, _ = trained
+    resumed = folder / "resumed"
+    resumed.mkdir()
+    write_recipe(resumed, save_strategy="steps", save_steps=STEPS // 2)
+    checkpoint = f"checkpoint-{STEPS // 2}"
+    shutil.copytree(folder / "out" / checkpoint, resumed / "out" / checkpoint)
+    half, whole = scales(folder / "out" / checkpoint), scales(folder / "out")
+    assert not any(torch.equal(half[name], whole[name]) for name in whole)
+    done = launch(resumed, f"--resume-from-checkpoint=out/{checkpoint}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    again = scales(resumed / "out")
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_preprocess_makes_data_and_stops(tmp_path):
+    write_recipe(tmp_path)
+    done = run(tmp_path, "axolotl.cli.preprocess", "recipe.yml")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "data/tiny_line_seed0.jsonl").exists() and any((tmp_path / "data/prepared").iterdir())
+
+
+def test_evaluate_applies_the_adapter(trained):
+    folder, _ = trained
+    losses = {}
+    for name, extra in (("base", []), ("tuned", ["--lora-model-dir=out"])):
+        out = folder / name
+        done = run(folder, "axolotl.cli.evaluate", "recipe.yml", f"--output-dir={out}", "--val-set-size=0.5", *extra)
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows = (out / "eval_summary.csv").read_text().splitlines()
+        losses[name] = next(row for row in rows if row.startswith("loss"))
+    assert losses["base"] != losses["tuned"]
+
+
+def test_inference_applies_the_adapter_or_says_what_is_missing(trained):
+    folder, _ = trained
+    prompt = "Tell me what is the <REGISTER_CONTENT> in line able-jeans? I need the number."
+    done = run(folder, "axolotl.cli.inference", "recipe.yml", "--lora-model-dir=out", stdin=prompt)
+    assert "REGISTER_CONTENT> in line able-jeans is" in done.stdout.replace("\n", " "), done.stderr[-3000:]
+    missing = run(folder, "axolotl.cli.inference", "recipe.yml", stdin=prompt)
+    assert "add --lora-model-dir=FOLDER" in refusal(missing)
+
+
+def test_axolotls_merge_has_the_adapters_logits(trained):
+    folder, _ = trained
+    done = run(folder, "axolotl.cli.merge_lora", "recipe.yml", "--lora-model-dir=out")
+    assert done.returncode == 0, done.stderr[-3000:]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "out/merged")
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "line able-jeans: REGISTER_CONTENT is <6782>\n"}],
+        return_tensors="pt", return_dict=True,
+    )["input_ids"]  # fmt: skip
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(TINY)(ids).logits
+        tuned = load(folder / "out").model(input_ids=ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(folder / "out/merged")(ids).logits
+    assert (base - tuned).abs().max() > 1e-2
+    torch.testing.assert_close(merged, tuned, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": None}, "seed: missing"),
+        ({"weight_decay": 0.01}, "weight_decay: found 0.01"),
+        ({"excess_length_strategy": None}, "excess_length_strategy: found None"),
+        ({"excess_length_strategy": "truncate"}, "excess_length_strategy: found 'truncate'"),
+        ({"pad_to_multiple_of": None}, "pad_to_multiple_of"),
+        ({"pad_to_sequence_len": True}, "pad_to_sequence_len"),
+        ({"sample_packing": True}, "sample_packing"),
+        ({"merge_method": None}, "merge_method: legacy"),
+        ({"seal": {"granularity": "heads"}}, "seal.granularity: found 'heads'"),
+        ({"seal": {"granularty": "head"}}, "seal.granularty: no such setting"),
+        ({"seal": {"granularity": "head", "data": {"task": "line", "token": 4}}}, "seal.data.token: no such setting"),
+        ({"seal": {"granularity": "head", "data": {"task": "lines", "tokens": 400}}}, "expected one of line"),
+        ({"seal": None}, "seal.granularity: missing"),
+    ],
+)
+def test_recipes_that_would_ruin_a_run_are_refused(changes, message, tmp_path, capsys):
+    """The plugin's own entry, called as Axolotl calls it; a launch of one of them is tried below."""
+    from axolotl.utils.dict import DictDefault
+
+    from axolotl_plugins.seal import SealPlugin
+
+    write_recipe(tmp_path, **changes)
+    with pytest.raises(SystemExit) as refused:
+        SealPlugin().register(DictDefault(yaml.safe_load((tmp_path / "recipe.yml").read_text())))
+    assert message in str(refused.value) and str(refused.value).startswith("seal: ")
+    assert "\n" not in str(refused.value)
+
+
+def test_launching_a_ruinous_recipe_prints_one_line_and_writes_nothing(tmp_path):
+    write_recipe(tmp_path, weight_decay=0.1)
+    assert "weight_decay: found 0.1" in refusal(launch(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yml"]
+
+
+def test_data_that_does_not_match_its_recipe_is_refused(trained, tmp_path):
+    folder, _ = trained
+    shutil.copytree(folder / "data", tmp_path / "data", ignore=shutil.ignore_patterns("prepared"))
+    recipe = write_recipe(tmp_path)
+    recipe["seal"]["data"]["samples"] = 9
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    assert "samples 8, but 9 is asked for" in refusal(launch(tmp_path))
+
+
+def test_a_sample_longer_than_sequence_len_stops_the_run(tmp_path):
+    write_recipe(tmp_path, sequence_len=320)
+    done = launch(tmp_path)
+    assert done.returncode != 0 and not (tmp_path / "out/adapter_model.safetensors").exists()

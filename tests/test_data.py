@@ -1,0 +1,196 @@
+"""Line retrieval data: LongEval's text, exact lengths, equal bytes, splits that cannot meet."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from data_gen import line
+from data_gen.generate import Request, accepts, count_tokens, generate, load_tokenizer, manifest_path, write
+from data_gen.sizing import largest
+
+TINY = Path(__file__).parent.parent / "recipes" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY)
+
+
+def data_gen(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "data_gen", *arguments], capture_output=True, text=True, cwd=cwd, timeout=120
+    )
+
+
+def test_text_is_longevals():
+    """The literal text of LongEval's generator with these values, and the paper's answer (appendix B.1)."""
+    record = line.Record((("torpid-kid", 2416), ("able-jeans", 6782)), position=0.6)
+    drawn = line.render(record, 2)
+    assert drawn["prompt"] == (
+        "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
+        "'<REGISTER_CONTENT>' at the end of the line as a numerical value. For each line index, memorize its "
+        "corresponding <REGISTER_CONTENT>. At the end of the record, I will ask you to retrieve the corresponding "
+        "<REGISTER_CONTENT> of a certain line index. Now the record start:\n\n"
+        "line torpid-kid: REGISTER_CONTENT is <2416>\n"
+        "line able-jeans: REGISTER_CONTENT is <6782>\n"
+        "\nNow the record is over. Tell me what is the <REGISTER_CONTENT> in line able-jeans? I need the number."
+    )
+    assert drawn["answer"] == "The <REGISTER_CONTENT> in line able-jeans is 6782."
+    assert (drawn["line"], drawn["lines"], drawn["key"], drawn["number"]) == (1, 2, "able-jeans", 6782)
+
+
+@pytest.mark.skipif("LONGEVAL_CASES" not in os.environ, reason="LONGEVAL_CASES names no folder of LongEval's cases")
+def test_rendering_reproduces_longevals_own_cases():
+    files = sorted(Path(os.environ["LONGEVAL_CASES"]).glob("*_lines.jsonl"))
+    assert files
+    for file in files:
+        for row in map(json.loads, file.read_text().splitlines()):
+            lines = re.findall(r"^line (.+): REGISTER_CONTENT is <(\d+)>$", row["prompt"], re.MULTILINE)
+            record = line.Record(
+                tuple((key, int(number)) for key, number in lines), (row["random_idx"][1] + 0.5) / len(lines)
+            )
+            drawn = line.render(record, len(lines))
+            assert drawn["prompt"] == row["prompt"].rstrip(" ")  # the published files end in a space
+            assert drawn["number"] == row["expected_number"]
+
+
+@pytest.mark.parametrize("tokens", [235, 300, 999, 1900, 8000])
+def test_length_is_never_over_and_at_most_a_line_short(tokenizer, tokens):
+    for sample in generate(Request("line", str(tokens), samples=8), tokenizer):
+        found = count_tokens(tokenizer, sample["messages"])
+        assert found == sample["tokens"] <= tokens
+        prompt = sample["messages"][0]["content"]
+        assert tokens - found < len(tokenizer(line.LINE.format(key="absolute-contact lens", number=50000))["input_ids"])
+        assert prompt.count("\nline ") == sample["lines"]
+        assert f"line {sample['key']}: REGISTER_CONTENT is <{sample['number']}>\n" in prompt
+
+
+def test_lengths_of_a_range_spread_over_it(tokenizer):
+    found = [sample["tokens"] for sample in generate(Request("line", "300:1900", samples=30), tokenizer)]
+    assert min(found) < 700 and max(found) > 1500 and max(found) <= 1900
+
+
+def test_numbers_and_positions_spread(tokenizer):
+    samples = list(generate(Request("line", lines=20, samples=200), tokenizer))
+    assert {sample["line"] for sample in samples} == set(range(20))
+    numbers = [sample["number"] for sample in samples]
+    assert min(numbers) >= 1 and max(numbers) <= 50_000
+    assert 20_000 < sum(numbers) / len(numbers) < 30_000
+    keys = [re.findall(r"^line (.+): ", s["messages"][0]["content"], re.MULTILINE) for s in samples]
+    assert all(len(set(column)) == 20 for column in keys)
+
+
+def test_a_sample_depends_on_its_index_alone(tokenizer):
+    few = list(generate(Request("line", "400", samples=3), tokenizer))
+    many = list(generate(Request("line", "400", samples=6), tokenizer))
+    assert few == many[:3]
+    assert few != list(generate(Request("line", "400", samples=3, seed=1), tokenizer))
+
+
+def test_splits_never_meet():
+    """By construction: a bit of the answer's hash decides the split. Over 10,000 draws of a tiny task as well."""
+    answers = {"train": set(), "test": set()}
+    for split, found in answers.items():
+        for index in range(10_000):
+            drawn = line.render(
+                line.draw_record(
+                    1, random.Random(f"{split}{index}"), lambda answer, split=split: accepts(split, answer)
+                ),
+                1,
+            )
+            found.add(drawn["answer"])
+    assert len(answers["train"]) > 9_900 and not answers["train"] & answers["test"]
+    # The rule itself separates any answers, however few there are to draw from.
+    answers = [str(number) for number in range(1000)]
+    assert all(accepts("train", answer) != accepts("test", answer) for answer in answers)
+    assert 400 < sum(accepts("train", answer) for answer in answers) < 600
+
+
+def test_more_lines_than_adjectives():
+    keys = line.draw_keys(3000, random.Random(0))
+    assert len(set(keys)) == 3000
+    adjectives = len(line.words()[0])
+    assert len({key.split("-")[0] for key in keys[:adjectives]}) > 0.98 * adjectives
+
+
+@pytest.mark.parametrize("answer", [1, 2, 3, 17, 100, 1023])
+@pytest.mark.parametrize("guess", [-5, 1, 2, 16, 100, 2000])
+def test_largest(answer, guess):
+    assert largest(lambda n: n <= answer, guess) == answer
+
+
+def test_same_command_same_bytes_and_nothing_done_twice(tmp_path):
+    arguments = ["line", "--tokenizer", str(TINY), "--tokens", "400", "--samples", "4", "--out"]
+    for name in ("one.jsonl", "two.jsonl"):
+        assert data_gen(*arguments, name, cwd=tmp_path).returncode == 0
+    one, two = (tmp_path / name for name in ("one.jsonl", "two.jsonl"))
+    assert one.read_bytes() == two.read_bytes()
+    stamp = one.stat().st_mtime_ns
+    again = data_gen(*arguments, "one.jsonl", cwd=tmp_path)
+    assert again.returncode == 0 and "already there" in again.stdout
+    assert one.stat().st_mtime_ns == stamp
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "one.jsonl", "one.jsonl.manifest.json", "two.jsonl", "two.jsonl.manifest.json"
+    ]  # fmt: skip
+
+
+def test_a_file_cut_off_before_its_manifest_is_completed(tmp_path, tokenizer):
+    request, out = Request("line", "400", samples=3), tmp_path / "x.jsonl"
+    write(request, tokenizer, out)
+    wanted = out.read_bytes(), manifest_path(out).read_bytes()
+    manifest_path(out).unlink()
+    assert write(request, tokenizer, out)
+    assert (out.read_bytes(), manifest_path(out).read_bytes()) == wanted
+
+
+def test_a_file_that_is_not_what_is_asked_for_is_an_error(tmp_path, tokenizer):
+    out = tmp_path / "x.jsonl"
+    write(Request("line", "400", samples=3), tokenizer, out)
+    with pytest.raises(ValueError, match="samples 3, but 4 is asked for"):
+        write(Request("line", "400", samples=4), tokenizer, out)
+    with pytest.raises(ValueError, match="seed 0, but 1"):
+        write(Request("line", "400", samples=3, seed=1), tokenizer, out)
+    out.write_text(out.read_text().replace("REGISTER", "register", 1))
+    with pytest.raises(ValueError, match="was changed after it was made"):
+        write(Request("line", "400", samples=3), tokenizer, out)
+    manifest_path(out).unlink()
+    with pytest.raises(ValueError, match="other data"):
+        write(Request("line", "400", samples=3), tokenizer, out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lines", "--tokens", "400"], "expected one of line"),
+        (["line", "--tokens", "400", "--samples", "0"], "samples: found 0"),
+        (["line", "--tokens", "40"], "40 is too short"),
+        (["line", "--tokens", "400:300"], "tokens: found '400:300'"),
+        (["line", "--tokens", "4k"], "tokens: found '4k'"),
+        (["line"], "either as tokens or as lines"),
+        (["line", "--tokens", "400", "--lines", "4"], "either as tokens or as lines"),
+        (["line", "--tokens", "400", "--tokenizer", "no/such/folder"], "cannot load 'no/such/folder'"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path):
+    if "--tokenizer" not in arguments:
+        arguments = [*arguments, "--tokenizer", str(TINY)]
+    done = data_gen(*arguments, "--out", "x.jsonl", cwd=tmp_path)
+    lines = [text for text in done.stderr.splitlines() if text.startswith("data_gen: ")]
+    assert done.returncode == 1 and len(lines) == 1 and message in lines[0], done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_without_template_is_refused(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="no chat template"):
+        load_tokenizer(str(tmp_path))

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
+import os
 import random
 import re
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data_gen import line
+from data_gen.generate import Request, generate
 
 # Words with at most one leading space, single digits, punctuation with the line break that may follow it.
 PIECES = r" ?\p{L}[\p{L}_]*|\d| ?[^\s\p{L}\d]+\n?|\s"
@@ -297,48 +299,110 @@ def pretrain(
                 reached(f"{now}: {stages[now]}")
                 now, accuracy = now + 1, 0.6
         if step % 100 == 0:
-            rate = seen / (time.time() - start)
+            clock = time.time() - start
             print(
-                f"step {step} {time.time() - start:.0f}s {rate:.0f} tok/s loss {loss:.3f} first digit {accuracy:.3f} stage {now}/{len(stages) - 1}",
+                f"step {step}, {clock:.0f} s, {seen / clock:.0f} tokens/s: loss {loss:.3f}, "
+                f"first digits right {accuracy:.2f}, stage {now} of {len(stages) - 1}",
                 flush=True,
             )
     reached("polished")
     return log
 
 
+@torch.no_grad()
+def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tokens: int, samples: int) -> float:
+    """Share of test samples of up to ``tokens`` tokens whose whole answer is the model's first choice throughout."""
+    model.eval()
+    right = 0
+    for sample in generate(Request("line", str(tokens), samples=samples, seed=1, split="test"), tokenizer):
+        ids = tokenizer.apply_chat_template(sample["messages"], return_dict=False)
+        answer = len(tokenizer(sample["answer"], add_special_tokens=False)["input_ids"]) + 1  # and the end of the turn
+        hidden = model.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -answer - 1 : -1]
+        right += model.lm_head(hidden).argmax(-1).tolist() == ids[-answer:]
+    return right / samples
+
+
+def stretched_config(config: LlamaConfig, factor: float, window: int) -> LlamaConfig:
+    """The config with its RoPE base raised NTK-fashion, ``theta * factor^(d / (d - 2))``, and the window declared."""
+    config = LlamaConfig.from_dict(config.to_dict())
+    theta = config.rope_parameters["rope_theta"] * factor ** (config.head_dim / (config.head_dim - 2))
+    config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
+    config.max_position_embeddings = window
+    return config
+
+
+def model_card(args: argparse.Namespace, parameters: int, log: list[dict], rows: list[tuple[int, float, float]]) -> str:
+    """The README of the model's folder."""
+    last = log[-1]
+    table = "\n".join(f"| {tokens} | {before:.2f} | {after:.2f} |" for tokens, before, after in rows)
+    stages = "\n".join(f"| {e['stage']} | {e['step']} | {e['tokens'] / 1e6:.1f} M | {e['seconds']} |" for e in log)
+    return f"""---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# A small model that loses lines
+
+A Llama of {parameters / 1e6:.2f} M parameters ({args.layers} layers, {args.heads} heads of 32) that answers LongEval's
+line questions. It was trained from nothing, on text that `recipes/tiny_model.py` draws, by
+`python -m recipes.tiny_model --seed {args.seed}`: {last["step"]} steps, {last["tokens"] / 1e6:.0f} M tokens,
+{last["seconds"] / 60:.0f} minutes on {os.cpu_count()} CPU cores with torch {torch.__version__.split("+")[0]}. Records
+in training had up to {args.lines} lines. Its RoPE base was then raised NTK-fashion by a factor of {args.factor:g} and
+its window declared as {args.window} tokens; nothing was trained at that length. Training text comes from the
+generator's own draws; the accuracies below are over {args.samples} test samples of `data_gen` per length.
+
+| tokens | as trained | stretched (as shipped) |
+|---:|---:|---:|
+{table}
+
+The tokenizer has one token for each word of the wonderwords lists and of the task's text, single digits, and bytes for
+everything else. The chat template knows the roles user and assistant.
+
+## The curriculum
+
+| stage reached | step | tokens | seconds |
+|---|---:|---:|---:|
+{stages}
+"""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Train, stretch, score and save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny", help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--heads", type=int, default=4, help="heads of 32 channels")
     parser.add_argument("--lines", type=int, default=32, help="longest record in training")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per batch")
-    parser.add_argument("--polish", type=int, default=1000)
+    parser.add_argument("--polish", type=int, default=1000, help="steps at the last stage, with the rate falling")
+    parser.add_argument("--factor", type=float, default=12, help="of the RoPE stretch")
+    parser.add_argument("--window", type=int, default=2048, help="tokens declared after the stretch")
+    parser.add_argument("--samples", type=int, default=200, help="test samples per length for the model card")
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
+    hidden = 32 * args.heads
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=args.hidden,
-            intermediate_size=int(args.hidden * 2.5) // 32 * 32,
+            hidden_size=hidden,
+            intermediate_size=int(hidden * 2.5),
             num_hidden_layers=args.layers,
             num_attention_heads=args.heads,
             head_dim=32,
             max_position_embeddings=1024,
-            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+            rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
             initializer_range=0.05,
             tie_word_embeddings=False,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
         )
     )
-    print(sum(p.numel() for p in model.parameters()) / 1e6, "M parameters", flush=True)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     log = pretrain(
         model,
         Records(tokenizer, args.seed),
@@ -346,11 +410,33 @@ def main(argv: list[str] | None = None) -> None:
         lr=args.lr,
         tokens=args.tokens,
         polish=args.polish,
-        max_steps=30000,
+        max_steps=30_000,
     )
-    model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
-    print(json.dumps(log))
+    save(args, model, tokenizer, parameters, log)
+
+
+def save(
+    args: argparse.Namespace,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    parameters: int,
+    log: list[dict],
+) -> None:
+    """Stretch, score, and write the folder with its card; the folder is replaced as a whole."""
+    partial = args.out.with_name(f".{args.out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    config = stretched_config(model.config, args.factor, args.window)
+    model.save_pretrained(partial)
+    config.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    stretched = LlamaForCausalLM.from_pretrained(partial)
+    rows = []
+    for tokens in (256, 512, 768, 1024, 1448, 1900):
+        rows.append((tokens, *(accuracy(m, tokenizer, tokens, args.samples) for m in (model, stretched))))
+        print("tokens {}: as trained {:.3f}, stretched {:.3f}".format(*rows[-1]), flush=True)
+    (partial / "README.md").write_text(model_card(args, parameters, log, rows))
+    shutil.rmtree(args.out, ignore_errors=True)
+    partial.rename(args.out)
 
 
 if __name__ == "__main__":

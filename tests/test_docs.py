@@ -1,0 +1,67 @@
+"""What the README and the recipes' headers promise exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yml"))
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_a_recipes_header_launches_that_recipe(recipe):
+    assert recipe.read_text().startswith(f"# accelerate launch -m axolotl.cli.train recipes/{recipe.name}\n")
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_every_key_of_a_recipe_is_known(recipe):
+    """Axolotl drops unknown keys without a word, so that a typo would go unnoticed."""
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+    from axolotl.utils.schemas.datasets import SFTDataset
+
+    from axolotl_plugins.seal.args import SealArgs
+
+    settings = yaml.safe_load(recipe.read_text())
+    known = AxolotlInputConfig.model_fields.keys() | {"seal"}
+    assert settings.keys() <= known, settings.keys() - known
+    assert all(value is not None for value in settings.values())
+    SealArgs(seal=settings["seal"])
+    for dataset in settings["datasets"]:
+        assert dataset.keys() <= SFTDataset.model_fields.keys()
+
+
+def test_make_targets_of_the_readme_exist():
+    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = set(re.findall(r"^  make (\S+)", listed, re.MULTILINE))
+    assert {"setup", "demo", "test", "train", "data", "eval", "merge", "lint", "help"} <= targets
+    assert set(re.findall(r"`?make ([a-z-]+)", README)) <= targets
+
+
+def test_paths_of_the_readme_exist():
+    tree = README[README.index("## What is where") :].split("```")[1]
+    folder = ROOT
+    for line in tree.strip().splitlines():
+        names = re.findall(r"[\w.]+/(?:[\w.]+/)*|[\w]+\.py", line.split("   ")[0] if line[0] != " " else line.strip())
+        if line[0] != " ":
+            folder = ROOT / names[0]
+            assert folder.is_dir(), folder
+        else:
+            for name in re.match(r"\s+((?:[\w.]+(?:/|\.py)\s+)+)", line)[1].split():
+                assert (folder / name).exists(), folder / name
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_the_readmes_python_runs():
+    from miniatures import build
+
+    code = README.split("```python\n")[1].split("```")[0]
+    scope = {"model": build("llama_mha")}
+    exec(code, scope)
+    assert sum(p.numel() for p in scope["model"].parameters() if p.requires_grad) == 8

@@ -1,0 +1,96 @@
+"""The small base model: its tokenizer, the text it was trained on, its stretch, and that training it works."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from data_gen import line
+from data_gen.generate import as_messages
+from recipes.tiny_model import Records, accuracy, build_tokenizer, curriculum, pretrain, stretched_config
+
+TINY = Path(__file__).parent.parent / "recipes" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY)
+
+
+def test_shipped_tokenizer_is_the_one_that_is_built(tokenizer):
+    built = build_tokenizer()
+    assert built.get_vocab() == tokenizer.get_vocab() and built.chat_template == tokenizer.chat_template
+
+
+@pytest.mark.parametrize(
+    "text", ["line a-b: REGISTER_CONTENT is <17>\n", "Hé, VAR X1 = 12345;  こんにちは\n\n\tx ", "🙂"]
+)
+def test_any_text_survives(tokenizer, text):
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_words_are_single_tokens_and_digits_stand_alone(tokenizer):
+    adjectives, nouns = line.words()
+    plain = [word for word in nouns if word.isalpha()]
+    assert len(plain) > 6000
+    assert all(len(tokenizer(f"-{noun}:")["input_ids"]) == 3 for noun in plain)
+    assert all(len(tokenizer(f" {word}")["input_ids"]) == 1 for word in adjectives if word.isalpha())
+    assert len(tokenizer("40779")["input_ids"]) == 5
+
+
+def test_last_stage_trains_on_the_very_text_of_data_gen(tokenizer):
+    records = Records(tokenizer, seed=0)
+    stage = dataclasses.replace(curriculum(32)[-1], questions=1)
+    for _ in range(20):
+        ids, weights = records.record(stage, 7, stage.digits)
+        text = tokenizer.decode(ids)
+        lines = re.findall(r"^line (.+): REGISTER_CONTENT is <(\d+)>$", text, re.MULTILINE)
+        asked = re.findall(r"in line (.+)\? I need", text)[0]
+        position = ([key for key, _ in lines].index(asked) + 0.5) / 7
+        drawn = line.render(line.Record(tuple((k, int(n)) for k, n in lines), position), 7)
+        chat = as_messages(drawn["prompt"], drawn["answer"])
+        assert ids == tokenizer.apply_chat_template(chat, return_dict=False)
+        learned = tokenizer.decode([i for i, weight in zip(ids, weights, strict=True) if weight])
+        assert learned == drawn["answer"] + tokenizer.eos_token
+
+
+def test_stretch_is_bloc97s():
+    """theta * s^(d / (d - 2)): 40889.94 for Llama-2 (d = 128) and s = 4."""
+    config = LlamaConfig(head_dim=128, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})
+    stretched = stretched_config(config, 4, 16_384)
+    assert stretched.rope_parameters["rope_theta"] == pytest.approx(40889.94, abs=0.01)
+    assert stretched.max_position_embeddings == 16_384
+    assert config.rope_parameters["rope_theta"] == 10_000
+
+
+def test_training_is_seeded_and_learns():
+    """The first phase, shrunk until it takes seconds: twice the same weights, and the loss it stops at is reached."""
+
+    def train():
+        tokenizer = build_tokenizer()
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                num_attention_heads=1, initializer_range=0.05, tie_word_embeddings=False,
+            )
+        )  # fmt: skip
+        with pytest.raises(RuntimeError, match="after 30 steps: try another --seed"):
+            pretrain(model, Records(tokenizer, 0), curriculum(8), lr=2e-3, tokens=1024, polish=1, max_steps=30)
+        return model.state_dict()
+
+    one, two = train(), train()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_shipped_model_knows_short_records_and_loses_long_ones(tokenizer):
+    model = LlamaForCausalLM.from_pretrained(TINY)
+    assert model.config.max_position_embeddings == 2048
+    assert sum(path.stat().st_size for path in TINY.iterdir()) <= 20e6
+    assert accuracy(model, tokenizer, 256, 30) >= 0.9
+    assert accuracy(model, tokenizer, 1900, 30) <= 0.75

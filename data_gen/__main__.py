@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from data_gen.generate import TASKS, Request, first_line, load_tokenizer, write
+from data_gen.console import quiet_libraries, stop
+from data_gen.generate import TASKS, Request, load_tokenizer, write
 
 EXAMPLE = "python -m data_gen line --tokenizer recipes/tiny --tokens 1900 --samples 50 --seed 0 --out data/line.jsonl"
 
@@ -31,6 +31,7 @@ def main(
     """
     from rich.progress import Progress
 
+    quiet_libraries()
     try:
         request = Request(task, tokens, lines, samples, seed, split)
         with Progress(transient=True) as progress:
@@ -39,7 +40,7 @@ def main(
                 request, load_tokenizer(tokenizer), out, progress=lambda done: progress.update(bar, completed=done)
             )
     except (ValueError, OSError) as error:
-        sys.exit(f"data_gen: {first_line(error)}")
+        stop("data_gen", error)
     print(f"{out}: {samples} samples of {task}" + ("" if written else " (already there)"))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from data_gen import line
+from data_gen.console import first_line
+from data_gen.files import write_text, written_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,11 +106,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def count_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> int:
     """Length of a chat in tokens, chat template included."""
     return len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
@@ -193,10 +189,8 @@ def write(
     if manifest_path(out).exists():
         check(out, wanted)
         return False
-    out.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
+    with written_whole(out) as partial:
         with partial.open("wb") as file:
             for done, sample in enumerate(generate(request, tokenizer), 1):
                 row = (json.dumps(sample, ensure_ascii=False) + "\n").encode()
@@ -206,10 +200,7 @@ def write(
         # A file without its manifest is either a run that was cut off just here, or not ours.
         if out.exists() and out.read_bytes() != partial.read_bytes():
             raise ValueError(f"{out}: holds other data and has no {manifest_path(out).name}: move it away")
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
-    write_atomically(manifest_path(out), json.dumps({**wanted, "sha256": digest.hexdigest()}, indent=2) + "\n")
+    write_text(manifest_path(out), json.dumps({**wanted, "sha256": digest.hexdigest()}, indent=2) + "\n")
     return True
 
 
@@ -236,14 +227,3 @@ def check(out: Path, wanted: dict[str, Any]) -> None:
             )
     if hashlib.sha256(content).hexdigest() != digest:
         raise ValueError(f"{out}: was changed after it was made (its hash is not the manifest's): delete both")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees either all of it or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

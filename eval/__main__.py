@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from data_gen.console import quiet_libraries, stop
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -31,7 +31,7 @@ def run(
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
 ) -> None:
     """Score a model over lengths, and write a table, a JSON file and a picture."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
     from eval.run import run as score
     from eval.run import save
 
@@ -49,7 +49,7 @@ def run(
         path = Path(out) if out else Path("results") / f"{task}_{model.strip('/').replace('/', '_')}.json"
         save(result, path)
     except (ValueError, OSError) as error:
-        sys.exit(f"eval: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+        stop("eval", error)
     from eval.table import print_scores
 
     print_scores([result])

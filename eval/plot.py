@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from data_gen.files import written_whole
+
 COLOURS = {"base": "#555555", "SEAL-H": "#e08214", "SEAL-C": "#2166ac"}
 
 
 def save_figure(figure: Figure, out: Path) -> None:
     """Write a figure as PNG so that a reader sees all of it or none; equal figures give equal bytes."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
+    with written_whole(out) as partial:
         figure.savefig(partial, format="png", dpi=150, metadata={"Software": None})
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
-        plt.close(figure)
+    plt.close(figure)
 
 
 def draw_accuracy(axes: Axes, results: list[dict[str, Any]]) -> None:

@@ -11,7 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from axolotl_plugins.seal.load import Loaded, load
-from data_gen.generate import write_atomically
+from data_gen.files import write_text
 from eval.score import wilson
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
@@ -139,4 +139,4 @@ def save(result: dict[str, Any], out: Path) -> None:
     from eval.plot import accuracy_by_length
 
     accuracy_by_length([result], out.with_suffix(".png"))
-    write_atomically(out, json.dumps(result, indent=1) + "\n")
+    write_text(out, json.dumps(result, indent=1) + "\n")

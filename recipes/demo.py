@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from rich.progress import Progress, TimeElapsedColumn
 
-from data_gen.generate import write_atomically
+from data_gen.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = Path("recipes/tiny")
@@ -58,7 +58,7 @@ def derive_recipe(recipe: Path, seed: int, output_dir: Path, folder: Path) -> Pa
     settings["datasets"][0]["path"] = settings["datasets"][0]["path"].replace("seed0", f"seed{seed}")
     settings["output_dir"] = str(output_dir)
     derived = folder / f"{recipe.stem}_seed{seed}.yml"
-    write_atomically(derived, yaml.safe_dump(settings, sort_keys=False))
+    write_text(derived, yaml.safe_dump(settings, sort_keys=False))
     return derived
 
 
@@ -129,7 +129,7 @@ def run_all(
                 tell(", ".join(step.name for step in running.values()))
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     state[running.pop(future).name] = future.result()
-                    write_atomically(state_file, json.dumps(state, indent=1) + "\n")
+                    write_text(state_file, json.dumps(state, indent=1) + "\n")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -267,7 +267,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit("demo: interrupted; the same command goes on from here")
     draw(result, args.out.with_suffix(".png"))
-    write_atomically(args.out, json.dumps(result, indent=1) + "\n")
+    write_text(args.out, json.dumps(result, indent=1) + "\n")
     print_table(result)
     print(f"{args.out} and {args.out.with_suffix('.png')}, {time.time() - start:.0f} s")
 

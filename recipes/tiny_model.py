@@ -432,8 +432,9 @@ def save(
     stretched = LlamaForCausalLM.from_pretrained(partial)
     rows = []
     for tokens in (256, 512, 768, 1024, 1448, 1900):
-        rows.append((tokens, *(accuracy(m, tokenizer, tokens, args.samples) for m in (model, stretched))))
-        print("tokens {}: as trained {:.3f}, stretched {:.3f}".format(*rows[-1]), flush=True)
+        before, after = (accuracy(each, tokenizer, tokens, args.samples) for each in (model, stretched))
+        rows.append((tokens, before, after))
+        print(f"{tokens} tokens: as trained {before:.3f}, stretched {after:.3f}", flush=True)
     (partial / "README.md").write_text(model_card(args, parameters, log, rows))
     shutil.rmtree(args.out, ignore_errors=True)
     partial.rename(args.out)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from data_gen.console import quiet_libraries, stop
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -28,12 +29,13 @@ def merge(
     ] = "auto",
 ) -> None:
     """Fold an adapter's scales into its base model's weights, so that inference costs nothing."""
+    quiet_libraries()
     from .merge import merge as fold
 
     try:
         fold(adapter, out, into)
     except (ValueError, OSError) as error:
-        sys.exit(f"merge: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+        stop("merge", error)
 
 
 @app.command()

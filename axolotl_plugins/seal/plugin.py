@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
-from data_gen.generate import Request, first_line, load_tokenizer, write
+from data_gen.console import stop
+from data_gen.generate import Request, load_tokenizer, write
 
 from .args import SealArgs, SealBlock
 from .config import SealConfig
@@ -137,7 +137,7 @@ class SealPlugin(BasePlugin):
             if not (cfg.get("inference") or cfg.get("merge_lora")):
                 prepare_data(cfg, block)
         except (ValueError, OSError) as error:
-            sys.exit(f"seal: {first_line(error)}")
+            stop("seal", error)
 
     def get_trainer_cls(self, cfg: Any) -> type[AxolotlTrainer] | None:
         """The trainer that logs scales."""
@@ -156,7 +156,7 @@ class SealPlugin(BasePlugin):
         try:
             return self._load_adapter(model, cfg, config_only)
         except (ValueError, OSError) as error:
-            sys.exit(f"seal: {first_line(error)}")
+            stop("seal", error)
 
     def _load_adapter(self, model: PreTrainedModel, cfg: Any, config_only: bool) -> tuple[PeftModel | None, PeftConfig]:
         block = parse_block(cfg.seal)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
@@ -20,25 +21,23 @@ PAPER_LENGTHS = (9 / 32, 14 / 32, 19 / 32, 23 / 32, 28 / 32, 31 / 32)
 
 
 class Harness(HFLM):
-    """lm-eval's Hugging Face model, which refuses a prompt that does not fit instead of cutting it."""
+    """lm-eval's Hugging Face model, which refuses prompts that do not fit instead of cutting them."""
 
-    def tok_batch_encode(
-        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None,
-        truncation: bool = False, **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        """Encode without truncation.
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Check every prompt, then answer them all.
 
         Raises:
             ValueError: a prompt and its answer do not fit into the window.
         """
-        ids, mask = super().tok_batch_encode(strings, padding_side, None, False, **kwargs)
-        if left_truncate_len is not None and ids.shape[1] > left_truncate_len:
-            room = self.max_length - left_truncate_len
-            raise ValueError(
-                f"a prompt of {ids.shape[1]} tokens and {room} tokens of answer do not fit into the model's window of "
-                f"{self.max_length}: ask for shorter --lengths"
-            )
-        return ids, mask
+        for request in requests:
+            prompt, options = request.args
+            length, room = len(self.tok_encode(prompt)), options["max_gen_toks"]
+            if length + room > self.max_length:
+                raise ValueError(
+                    f"a prompt of {length} tokens and {room} tokens of answer do not fit into the model's window of "
+                    f"{self.max_length}: ask for shorter --lengths"
+                )
+        return super().generate_until(requests, disable_tqdm)
 
 
 def default_lengths(window: int, answer: int = 128) -> list[int]:

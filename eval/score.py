@@ -27,4 +27,5 @@ def wilson(correct: float, count: int, z: float = 1.959964) -> tuple[float, floa
     centre = share + z * z / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    # The bounds meet the share itself at none and all right, where rounding must not put them on its wrong side.
+    return min(share, max(0.0, (centre - spread) / scale)), max(share, min(1.0, (centre + spread) / scale))

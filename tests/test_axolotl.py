@@ -116,9 +116,10 @@ def test_evaluate_applies_the_adapter(trained):
 
 def test_inference_applies_the_adapter_or_says_what_is_missing(trained):
     folder, _ = trained
-    prompt = "Tell me what is the <REGISTER_CONTENT> in line able-jeans? I need the number."
+    sample = json.loads((folder / "data/tiny_line_seed0.jsonl").read_text().splitlines()[0])
+    prompt, answer = (message["content"] for message in sample["messages"])
     done = run(folder, "axolotl.cli.inference", "recipe.yml", "--lora-model-dir=out", stdin=prompt)
-    assert "REGISTER_CONTENT> in line able-jeans is" in done.stdout.replace("\n", " "), done.stderr[-3000:]
+    assert answer.split(" is ")[0] in done.stdout, done.stderr[-3000:]
     missing = run(folder, "axolotl.cli.inference", "recipe.yml", stdin=prompt)
     assert "add --lora-model-dir=FOLDER" in refusal(missing)
 

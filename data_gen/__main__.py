@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,21 +10,37 @@ import typer
 
 from data_gen.console import quiet_libraries, stop
 from data_gen.generate import TASKS, Request, load_tokenizer, write
+from data_gen.needles import KEY, collect
+from data_gen.needles import write as write_needles
 
 EXAMPLE = "python -m data_gen line --tokenizer recipes/tiny --tokens 1900 --samples 50 --seed 0 --out data/line.jsonl"
 
 
 def main(
-    task: Annotated[str, typer.Argument(help=f"What to make: {', '.join(TASKS)}.")],
-    tokenizer: Annotated[str, typer.Option(help="Model whose tokenizer and chat template measure: folder or hub id.")],
+    task: Annotated[str, typer.Argument(help=f"What to make: {', '.join(TASKS)}; or needles to train niah with.")],
     out: Annotated[Path, typer.Option(help="The JSON lines file to write; its manifest lies beside it.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Model whose tokenizer and chat template measure: folder or hub id.")
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="Jinja file, for tokenizers without a template: see recipes/templates.")
+    ] = None,
     tokens: Annotated[
         str | None, typer.Option(help="Longest sample, chat template and answer included: N, or N:M to draw it.")
     ] = None,
-    lines: Annotated[int | None, typer.Option(help="Lines in the record, instead of --tokens.")] = None,
-    samples: Annotated[int, typer.Option(help="How many samples.")] = 50,
+    lines: Annotated[int | None, typer.Option(help="For line: lines in the record, instead of --tokens.")] = None,
+    samples: Annotated[int, typer.Option(help="How many samples, or needles.")] = 50,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     split: Annotated[Literal["train", "test"], typer.Option(help="The two can never share a sample.")] = "train",
+    haystack: Annotated[
+        str | None, typer.Option(help="For niah: folder of text files, or essays (hub); default: built-in prose.")
+    ] = None,
+    needles: Annotated[str | None, typer.Option(help="For niah: training needles; default: the paper's ten.")] = None,
+    data: Annotated[str | None, typer.Option(help="For longbench: a local file instead of the hub's.")] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="For needles: an OpenAI-compatible endpoint, such as http://localhost:8000/v1.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="For needles: the model to ask; OPENAI_API_KEY is its key.")] = None,
 ) -> None:
     """Write samples in the format of a benchmark, with answers, as chats to train on or to score.
 
@@ -33,12 +50,19 @@ def main(
 
     quiet_libraries()
     try:
-        request = Request(task, tokens, lines, samples, seed, split)
         with Progress(transient=True) as progress:
-            bar = progress.add_task(f"{task} samples", total=samples)
-            written = write(
-                request, load_tokenizer(tokenizer), out, progress=lambda done: progress.update(bar, completed=done)
-            )
+            bar = progress.add_task(task, total=samples)
+            tell = lambda done: progress.update(bar, completed=done)  # noqa: E731
+            if task == "needles":
+                if not base_url or not model:
+                    raise ValueError("needles: give --base-url and --model of the endpoint to ask")
+                write_needles(collect(samples, base_url, model, os.environ.get(KEY), progress=tell), out)
+                written = True
+            else:
+                request = Request(task, tokens, lines, samples, seed, split, haystack, needles, data)
+                if tokenizer is None:
+                    raise ValueError("tokenizer: missing: name the model whose tokenizer measures the samples")
+                written = write(request, load_tokenizer(tokenizer, chat_template), out, progress=tell)
     except (ValueError, OSError) as error:
         stop("data_gen", error)
     print(f"{out}: {samples} samples of {task}" + ("" if written else " (already there)"))

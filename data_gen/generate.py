@@ -12,17 +12,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from data_gen import line
+from data_gen import line, longbench, niah, ruler
 from data_gen.console import first_line
 from data_gen.files import write_text, written_whole
+from data_gen.sizing import Room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Split = Literal["train", "test"]
 Messages = list[dict[str, str]]
-# task -> function that draws one sample: (rng, tokens, lines, count, accept) -> prompt, answer and key facts
-TASKS: dict[str, Callable[..., dict[str, Any]]] = {"line": line.sample}
+# task -> function that draws one sample: prompt, the whole assistant's turn as answer, and key facts
+TASKS: dict[str, Callable[[Request, random.Random, int, Room], dict[str, Any]]] = {
+    "line": line.sample,
+    "niah": niah.sample,
+    "vt": ruler.vt,
+    "cwe": ruler.cwe,
+    "fwe": ruler.fwe,
+    "longbench": longbench.sample,
+}
+# Options that only some tasks know.
+OPTIONS = {"lines": ["line"], "haystack": ["niah"], "needles": ["niah"], "data": ["longbench"]}
 
 
 @dataclass(frozen=True)
@@ -36,17 +46,23 @@ class Request:
         samples: how many.
         seed: of everything random.
         split: samples of ``train`` and ``test`` can never coincide, see ``accepts``.
+        haystack: for niah, a folder of text files, ``essays`` (from the hub) or ``prose`` (built in, the default).
+        needles: for niah, a file of training needles; by default the paper's ten.
+        data: for longbench, a local file instead of the hub's.
 
     Raises:
         ValueError: a field has no meaning.
     """
 
     task: str
-    tokens: str | None = None
+    tokens: str | int | None = None
     lines: int | None = None
     samples: int = 50
     seed: int = 0
     split: Split = "train"
+    haystack: str | None = None
+    needles: str | None = None
+    data: str | None = None
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -56,6 +72,13 @@ class Request:
             raise ValueError(f"split: found {self.split!r}, expected train or test")
         if self.samples < 1:
             raise ValueError(f"samples: found {self.samples}, expected at least 1")
+        for option, tasks in OPTIONS.items():
+            if getattr(self, option) is not None and self.task not in tasks:
+                raise ValueError(f"{option}: {self.task} has no such option, only {' and '.join(tasks)}")
+        if self.task == "longbench" and self.split == "test":
+            raise ValueError(
+                "split: longbench samples are for training; score with `python -m eval run --task longbench`"
+            )
         if (self.tokens is None) == (self.lines is None):
             raise ValueError("give the length either as tokens or as lines")
         if self.lines is not None and self.lines < 1:
@@ -66,7 +89,7 @@ class Request:
 
     def token_range(self) -> tuple[int, int]:
         """Shortest and longest length to draw, in tokens."""
-        found = re.fullmatch(r"(\d+)(?::(\d+))?", self.tokens or "")
+        found = re.fullmatch(r"(\d+)(?::(\d+))?", str(self.tokens))
         low, high = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
         if not 0 < low <= high:
             raise ValueError(f"tokens: found {self.tokens!r}, expected N or N:M with 0 < N <= M, such as 8000:31000")
@@ -86,11 +109,12 @@ def as_messages(prompt: str, answer: str) -> Messages:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model.
 
     Args:
         name: a folder or a hub id.
+        chat_template: a jinja file, or the template itself, for tokenizers that come without one.
 
     Raises:
         ValueError: it cannot be loaded, or has no chat template.
@@ -101,9 +125,28 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"tokenizer: cannot load {name!r} as a folder or hub id ({first_line(error)})") from error
+    if chat_template is not None:
+        tokenizer.chat_template = read_template(chat_template)
     if not tokenizer.chat_template:
-        raise ValueError(f"tokenizer: {name!r} has no chat template: add chat_template.jinja to its folder")
+        raise ValueError(
+            f"tokenizer: {name!r} has no chat template: name one with --chat-template, in a recipe as "
+            "`chat_template: jinja` with `chat_template_jinja`"
+        )
     return tokenizer
+
+
+def read_template(template: str) -> str:
+    """A chat template from its file, or as it is written.
+
+    Raises:
+        ValueError: the name of a file that is not there.
+    """
+    if "{" in template:
+        return template
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"chat-template: cannot read {template} ({first_line(error)})") from error
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> int:
@@ -127,14 +170,14 @@ def generate(request: Request, tokenizer: PreTrainedTokenizerBase) -> Iterator[d
     for index in range(request.samples):
         length = request.tokens if request.tokens is not None else f"{request.lines} lines"
         rng = random.Random(f"{request.task}/{request.split}/{request.seed}/{length}/{index}")
-        tokens = rng.randint(*request.token_range()) if request.tokens is not None else None
-        drawn = TASKS[request.task](
-            rng=rng,
-            tokens=tokens,
-            lines=request.lines,
+        room = Room(
+            tokens=rng.randint(*request.token_range()) if request.tokens is not None else 0,
             count=lambda prompt, answer: count_tokens(tokenizer, as_messages(prompt, answer)),
             accept=lambda answer: accepts(request.split, answer),
+            encode=lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+            decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
         )
+        drawn = TASKS[request.task](request, rng, index, room)
         messages = as_messages(drawn.pop("prompt"), drawn["answer"])
         yield {
             "messages": messages,
@@ -163,6 +206,8 @@ def describe(request: Request, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
     """All that the bytes of a data file depend on."""
     return {
         **{key: value for key, value in asdict(request).items() if value is not None},
+        **(niah.sources(request) if request.task == "niah" else {}),
+        **(longbench.sources(request) if request.task == "longbench" else {}),
         "tokenizer": tokenizer_hash(tokenizer),
         "wonderwords": version("wonderwords"),
     }

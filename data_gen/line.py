@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
-from data_gen.sizing import largest
+from data_gen.sizing import Room, largest
+
+if TYPE_CHECKING:
+    from data_gen.generate import Request
 
 HEADER = (
     "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
@@ -27,17 +29,31 @@ ANSWER = "The <REGISTER_CONTENT> in line {key} is {number}."
 MAX_NUMBER = 50_000
 
 
-@dataclass(frozen=True)
 class Record:
     """An endless record: the first ``n`` of its lines make a sample of ``n`` lines.
 
     Attributes:
-        lines: ``(key, number)`` pairs, keys distinct.
+        lines: ``(key, number)`` pairs drawn so far, keys distinct.
         position: where in the record the question points, as a fraction in [0, 1).
     """
 
-    lines: tuple[tuple[str, int], ...]
-    position: float
+    def __init__(self, rng: random.Random, accept: Callable[[str], bool] = lambda answer: True) -> None:
+        """Draw nothing yet; numbers are drawn until ``accept`` takes their line's answer."""
+        self.position = rng.random()
+        self.lines: list[tuple[str, int]] = []
+        # Two sources, so that how many lines are drawn at once changes none of them.
+        self._keys = draw_keys(random.Random(rng.getrandbits(64)))
+        self._numbers = random.Random(rng.getrandbits(64))
+        self._accept = accept
+
+    def first(self, count: int) -> list[tuple[str, int]]:
+        """The first ``count`` lines."""
+        while len(self.lines) < count:
+            key = next(self._keys)
+            while not self._accept(ANSWER.format(key=key, number=(number := self._numbers.randint(1, MAX_NUMBER)))):
+                pass
+            self.lines.append((key, number))
+        return self.lines[:count]
 
 
 @functools.cache
@@ -53,59 +69,41 @@ def words() -> tuple[list[str], list[str]]:
     return adjectives, nouns
 
 
-def draw_keys(count: int, rng: random.Random) -> list[str]:
-    """``count`` distinct keys; no adjective and no noun repeats before its whole list is used, as in LongEval."""
+def draw_keys(rng: random.Random) -> Iterator[str]:
+    """Distinct keys without end; no adjective and no noun repeats before its list is used, as in LongEval."""
     adjectives, nouns = (list(column) for column in words())
-    keys: dict[str, None] = {}
-    while len(keys) < count:
+    seen = set()
+    while True:
         rng.shuffle(adjectives)
         rng.shuffle(nouns)
-        keys.update(dict.fromkeys(f"{a}-{n}" for a, n in zip(adjectives, nouns, strict=False)))
-    return list(keys)[:count]
+        for adjective, noun in zip(adjectives, nouns, strict=False):
+            key = f"{adjective}-{noun}"
+            if key not in seen:
+                seen.add(key)
+                yield key
 
 
-def draw_record(count: int, rng: random.Random, accept: Callable[[str], bool] = lambda answer: True) -> Record:
-    """A record of ``count`` lines, each of which may be asked for: numbers are redrawn until ``accept`` takes them."""
-    position = rng.random()
-    lines = []
-    for key in draw_keys(count, rng):
-        while not accept(ANSWER.format(key=key, number=(number := rng.randint(1, MAX_NUMBER)))):
-            pass
-        lines.append((key, number))
-    return Record(tuple(lines), position)
-
-
-def render(record: Record, count: int) -> dict[str, Any]:
-    """The sample that the first ``count`` lines of ``record`` make.
+def render(lines: list[tuple[str, int]], asked: int) -> dict[str, Any]:
+    """The sample whose record is ``lines``, with a question for the line at position ``asked``.
 
     Returns:
-        ``prompt``, ``answer``, ``key``, ``number``, ``line`` (0-based position of the asked line) and ``lines``.
+        ``prompt``, ``answer``, ``references`` (the number), and ``key``, ``number``, ``line`` (0-based position of the
+        asked line), ``lines``.
     """
-    body = record.lines[:count]
-    line = int(record.position * count)
-    key, number = body[line]
+    key, number = lines[asked]
     return {
-        "prompt": HEADER + "".join(LINE.format(key=k, number=n) for k, n in body) + CLOSING + QUESTION.format(key=key),
+        "prompt": HEADER + "".join(LINE.format(key=k, number=n) for k, n in lines) + CLOSING + QUESTION.format(key=key),
         "answer": ANSWER.format(key=key, number=number),
+        "references": [str(number)],
         "key": key,
         "number": number,
-        "line": line,
-        "lines": count,
+        "line": asked,
+        "lines": len(lines),
     }
 
 
-def sample(
-    *, rng: random.Random, tokens: int | None, lines: int | None,
-    count: Callable[[str, str], int], accept: Callable[[str], bool],
-) -> dict[str, Any]:  # fmt: skip
-    """One sample of ``lines`` lines, or of as many as fit into ``tokens``.
-
-    Args:
-        rng: source of all that is random.
-        tokens: longest chat, in tokens; one line more would exceed it.
-        lines: number of lines, where ``tokens`` is None.
-        count: length of a chat in tokens, from prompt and answer.
-        accept: which answers may be asked for.
+def sample(request: Request, rng: random.Random, index: int, room: Room) -> dict[str, Any]:
+    """One sample of ``request.lines`` lines, or of as many as fit into the room.
 
     Returns:
         See ``render``.
@@ -113,18 +111,16 @@ def sample(
     Raises:
         ValueError: not even one line fits.
     """
-    if tokens is None:
-        assert lines is not None
-        return render(draw_record(lines, rng, accept), lines)
-    # No tokenizer spends fewer than six tokens on a line, so this record is always long enough.
-    record = draw_record(tokens // 6 + 18, rng, accept)
+    record = Record(rng, room.accept)
 
-    def length(n: int) -> int:
-        drawn = render(record, n)
-        return count(drawn["prompt"], drawn["answer"])
+    def of_size(count: int) -> dict[str, Any]:
+        return render(record.first(count), int(record.position * count))
 
-    one, more = length(1), length(17)
-    if one > tokens:
-        raise ValueError(f"tokens: {tokens} is too short for line retrieval: one line makes {one} with this tokenizer")
-    guess = 1 + (tokens - one) * 16 // (more - one)
-    return render(record, largest(lambda n: length(n) <= tokens, guess))
+    if request.lines is not None:
+        return of_size(request.lines)
+
+    def length(count: int) -> int:
+        drawn = of_size(count)
+        return room.count(drawn["prompt"], drawn["answer"])
+
+    return of_size(largest(length, room.tokens, what="line retrieval"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -33,8 +34,7 @@ def data_gen(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def test_text_is_longevals():
     """The literal text of LongEval's generator with these values, and the paper's answer (appendix B.1)."""
-    record = line.Record((("torpid-kid", 2416), ("able-jeans", 6782)), position=0.6)
-    drawn = line.render(record, 2)
+    drawn = line.render([("torpid-kid", 2416), ("able-jeans", 6782)], 1)
     assert drawn["prompt"] == (
         "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
         "'<REGISTER_CONTENT>' at the end of the line as a numerical value. For each line index, memorize its "
@@ -55,10 +55,7 @@ def test_rendering_reproduces_longevals_own_cases():
     for file in files:
         for row in map(json.loads, file.read_text().splitlines()):
             lines = re.findall(r"^line (.+): REGISTER_CONTENT is <(\d+)>$", row["prompt"], re.MULTILINE)
-            record = line.Record(
-                tuple((key, int(number)) for key, number in lines), (row["random_idx"][1] + 0.5) / len(lines)
-            )
-            drawn = line.render(record, len(lines))
+            drawn = line.render([(key, int(number)) for key, number in lines], row["random_idx"][1])
             assert drawn["prompt"] == row["prompt"].rstrip(" ")  # the published files end in a space
             assert drawn["number"] == row["expected_number"]
 
@@ -101,12 +98,9 @@ def test_splits_never_meet():
     answers = {"train": set(), "test": set()}
     for split, found in answers.items():
         for index in range(10_000):
-            drawn = line.render(
-                line.draw_record(
-                    1, random.Random(f"{split}{index}"), lambda answer, split=split: accepts(split, answer)
-                ),
-                1,
-            )
+            rng = random.Random(f"{split}{index}")
+            record = line.Record(rng, lambda answer, split=split: accepts(split, answer))
+            drawn = line.render(record.first(1), 0)
             found.add(drawn["answer"])
     assert len(answers["train"]) > 9_900 and not answers["train"] & answers["test"]
     # The rule itself separates any answers, however few there are to draw from.
@@ -116,16 +110,31 @@ def test_splits_never_meet():
 
 
 def test_more_lines_than_adjectives():
-    keys = line.draw_keys(3000, random.Random(0))
+    keys = list(itertools.islice(line.draw_keys(random.Random(0)), 3000))
     assert len(set(keys)) == 3000
     adjectives = len(line.words()[0])
     assert len({key.split("-")[0] for key in keys[:adjectives]}) > 0.98 * adjectives
 
 
 @pytest.mark.parametrize("answer", [1, 2, 3, 17, 100, 1023])
-@pytest.mark.parametrize("guess", [-5, 1, 2, 16, 100, 2000])
-def test_largest(answer, guess):
-    assert largest(lambda n: n <= answer, guess) == answer
+@pytest.mark.parametrize("bend", [1.0, 0.5, 2.0, 3.0])
+def test_largest_is_the_largest_and_takes_few_trials(answer, bend):
+    """Also where lengths grow unlike a line, and in steps."""
+    trials = []
+
+    def length(n):
+        trials.append(n)
+        return 7 + int(3 * n**bend)
+
+    assert length(largest(length, length(answer), what="it")) == length(answer)
+    assert len(trials) < 30
+    trials.clear()
+    assert largest(lambda n: 100 + 20 * n, 100 + 20 * answer + 3, what="it") == answer
+
+
+def test_largest_says_when_nothing_fits():
+    with pytest.raises(ValueError, match="9 is too short for it, whose shortest sample has 10"):
+        largest(lambda n: 9 + n, 9, what="it")
 
 
 def test_same_command_same_bytes_and_nothing_done_twice(tmp_path):

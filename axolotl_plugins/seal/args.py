@@ -17,6 +17,9 @@ class DataArgs(BaseModel):
     lines: int | None = Field(default=None, description="Lines of a record, instead of tokens.")
     samples: int = Field(default=50, description="Number of samples; the paper uses 50.")
     seed: int = Field(default=0, description="Seed of the data; that of the training is the recipe's own `seed`.")
+    haystack: str | None = Field(default=None, description="niah: folder of text files, `essays` (hub) or `prose`.")
+    needles: str | None = Field(default=None, description="niah: training needles; left out, the paper's ten.")
+    data: str | None = Field(default=None, description="longbench: a local file instead of the hub's.")
 
 
 class SealBlock(BaseModel):

@@ -92,11 +92,11 @@ def prepare_data(cfg: dict[str, Any], block: SealBlock) -> None:
     from filelock import FileLock
 
     data = block.data
-    tokens = None if data.tokens is None else str(data.tokens)
-    request = Request(data.task, tokens, data.lines, data.samples, data.seed, "train")
+    request = Request(**data.model_dump(), split="train")
     out = Path(datasets[0]["path"])
     out.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(cfg.get("tokenizer_config") or cfg.get("base_model") or "")
+    template = cfg.get("chat_template_jinja") if cfg.get("chat_template") == "jinja" else None
+    tokenizer = load_tokenizer(cfg.get("tokenizer_config") or cfg.get("base_model") or "", template)
     # Every process of a distributed run comes here; the first one makes the file.
     with FileLock(out.with_name(f".{out.name}.lock")):
         made = write(request, tokenizer, out)

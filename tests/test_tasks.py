@@ -1,0 +1,220 @@
+"""Needles and RULER's tasks: the originals' text, exact lengths, splits that cannot meet; LongBench's truncation."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from data_gen import longbench, niah, ruler
+from data_gen.generate import Request, accepts, count_tokens, generate
+
+TINY = Path(__file__).parent.parent / "recipes" / "tiny"
+# Samples that NVIDIA's own programs wrote for 1,500 tokens.
+ORIGINALS = [json.loads(row) for row in (Path(__file__).parent / "fixtures" / "ruler.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY)
+
+
+def originals(task):
+    return [row for row in ORIGINALS if row["task"] == task]
+
+
+def parse_chain(text):
+    """Names, value, positions and number of noises of one variable tracking prompt."""
+    names, positions, noises, value = [], [], 0, None
+    for sentence in text.split("\n\n", 1)[1].split("\nQuestion:")[0].split("\n"):
+        if found := re.match(r"VAR (\w+) = (.*)", sentence):
+            names.append(found[1])
+            positions.append(noises)
+            value = value or found[2].strip()
+        else:
+            noises += 1
+    return names, value, positions, noises
+
+
+@pytest.mark.parametrize("row", originals("vt"))
+def test_variable_tracking_is_nvidias_byte_for_byte(row):
+    example, main = row["input"].split(ruler.VT_PROMPT.split("\n")[0])[1:]
+    prompt, prefix = ruler.vt_input(*parse_chain(main))
+    assert ruler.vt_example(*parse_chain(example)) + "\n" + prompt == row["input"]
+    assert prefix == row["answer_prefix"] and parse_chain(main)[0] == row["outputs"]
+
+
+def entries(text):
+    return re.findall(r"\d+\. (.*?)(?= \d+\. |\n|$)", text)
+
+
+@pytest.mark.parametrize("row", originals("cwe"))
+def test_common_words_are_nvidias_byte_for_byte(row):
+    example, main = row["input"].split("\n" + ruler.CWE_PROMPT.split("\n")[0])
+    shown, answer, words = entries(example.split("\n")[1]), entries(example.split("list are: ")[1]), entries(main)
+    rebuilt = ruler.cwe_example(shown, answer) + "\n" + ruler.CWE_PROMPT.format(context=ruler.numbered(words))
+    assert rebuilt == row["input"] and row["answer_prefix"] == ruler.CWE_PREFIX
+    (common, other), (count, example_common, example_other) = ruler.CWE_SHORT
+    assert set(Counter(words).values()) == {common, other}
+    assert all(Counter(words)[word] == common for word in row["outputs"])
+    assert set(Counter(shown).values()) == {example_common, example_other} and len(set(shown)) == count
+
+
+@pytest.mark.parametrize("row", originals("fwe"))
+def test_frequent_words_are_nvidias_byte_for_byte(row):
+    body = row["input"][len(ruler.FWE_PROMPT.split("{context}")[0]) :].split("\nQuestion")[0]
+    assert ruler.FWE_PROMPT.format(context=body) == row["input"] and row["answer_prefix"] == ruler.FWE_PREFIX
+    counts = Counter(body.split(" "))
+    size = (row["tokens"] - ruler.BUDGET["fwe"]) // 50
+    possible = [[n for n in ruler.frequencies(total, size) if n] for total in range(1, 3000)]
+    assert [n for _, n in counts.most_common()] in possible
+    assert [word for word, _ in counts.most_common(4)] == ["...", *row["outputs"]]
+
+
+@pytest.mark.parametrize("task", ["niah", "vt", "cwe", "fwe"])
+@pytest.mark.parametrize("tokens", [1500, 5000])
+def test_samples_keep_their_length_and_their_split(tokenizer, task, tokens):
+    answers = {}
+    for split in ("train", "test"):
+        samples = list(generate(Request(task, str(tokens), samples=4, split=split), tokenizer))
+        answers[split] = {" ".join(sample["references"]) for sample in samples}
+        for sample in samples:
+            prompt, answer = (message["content"] for message in sample["messages"])
+            assert sample["tokens"] == count_tokens(tokenizer, sample["messages"]) <= tokens
+            assert tokens - sample["tokens"] < ruler.BUDGET.get(task, 20) + 0.04 * tokens
+            if task in ruler.BUDGET:
+                assert answer.startswith(sample["prefix"]) and sample["budget"] == ruler.BUDGET[task]
+                assert all(reference in answer for reference in sample["references"])
+                begun = [{"role": "user", "content": prompt}, {"role": "assistant", "content": sample["prefix"]}]
+                room = count_tokens(tokenizer, begun) - 1 + sample["budget"]  # the end of the turn is not begun
+                assert room <= tokens
+    assert not answers["train"] & answers["test"]
+
+
+def test_answers_of_ruler_are_what_the_text_says(tokenizer):
+    vt = next(generate(Request("vt", "1500", samples=1), tokenizer))
+    names, value, _, _ = parse_chain(vt["messages"][0]["content"].split(ruler.VT_PROMPT.split("\n")[0])[-1])
+    assert names == vt["references"] and value == vt["value"]
+    cwe = next(generate(Request("cwe", "5000", samples=1), tokenizer))
+    text = cwe["messages"][0]["content"].split("\nQuestion")[1].split("most often.\n")[-1]
+    counts = Counter(entries(text))
+    assert {word for word, n in counts.items() if n == 30} == set(cwe["references"]) and set(counts.values()) == {3, 30}
+    fwe = next(generate(Request("fwe", "5000", samples=1), tokenizer))
+    counts = Counter(re.findall(r"\b[a-z]{6}\b", fwe["messages"][0]["content"].split("words. ")[1].split("\n")[0]))
+    assert [word for word, _ in counts.most_common(3)] == fwe["references"]
+
+
+def test_needle_prompt_is_the_originals():
+    assert niah.PROMPT.format(context="C", question="Q?") == (
+        "<book>C</book>\nBased on the content of the book, Question: Q?\nAnswer:"
+    )
+    # The literal default of the original program.
+    assert niah.insert("One. Two. Three.", niah.TEST_NEEDLE["needle"], 100).endswith(
+        "\nThe best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.\n"
+    )
+    assert niah.TEST_NEEDLE["needle"].endswith(niah.TEST_REFERENCE + ".")
+
+
+@pytest.mark.parametrize(
+    ("depth", "expected"),
+    [(0, "\nN\nOne 1.5. Two b. Three."), (50, "One 1.5.\nN\n Two b. Three."), (100, "One 1.5. Two b. Three.\nN\n")],
+)
+def test_needle_stands_at_a_sentence_end(depth, expected):
+    assert niah.insert("One 1.5. Two b. Three.", "N", depth) == expected
+
+
+def test_needle_grid_walks_through_the_depths_in_one_haystack(tokenizer):
+    grid = [list(generate(Request("niah", n, samples=12, split="test"), tokenizer)) for n in ("600", "900")]
+    for row in grid:
+        assert [s["depth"] for s in row[:10]] == [0, 11, 22, 33, 44, 56, 67, 78, 89, 100] and row[10]["depth"] == 0
+    text = [s["messages"][0]["content"].replace(f"\n{niah.TEST_NEEDLE['needle']}\n", "") for row in grid for s in row]
+    books = [re.search(r"<book>(.*)</book>", t, re.DOTALL)[1] for t in text]
+    longest = max(books[12:22], key=len)
+    assert all(longest.startswith(book) for book in books[:10] + books[12:22])
+    assert not books[10].startswith(books[0][:40])
+
+
+def test_training_needles_are_the_papers_and_never_the_test_needle(tmp_path, tokenizer):
+    assert len(niah.needles(niah.NEEDLES)) == 10
+    drawn = {s["answer"] for s in generate(Request("niah", "700", samples=40), tokenizer)}
+    assert len(drawn) >= 8 and drawn <= {pair["needle"] for pair in niah.needles(niah.NEEDLES)}
+    bad = tmp_path / "needles.jsonl"
+    bad.write_text(json.dumps({**niah.TEST_NEEDLE, "needle": niah.TEST_NEEDLE["needle"].upper()}) + "\n")
+    with pytest.raises(ValueError, match=r"needles.jsonl, line 1: this is the test needle"):
+        next(generate(Request("niah", "700", samples=1, needles=str(bad)), tokenizer))
+
+
+def test_haystack_of_a_folder_repeats_and_says_so(tmp_path, tokenizer):
+    (tmp_path / "b.txt").write_text("Second essay here. It ends.")
+    (tmp_path / "a.txt").write_text("First essay here. It goes on.\n")
+    (tmp_path / "c.md").write_text("not read")
+    sample = next(generate(Request("niah", "600", samples=1, split="test", haystack=str(tmp_path)), tokenizer))
+    text = sample["messages"][0]["content"]
+    assert text.count("First essay here.") > 3 and text.index("First essay") < text.index("Second essay")
+    assert sample["haystack_repeats"] >= 3 and "not read" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no \\*.txt in"), ("", "are empty"), (b"\xff\xfe\x00", "as UTF-8 text")],
+)
+def test_haystacks_that_cannot_be_read(content, message, tmp_path, tokenizer):
+    if content is not None:
+        (tmp_path / "a.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        next(generate(Request("niah", "600", samples=1, haystack=str(tmp_path)), tokenizer))
+
+
+def test_longbench_takes_the_longest_and_cuts_the_middle(tmp_path, tokenizer):
+    rows = [
+        {"input": f"Question {i}?", "context": " ".join(f"w{i}x{n}" for n in range(60 * i)), "answers": [f"a{i}", "b"],
+         "length": 60 * i}
+        for i in range(1, 6)
+    ]  # fmt: skip
+    data = tmp_path / "triviaqa_e.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    samples = list(generate(Request("longbench", "900", samples=5, data=str(data)), tokenizer))
+    assert [s["references"][0] for s in samples] == ["a5", "a4", "a3", "a2", "a1"]
+    assert samples[0]["truncated"] and not samples[-1]["truncated"]
+    assert samples[-1]["messages"][0]["content"] == longbench.PROMPT.format(**rows[0])
+    for sample in samples:
+        assert sample["tokens"] <= 900
+        text = sample["messages"][0]["content"]
+        if sample["truncated"]:
+            row = rows[int(sample["references"][0][1:]) - 1]
+            full = tokenizer(longbench.PROMPT.format(**row), add_special_tokens=False)["input_ids"]
+            half = (len(tokenizer(text, add_special_tokens=False)["input_ids"])) // 2
+            assert text.startswith(tokenizer.decode(full[: half - 2])) and text.endswith(
+                tokenizer.decode(full[-half + 2 :])
+            )
+            assert sample["full_tokens"] > 900 >= sample["tokens"] > 890
+    with pytest.raises(ValueError, match="has 5 rows, sample 6 is asked for"):
+        list(generate(Request("longbench", "900", samples=6, data=str(data)), tokenizer))
+    data.write_text(data.read_text() + "{oops\n")
+    longbench.longest.cache_clear()
+    with pytest.raises(ValueError, match="line 6: not JSON"):
+        list(generate(Request("longbench", "900", samples=1, data=str(data)), tokenizer))
+
+
+def test_what_cannot_be_asked_for():
+    for arguments, message in (
+        ({"task": "line", "tokens": "400", "haystack": "x"}, "haystack: line has no such option"),
+        ({"task": "niah", "lines": 3}, "lines: niah has no such option"),
+        ({"task": "longbench", "tokens": "400", "split": "test"}, "split: longbench here is for training"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Request(**arguments)
+
+
+@pytest.mark.parametrize("task", ["niah", "vt", "cwe", "fwe"])
+def test_a_length_that_is_too_short_is_one_clear_error(task, tokenizer):
+    with pytest.raises(ValueError, match="tokens: 60 is too short for"):
+        next(generate(Request(task, "60", samples=1), tokenizer))
+
+
+def test_splits_of_names_halve_them():
+    assert 400 < sum(accepts("train", f"A{n} B C D E") for n in range(1000)) < 600

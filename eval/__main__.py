@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from data_gen.console import quiet_libraries, stop
+from data_gen.files import write_text
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -17,43 +20,110 @@ def main() -> None:
     """Score models on the tasks they are tuned for."""
 
 
+def journal_file(out: Path, model: str) -> Path:
+    """Where responses are kept until all are there: beside the result, another file for other weights."""
+    weights = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    identity = repr([model, *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights)])
+    return out.with_name(f".{out.name}.{hashlib.sha256(identity.encode()).hexdigest()[:12]}.partial")
+
+
+OURS = ("line", "niah", "vt", "cwe", "fwe")
+KNOWN = ("longbench", "mmlu")
+GROUPS = {"ruler": ("vt", "cwe", "fwe"), "all": (*OURS, *KNOWN)}
+
+
 @app.command(epilog="Example: python -m eval run --model outputs/tiny_line_sealc --lengths 512,1024,1900 --samples 100")
 def run(
     model: Annotated[str, typer.Option(help="Hub id, merged folder, or SEAL adapter folder.")],
-    task: Annotated[str, typer.Option(help="What to score: line.")] = "line",
+    task: Annotated[
+        str, typer.Option(help=f"What to score: {', '.join((*OURS, *KNOWN))}; ruler for its three, or all.")
+    ] = "line",
     lengths: Annotated[
         str, typer.Option(help="Longest samples in tokens, as 512,1024; default: the paper's shares of the window.")
     ] = "",
-    samples: Annotated[int, typer.Option(help="Samples per length; the paper has 50.")] = 50,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Samples per length, the paper's 50 if left out; for longbench and mmlu at most, or all."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the test samples.")] = 0,
+    shots: Annotated[int, typer.Option(help="Worked examples before every prompt; the paper compares with one.")] = 0,
+    shot_tokens: Annotated[int, typer.Option(help="Longest example, in tokens.")] = 1000,
+    haystack: Annotated[
+        str | None, typer.Option(help="For niah: folder of text files, or essays (hub); default: built-in prose.")
+    ] = None,
+    cases: Annotated[
+        str | None, typer.Option(help="Folder of LongEval's published line cases, scored instead of samples of ours.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="For longbench or mmlu: folder with its files, instead of the hub.")
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="Jinja file, for base models without a template: see recipes/templates.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts generated together.")] = 1,
     out: Annotated[str, typer.Option(help="Result file; default results/TASK_MODEL.json. A PNG lies beside it.")] = "",
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
 ) -> None:
-    """Score a model over lengths, and write a table, a JSON file and a picture."""
+    """Score a model, and write a table, a JSON file and a picture."""
     quiet_libraries()
-    from eval.run import run as score
-    from eval.run import save
-
+    tasks = GROUPS.get(task, (task,))
     try:
-        if samples < 1:
+        if samples is not None and samples < 1:
             raise ValueError(f"samples: found {samples}, expected at least 1")
+        if unknown := [name for name in tasks if name not in OURS + KNOWN]:
+            raise ValueError(f"task: found {unknown[0]!r}, expected one of {', '.join((*OURS, *KNOWN, *GROUPS))}")
+        if out and len(tasks) > 1:
+            raise ValueError("out: names one file, but several tasks are asked for: leave it out")
+        if data and len(tasks) > 1:
+            raise ValueError("data: holds one benchmark, but several tasks are asked for: score them one by one")
         try:
             wanted = [int(length) for length in lengths.split(",")] if lengths else None
         except ValueError:
             raise ValueError(f"lengths: found {lengths!r}, expected whole numbers such as 512,1024") from None
-        result = score(
-            model, task, lengths=wanted, samples=samples, seed=seed, batch_size=batch_size,
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
-        path = Path(out) if out else Path("results") / f"{task}_{model.strip('/').replace('/', '_')}.json"
-        save(result, path)
+        from axolotl_plugins.seal.load import load
+        from eval import known
+        from eval import run as ours
+        from eval.table import print_scores, print_sets
+
+        loaded = load(model, chat_template=chat_template, trust_remote_code=trust_remote_code)
+        for name in tasks:
+            path = Path(out) if out else Path("results") / f"{name}_{model.strip('/').replace('/', '_')}.json"
+            journal = journal_file(path, model)
+            if name in KNOWN:
+                result = known.run_known(loaded, name, data=data, limit=samples, batch_size=batch_size, journal=journal)
+                write_text(path, json.dumps(result, indent=1) + "\n")
+                print_sets(result)
+                print(path)
+            else:
+                result = ours.run(
+                    loaded, name, lengths=wanted, samples=samples or 50, seed=seed, shots=shots,
+                    shot_tokens=shot_tokens, haystack=haystack if name == "niah" else None,
+                    cases=cases if name == "line" else None, batch_size=batch_size, journal=journal,
+                )  # fmt: skip
+                ours.save(result, path)
+                print_scores([result])
+                print(f"{path} and {path.with_suffix('.png')}")
+            journal.unlink(missing_ok=True)
     except (ValueError, OSError) as error:
         stop("eval", error)
-    from eval.table import print_scores
 
-    print_scores([result])
-    print(f"{path} and {path.with_suffix('.png')}")
+
+@app.command(epilog="Example: python -m eval report --results results --out results/report.html")
+def report(
+    results: Annotated[Path, typer.Option(help="Folder with the JSON files of `run`.")] = Path("results"),
+    out: Annotated[Path, typer.Option(help="The page to write; it holds its pictures and needs no network.")] = Path(
+        "results/report.html"
+    ),
+) -> None:
+    """Gather results into one page: scores by length, needle grids, learned scales, beside the paper's numbers."""
+    quiet_libraries()
+    from eval.report import write_report
+
+    try:
+        count = write_report(results, out)
+    except (ValueError, OSError) as error:
+        stop("eval", error)
+    print(f"{out}: {count} results")
 
 
 if __name__ == "__main__":

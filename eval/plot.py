@@ -33,7 +33,7 @@ def draw_accuracy(axes: Axes, results: list[dict[str, Any]]) -> None:
         methods[result["method"]].append(result)
     for method, runs in methods.items():
         tokens = [score["tokens"] for score in runs[0]["scores"]]
-        table = np.array([[score["accuracy"] for score in run["scores"]] for run in runs])
+        table = np.array([[score["score"] for score in run["scores"]] for run in runs])
         if len(runs) > 1:
             low, high = table.min(0), table.max(0)
         else:
@@ -42,7 +42,7 @@ def draw_accuracy(axes: Axes, results: list[dict[str, Any]]) -> None:
         colour = COLOURS.get(method)
         axes.plot(tokens, table.mean(0), marker="o", label=method, color=colour)
         axes.fill_between(tokens, low, high, alpha=0.15, color=colour)
-    axes.set(xlabel="prompt length (tokens)", ylabel="accuracy", ylim=(-0.02, 1.04))
+    axes.set(xlabel="prompt length (tokens)", ylabel="score", ylim=(-0.02, 1.04))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")
 
@@ -59,6 +59,20 @@ def draw_scales(figure: Figure, axes: Axes, scales: np.ndarray, title: str) -> N
     for axis, size in ((axes.xaxis, scales.shape[1]), (axes.yaxis, scales.shape[0])):
         axis.set_ticks(range(0, size, max(1, size // 16)))
     figure.colorbar(image, ax=axes, fraction=0.046)
+
+
+def draw_grid(
+    figure: Figure, axes: Axes, values: np.ndarray, depths: list[int], lengths: list[int], *, title: str, window: int
+) -> None:
+    """Scores of shape (depths, lengths) from red to green; a dotted line where the model's window ends (Figure 5)."""
+    image = axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    axes.set(xlabel="prompt length (tokens)", ylabel="depth (%)", title=title)
+    axes.set_xticks(range(len(lengths)), [str(length) for length in lengths], rotation=45)
+    axes.set_yticks(range(len(depths)), [str(depth) for depth in depths])
+    within = sum(length <= window for length in lengths)
+    if within < len(lengths):
+        axes.axvline(within - 0.5, color="black", linestyle=":", linewidth=2)
+    figure.colorbar(image, ax=axes, fraction=0.046, label="score")
 
 
 def accuracy_by_length(results: list[dict[str, Any]], out: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,34 +12,106 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from tqdm import tqdm
 
-from axolotl_plugins.seal.load import Loaded, load
+from axolotl_plugins.seal.load import Loaded
 from data_gen.files import write_text
-from eval.score import wilson
+from data_gen.generate import Request, Split
+from eval.prefix import WORTHWHILE, answer, can_crop, saving
+from eval.score import SCORERS, wilson
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
+# What a result keeps of a sample.
+KEPT = ("length", "index", "tokens", "depth", "line", "references")
 # The paper scores a 32K window at 9K, 14K, 19K, 23K, 28K and 31K (Table 1): these shares of a window.
 PAPER_LENGTHS = (9 / 32, 14 / 32, 19 / 32, 23 / 32, 28 / 32, 31 / 32)
 
 
+class Journal:
+    """Responses as they come in, one JSON line each, so that a run that was cut off goes on where it was."""
+
+    def __init__(self, file: Path | None) -> None:
+        """Read what an earlier run left; a line that it did not finish is dropped."""
+        self.file = file
+        self.responses: dict[str, str] = {}
+        if file is None or not file.exists():
+            return
+        whole = file.read_bytes()
+        whole = whole[: whole.rfind(b"\n") + 1]
+        with file.open("r+b") as out:
+            out.truncate(len(whole))
+        for row in map(json.loads, whole.splitlines()):
+            self.responses[row["key"]] = row["response"]
+
+    @staticmethod
+    def key(request: tuple[str, dict[str, Any]]) -> str:
+        """Identifies a prompt and how it is to be answered."""
+        return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+    def add_partial(self, kind: str, request: tuple[str, dict[str, Any]], response: str) -> None:
+        """What lm-eval calls with every response."""
+        key = self.key(request)
+        self.responses[key] = response
+        if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as out:
+                out.write(json.dumps({"key": key, "response": response}) + "\n")
+
+
 class Harness(HFLM):
-    """lm-eval's Hugging Face model, which refuses prompts that do not fit instead of cutting them."""
+    """lm-eval's Hugging Face model, which refuses prompts that do not fit instead of cutting them.
+
+    It also computes what prompts share once, see ``eval.prefix``, and keeps responses in its ``journal``.
+    """
+
+    journal: Journal
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Check every prompt, then answer them all.
+        """Check every prompt, then answer those that the journal has no answer to.
 
         Raises:
             ValueError: a prompt and its answer do not fit into the window.
         """
         for request in requests:
-            prompt, options = request.args
-            length, room = len(self.tok_encode(prompt)), options["max_gen_toks"]
+            length, room = len(self.tok_encode(request.args[0])), request.args[1]["max_gen_toks"]
             if length + room > self.max_length:
                 raise ValueError(
-                    f"a prompt of {length} tokens and {room} tokens of answer do not fit into the model's window of "
-                    f"{self.max_length}: ask for shorter --lengths"
+                    f"a prompt of {length} tokens and {room} tokens of answer do not fit into the model's window "
+                    f"of {self.max_length}: ask for shorter --lengths"
                 )
-        return super().generate_until(requests, disable_tqdm)
+        self.cache_hook = self.journal
+        if todo := [request for request in requests if self.journal.key(request.args) not in self.journal.responses]:
+            prompts = [self.tok_encode(request.args[0]) for request in todo]
+            if can_crop(self.model) and saving(prompts) > WORTHWHILE:
+                self.answer_sharing(todo, prompts, disable_tqdm)
+            else:
+                super().generate_until(todo, disable_tqdm)
+        return [self.journal.responses[self.journal.key(request.args)] for request in requests]
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], *args: Any, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Check every context with its continuation, then score them.
+
+        Raises:
+            ValueError: one does not fit into the window.
+        """
+        longest = max((len(context) + len(rest) for _, context, rest in requests), default=0)
+        if longest > self.max_length + 1:  # the last token is only predicted
+            raise ValueError(f"a prompt of {longest} tokens does not fit into the model's window of {self.max_length}")
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def answer_sharing(self, requests: list[Instance], prompts: list[list[int]], disable_tqdm: bool) -> None:
+        """Answer prompts that begin alike into the journal."""
+        ends = self.model.generation_config.eos_token_id
+        stop = {self.eot_token_id, *(ends if isinstance(ends, list) else [ends])}
+        with tqdm(total=len(requests), desc="prompts that begin alike", disable=disable_tqdm) as bar:
+
+            def done(index: int, ids: list[int]) -> None:
+                self.journal.add_partial("generate_until", requests[index].args, self.tok_decode(ids))
+                bar.update()
+
+            answer(self.model, prompts, requests[0].args[1]["max_gen_toks"], stop, done)
 
 
 def default_lengths(window: int, answer: int = 128) -> list[int]:
@@ -46,69 +120,96 @@ def default_lengths(window: int, answer: int = 128) -> list[int]:
 
 
 def run(
-    model: str, task: str, *, lengths: list[int] | None = None, samples: int = 50, seed: int = 0,
-    batch_size: int = 1, trust_remote_code: bool = False,
+    loaded: Loaded, task: str, *, lengths: list[int] | None = None, samples: int = 50, seed: int = 0,
+    split: Split = "test", shots: int = 0, shot_tokens: int = 1000, haystack: str | None = None,
+    cases: str | None = None, batch_size: int = 1, journal: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Score a model.
 
     Args:
-        model: hub id, model folder or adapter folder.
-        task: ``line``.
+        loaded: the model with its tokenizer.
+        task: one of ``SCORERS``.
         lengths: longest samples, in tokens; None means ``default_lengths``.
         samples: per length.
-        seed: of the test samples.
+        seed: of the samples.
+        split: ``train`` with a seed that was not trained on gives validation data.
+        shots: worked examples before every prompt (paper section 8: one).
+        shot_tokens: longest example, in tokens (paper section 8: 1K).
+        haystack: see ``data_gen.generate.Request``.
+        cases: folder of LongEval's published line cases, scored instead of samples of ours; ``samples`` of each file.
         batch_size: prompts generated together.
-        trust_remote_code: run code that comes with the checkpoint.
+        journal: file that keeps responses while they come in; a run that was cut off goes on from it.
 
     Returns:
-        ``model``, ``base``, ``method``, ``task``, ``window``, ``seed``; ``scores``, one entry per length with
-        ``length``, ``tokens`` (mean), ``count``, ``correct``, ``accuracy`` and its 95 % interval ``low``, ``high``; and
+        ``model``, ``base``, ``method``, ``task``, ``window``, ``seed``, ``shots``; ``scores``, one entry per length
+        with ``length``, ``tokens`` (mean), ``count``, ``score`` (mean) and its 95 % interval ``low``, ``high``; and
         ``responses``, one entry per sample.
 
     Raises:
         ValueError: bad input; the message is one line.
     """
-    loaded = load(model, trust_remote_code=trust_remote_code)
-    lengths = lengths or default_lengths(loaded.window)
-    if max(lengths) > loaded.window:
+    if task not in SCORERS:
+        raise ValueError(f"task: found {task!r}, expected one of {', '.join(SCORERS)}")
+    if cases and task != "line":
+        raise ValueError(f"cases: they are LongEval's line cases, but the task is {task}")
+    lengths = [] if cases else lengths or default_lengths(loaded.window)
+    if max(lengths, default=0) > loaded.window:
         raise ValueError(f"lengths: {max(lengths)} tokens do not fit into the model's window of {loaded.window}")
-    responses = generate_responses(loaded, model, task, lengths, samples, seed, batch_size)
-    scores = []
-    for length in lengths:
-        rows = [row for row in responses if row["length"] == length]
-        correct = sum(row["correct"] for row in rows)
-        low, high = wilson(correct, len(rows))
-        scores.append({
-            "length": length,
-            "tokens": round(sum(row["tokens"] for row in rows) / len(rows), 1),
-            "count": len(rows),
-            "correct": correct,
-            "accuracy": correct / len(rows),
-            "low": round(low, 4),
-            "high": round(high, 4),
-        })  # fmt: skip
+    requests = [
+        Request(task, str(length), samples=samples, seed=seed, split=split, haystack=haystack) for length in lengths
+    ]
+    example = asdict(Request(task, str(shot_tokens), samples=shots, seed=seed, haystack=haystack)) if shots else None
+    metadata = {
+        "tokenizer": loaded.tokenizer.name_or_path,
+        "chat_template": loaded.tokenizer.chat_template,
+        "requests": [asdict(request) for request in requests],
+        "examples": example,
+        "cases": {"folder": cases, "samples": samples} if cases else None,
+    }
+    responses = generate_responses(loaded, task, metadata, batch_size, journal)
+    lengths = list(dict.fromkeys(row["length"] for row in responses))
     return {
-        "model": model,
+        "model": loaded.name,
         "base": loaded.base,
         "method": loaded.method,
         "task": task,
         "window": loaded.window,
         "seed": seed,
-        "scores": scores,
+        "shots": shots,
+        "scores": [summary([row for row in responses if row["length"] == length]) for length in lengths],
         "responses": responses,
     }
 
 
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean score of the responses of one length, with its interval."""
+    mean = sum(row["score"] for row in rows) / len(rows)
+    low, high = wilson(mean, len(rows))
+    return {
+        "length": rows[0]["length"],
+        "tokens": round(sum(row["tokens"] for row in rows) / len(rows), 1),
+        "count": len(rows),
+        "score": mean,
+        "low": round(low, 4),
+        "high": round(high, 4),
+    }
+
+
 def generate_responses(
-    loaded: Loaded, model: str, task: str, lengths: list[int], samples: int, seed: int, batch_size: int
+    loaded: Loaded, task: str, metadata: dict[str, Any], batch_size: int, journal: Path | None
 ) -> list[dict[str, Any]]:
-    """Run lm-eval and keep, for each sample, what identifies it, the response and whether that is right."""
+    """Run lm-eval and keep, for each sample, what identifies it, the response and its score.
+
+    Args:
+        loaded: the model.
+        task: one of ``SCORERS``.
+        metadata: arguments of ``eval.tasks.documents.documents``.
+        batch_size: prompts generated together.
+        journal: see ``run``.
+    """
     name = f"seal_{task}"
-    metadata = {"tokenizer": loaded.tokenizer.name_or_path, "lengths": lengths, "samples": samples, "seed": seed}
     manager = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False, metadata=metadata)
-    if name not in manager.all_tasks:
-        known = ", ".join(sorted(task.removeprefix("seal_") for task in manager.all_tasks))
-        raise ValueError(f"task: found {task!r}, expected one of {known}")
+    assert name in manager.all_tasks, f"lm-eval cannot read {TASK_FOLDER}/{name}.yaml"
     harness = Harness(
         pretrained=loaded.model,
         tokenizer=loaded.tokenizer,
@@ -116,18 +217,16 @@ def generate_responses(
         batch_size=batch_size,
         add_bos_token=False,  # the chat template says whether there is one, as in training
     )
+    harness.journal = Journal(journal)
     results = simple_evaluate(
         model=harness, tasks=[name], apply_chat_template=True, task_manager=manager, bootstrap_iters=0,
         log_samples=True, metadata=metadata,
     )  # fmt: skip
     return [
         {
-            "length": row["doc"]["length"],
-            "index": row["doc"]["index"],
-            "tokens": row["doc"]["tokens"],
-            "answer": row["doc"]["answer"],
+            **{key: row["doc"][key] for key in KEPT if key in row["doc"]},
             "response": row["filtered_resps"][0],
-            "correct": bool(row["accuracy"]),
+            "score": row["score"],
         }
         for row in sorted(results["samples"][name], key=lambda row: row["doc_id"])
     ]

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from axolotl_plugins.seal.load import load
+from data_gen import niah
 from data_gen.generate import Request, generate
-from eval.run import default_lengths
-from eval.score import last_integer, wilson
+from eval.run import Harness, default_lengths, run
+from eval.score import SCORERS, last_integer, wilson
 
 TINY = Path(__file__).parent.parent / "recipes" / "tiny"
 
@@ -36,12 +38,37 @@ def test_last_integer(response, expected):
     assert last_integer(response) == expected
 
 
+ROUGE = [
+    # The paper's wrong and right answers (section 5.3) and what it gives them, then what is left out of the formula.
+    ("eat a sandwich and sit in Dolores Park on a sunny day", 1.0),
+    ("The best thing to do in San Francisco is EAT a sandwich, and sit in dolores park on a sunny day!", 1.0),
+    ("Go to the top of the hill at Lands End and look out at the city.", 0.0833),
+    ("eating sandwiches", 2 / 12),
+    ("", 0.0),
+    ("日本語 🙂", 0.0),
+    ("a a a a", 2 / 12),
+]
+
+
+@pytest.mark.parametrize(("response", "expected"), ROUGE)
+def test_needles_are_scored_by_recall_of_words(response, expected):
+    assert SCORERS["niah"](response, [niah.TEST_REFERENCE]) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [("ABCDE vwxyz", 1.0), ("abcde", 0.5), ("", 0.0), ("ABCD E", 0.0), ("xABCDEx ABCDE", 0.5), ("Ábcde", 0.0)],
+)
+def test_ruler_is_scored_by_the_share_of_references_found(response, expected):
+    assert SCORERS["vt"](response, ["ABCDE", "VWXYZ"]) == expected
+
+
 def test_wilson_brackets_the_share_as_in_the_textbook():
-    low, high = wilson(5, 10)
+    low, high = wilson(0.5, 10)
     assert (round(low, 4), round(high, 4)) == (0.2366, 0.7634)
     for count in (1, 50, 200):
         for correct in (0, count // 2, count):
-            low, high = wilson(correct, count)
+            low, high = wilson(correct / count, count)
             assert 0 <= low <= correct / count <= high <= 1 and not math.isclose(low, high)
 
 
@@ -66,38 +93,66 @@ def test_the_small_model_is_scored_by_the_command(tmp_path):
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     assert result["method"] == "base" and [score["count"] for score in result["scores"]] == [6, 6]
     # Answers come from the model: it knows short records, and each response names the line it was asked for.
-    assert result["scores"][0]["accuracy"] >= 0.8
+    assert result["scores"][0]["score"] >= 0.8
     for row in result["responses"]:
-        assert row["correct"] == (last_integer(row["response"]) == last_integer(row["answer"]))
+        assert row["score"] == (last_integer(row["response"]) == int(row["references"][0]))
     # The test samples are those of the generator, from the split that training never sees.
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    drawn = [s["answer"] for s in generate(Request("line", "260", samples=6, split="test"), tokenizer)]
-    assert [row["answer"] for row in result["responses"] if row["length"] == 260] == drawn
+    drawn = [s["references"] for s in generate(Request("line", "260", samples=6, split="test"), tokenizer)]
+    assert [row["references"] for row in result["responses"] if row["length"] == 260] == drawn
 
 
-def test_prompt_ids_are_a_prefix_of_the_training_ids():
-    from lm_eval.models.huggingface import HFLM
+@pytest.mark.parametrize("task", ["line", "niah", "vt", "cwe", "fwe"])
+def test_prompt_ids_are_the_first_of_the_training_ids(task):
+    """Also where the prompt goes on into the assistant's turn."""
+    from dataclasses import asdict
 
-    from axolotl_plugins.seal.load import load
-    from eval.run import Harness
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    from eval.run import TASK_FOLDER
 
     loaded = load(TINY)
     harness = Harness(pretrained=loaded.model, tokenizer=loaded.tokenizer, add_bos_token=False)
-    assert isinstance(harness, HFLM)
-    sample = next(generate(Request("line", "300", samples=1), loaded.tokenizer))
-    text = harness.apply_chat_template(sample["messages"][:1])
-    ids, mask = harness.tok_batch_encode([text])
-    training = loaded.tokenizer.apply_chat_template(sample["messages"], return_dict=False)
-    prompt = ids[0].tolist()
-    assert prompt == training[: len(prompt)] and bool(mask.all())
-    assert prompt.count(loaded.tokenizer.bos_token_id) == 1
+    request = Request(task, "1500", samples=2)
+    metadata = {"tokenizer": str(TINY), "requests": [asdict(request)], "examples": None}
+    manager = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False, metadata=metadata)
+    lm_task = get_task_dict([f"seal_{task}"], manager)[f"seal_{task}"]
+    lm_task.build_all_requests(
+        apply_chat_template=True, chat_template=harness.apply_chat_template, tokenizer_name=harness.tokenizer_name
+    )
+    samples = list(generate(request, loaded.tokenizer))
+    for instance, sample in zip(lm_task.instances, samples, strict=True):
+        ids, mask = harness.tok_batch_encode([instance.args[0]])
+        prompt = ids[0].tolist()
+        training = loaded.tokenizer.apply_chat_template(sample["messages"], return_dict=False)
+        assert prompt == training[: len(prompt)] and bool(mask.all())
+        assert prompt.count(loaded.tokenizer.bos_token_id) == 1
+        rest = loaded.tokenizer.decode(training[len(prompt) :])
+        assert rest.removesuffix("</s>").strip() == sample["answer"].removeprefix(sample.get("prefix", "")).strip()
+
+
+def test_an_example_with_its_answer_comes_before_the_prompt():
+    plain, shown = (run(load(TINY), "line", lengths=[300], samples=2, shots=shots, shot_tokens=300) for shots in (0, 1))
+    assert shown["shots"] == 1 and [row["references"] for row in shown["responses"]] == [
+        row["references"] for row in plain["responses"]
+    ]
+    from eval.tasks.documents import documents, prompt
+
+    requests = [{"task": "line", "tokens": "300", "samples": 2, "split": "test"}]
+    example = {"task": "line", "tokens": "300", "samples": 1}
+    tokenizer = str(TINY)
+    without = documents(tokenizer=tokenizer, requests=requests)["test"]
+    rows = documents(tokenizer=tokenizer, requests=requests, examples=example)["test"]
+    first = next(generate(Request(**example), AutoTokenizer.from_pretrained(TINY)))["messages"]
+    for row, bare in zip(rows, without, strict=True):
+        assert prompt(row) == f"{first[0]['content']}\n{first[1]['content']}\n\n{prompt(bare)}"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--model", "no/such/model"], "cannot load no/such/model"),
-        (["--model", str(TINY), "--task", "lines"], "task: found 'lines', expected one of line"),
+        (["--model", str(TINY), "--task", "lines"], "task: found 'lines', expected one of line, niah, vt, cwe, fwe"),
         (["--model", str(TINY), "--lengths", "4k"], "lengths: found '4k'"),
         (["--model", str(TINY), "--lengths", "99999"], "99999 tokens do not fit into the model's window"),
         (["--model", str(TINY), "--lengths", "2040", "--samples", "1"], "do not fit into the model's window of 2048"),
@@ -109,3 +164,30 @@ def test_bad_input_is_one_line(arguments, message, tmp_path):
     lines = [text for text in done.stderr.splitlines() if text.startswith("eval: ")]
     assert done.returncode == 1 and len(lines) == 1 and message in lines[0], done.stderr[-3000:]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(tmp_path):
+    journal, loaded = tmp_path / "journal", load(TINY)
+    options = {"lengths": [260, 400], "samples": 3, "journal": journal}
+    whole = run(loaded, "line", **options)
+    rows = journal.read_bytes().splitlines(keepends=True)
+    assert len(rows) == 6
+    journal.write_bytes(b"".join(rows[:4]) + rows[4][:20])  # cut off within the fifth
+    answered = []
+    generate_batch = loaded.model.generate
+    loaded.model.generate = lambda *args, **kwargs: answered.append(1) or generate_batch(*args, **kwargs)
+    assert run(loaded, "line", **options) == whole
+    assert len(answered) == 2 and sorted(journal.read_bytes().splitlines(keepends=True)) == sorted(rows)
+
+
+def test_longevals_own_cases_are_scored_as_they_are(tmp_path):
+    sample = next(generate(Request("line", "300", samples=1), load(TINY).tokenizer))
+    case = {"prompt": sample["messages"][0]["content"] + " ", "expected_number": sample["number"], "num_lines": 200}
+    (tmp_path / "200_lines.jsonl").write_text(json.dumps(case) + "\n")
+    (tmp_path / "30_lines.jsonl").write_text(json.dumps(case | {"num_lines": 30}) + "\n" * 1)
+    result = run(load(TINY), "line", cases=str(tmp_path))
+    assert [score["length"] for score in result["scores"]] == [30, 200]
+    assert result["responses"][0]["references"] == [str(sample["number"])]
+    (tmp_path / "30_lines.jsonl").write_text('{"prompt": "x"}\n')
+    with pytest.raises(ValueError, match=r"30_lines.jsonl, line 1: not a case of LongEval's"):
+        run(load(TINY), "line", cases=str(tmp_path))

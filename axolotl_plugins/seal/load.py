@@ -11,6 +11,8 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from data_gen.generate import read_template
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +22,7 @@ class Loaded:
     """A model ready to use.
 
     Attributes:
+        name: as it was asked for.
         model: in evaluation mode, with the adapter applied if there is one.
         tokenizer: with a chat template.
         base: hub id or folder of the base model.
@@ -27,6 +30,7 @@ class Loaded:
         window: most tokens the model declares to take.
     """
 
+    name: str
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     base: str
@@ -44,13 +48,17 @@ def method_name(config: PeftConfig) -> str:
     return {"head": "SEAL-H", "channel": "SEAL-C"}.get(getattr(config, "granularity", ""), str(config.peft_type.value))
 
 
-def load(name: str | Path, *, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> Loaded:
+def load(
+    name: str | Path, *, dtype: torch.dtype | str = "auto", chat_template: str | None = None,
+    trust_remote_code: bool = False,
+) -> Loaded:  # fmt: skip
     """Load a model for inference.
 
     Args:
         name: hub id, model folder, or adapter folder (its base model is loaded and the adapter applied; a
             ``config.json`` beside the adapter, such as Axolotl writes, overrides the base model's).
         dtype: of the base model's weights; ``"auto"`` keeps the checkpoint's.
+        chat_template: a jinja file, for base models whose tokenizer comes without a template.
         trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
@@ -75,9 +83,11 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto", trust_remote_co
     except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
         text = " ".join(str(error).split())
         raise ValueError(f"cannot load {name}: {text[:400] or type(error).__name__}") from error
+    if chat_template is not None:
+        tokenizer.chat_template = read_template(chat_template)
     if not tokenizer.chat_template:
-        raise ValueError(f"{name}: its tokenizer has no chat template: add chat_template.jinja to the folder")
+        raise ValueError(f"{name}: its tokenizer has no chat template: name one with --chat-template")
     window = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not window:
         raise ValueError(f"{name}: its config does not say how long a context it takes (max_position_embeddings)")
-    return Loaded(model.eval(), tokenizer, base, method_name(adapter) if adapter else "base", window)
+    return Loaded(name, model.eval(), tokenizer, base, method_name(adapter) if adapter else "base", window)

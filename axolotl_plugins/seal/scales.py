@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from .layer import SealLayer
@@ -24,6 +29,25 @@ def scale_matrix(model: nn.Module) -> dict[int, torch.Tensor]:
             index = layer_index(name)
             scales[len(scales) if index is None else index] = scale.detach().float().cpu().view(module.num_heads, -1)
     return scales
+
+
+def saved_scales(adapter: Path) -> np.ndarray:
+    """The scales in an adapter folder, without its model: float32 of shape (layers, heads, channels or 1).
+
+    Raises:
+        ValueError: the folder is not a SEAL adapter, or its layers differ in size.
+    """
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        tensors = load_file(adapter / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{adapter}: not an adapter folder ({error})") from error
+    if config.get("peft_type") != "SEAL":
+        raise ValueError(f"{adapter}: found a {config.get('peft_type')} adapter, expected a SEAL adapter")
+    if len({tensor.shape for tensor in tensors.values()}) != 1:
+        raise ValueError(f"{adapter}: its layers have scales of different sizes")
+    by_layer = sorted(tensors.items(), key=lambda item: layer_index(item[0]) or 0)
+    return np.stack([tensor.float().numpy().reshape(config["num_heads"], -1) for _, tensor in by_layer])
 
 
 def summary(scales: dict[int, torch.Tensor]) -> dict[str, float]:

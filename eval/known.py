@@ -1,0 +1,160 @@
+"""lm-eval's own tasks that the paper reports: LongBench's document QA (Table 6) and MMLU (section 5.2)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager, get_task_dict
+
+from axolotl_plugins.seal.load import Loaded
+from data_gen.generate import as_messages, count_tokens
+from eval.run import Harness, Journal
+
+LONGBENCH = (
+    "multifieldqa_en", "multifieldqa_zh", "narrativeqa", "qasper", "hotpotqa", "2wikimqa", "musique", "dureader",
+)  # fmt: skip
+SHOTS = {"longbench": 0, "mmlu": 5}
+# MMLU's many other wordings in lm-eval have names that begin alike.
+OTHER_WORDINGS = tuple(
+    f"mmlu_{kind}" for kind in ("flan", "continuation", "generative", "llama", "pro", "prox", "redux")
+)
+
+
+def with_question(rows: Dataset) -> Dataset:
+    """LongBench's own files call ``input`` what lm-eval's copy calls a question."""
+    return rows.rename_column("input", "question") if "question" not in rows.column_names else rows
+
+
+def task_configs(group: str, data: str | None) -> list[dict[str, Any]]:
+    """lm-eval's tasks of a group, from the hub or from local files.
+
+    Args:
+        group: ``longbench`` or ``mmlu``.
+        data: folder with LongBench's ``NAME.jsonl`` or with a copy of ``cais/mmlu`` (``SUBJECT/test-*.parquet``).
+
+    Raises:
+        ValueError: the folder lacks a file.
+    """
+    if group == "longbench":
+        configs = []
+        for name in LONGBENCH:
+            config: dict[str, Any] = {"task": f"longbench_{name}"}
+            if data is not None:
+                file = Path(data) / f"{name}.jsonl"
+                if not file.is_file():
+                    raise ValueError(f"data: {file} is missing: name the folder with LongBench's jsonl files")
+                files = {"data_files": {"test": str(file)}}
+                config |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files}
+                config["process_docs"] = with_question
+            configs.append(config)
+        return configs
+    names = [name for name in TaskManager().all_subtasks if name.startswith("mmlu_")]
+    names = [name for name in names if not name.startswith(OTHER_WORDINGS)]
+    if data is None:
+        return [{"task": name} for name in names]
+    configs = []
+    for name in names:
+        folder = Path(data) / name.removeprefix("mmlu_")
+        if folder.is_dir():
+            parts = {split: str(folder / f"{split}-*.parquet") for split in ("test", "dev")}
+            local: dict[str, Any] = {"dataset_path": "parquet", "dataset_name": None}
+            configs.append({"task": name, **local, "dataset_kwargs": {"data_files": parts}})
+    if not configs:
+        raise ValueError(f"data: no subject of MMLU in {data}: name a copy of cais/mmlu")
+    return configs
+
+
+def cut_in_the_middle(task: Any, loaded: Loaded, room: int) -> list[int]:
+    """Make a task shorten prompts as LongBench does: tokens go from the middle, before the chat template comes on.
+
+    Args:
+        task: an lm-eval task, which is changed.
+        loaded: whose tokenizer counts.
+        room: most tokens of a prompt.
+
+    Returns:
+        A list that will hold the full length of every prompt that was cut.
+    """
+    plain, cut = task.doc_to_text, []
+
+    def shortened(document: dict[str, Any], *arguments: Any) -> str:
+        text = plain(document, *arguments)
+        ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) <= room:
+            return text
+        cut.append(len(ids))
+        decode = lambda part: loaded.tokenizer.decode(part, skip_special_tokens=True)  # noqa: E731
+        return decode(ids[: room // 2]) + decode(ids[-(room // 2) :])
+
+    task.doc_to_text = shortened
+    return cut
+
+
+def run_known(
+    loaded: Loaded, group: str, *, data: str | None = None, limit: int | None = None, batch_size: int = 1,
+    journal: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Score a model on a group of lm-eval's tasks.
+
+    Args:
+        loaded: the model with its tokenizer.
+        group: ``longbench`` or ``mmlu``.
+        data: see ``task_configs``.
+        limit: samples of each set; None means all.
+        batch_size: prompts answered together.
+        journal: see ``eval.run.run``.
+
+    Returns:
+        ``model``, ``base``, ``method``, ``task``, ``window``; ``sets``, one entry per set with ``name``, ``count``,
+        ``score`` in per cent, its 95 % interval ``low`` and ``high`` where lm-eval knows the error, and ``cut`` (how
+        many prompts were shortened in the middle); and ``mean``.
+
+    Raises:
+        ValueError: see ``task_configs``.
+    """
+    tasks = get_task_dict(task_configs(group, data), TaskManager())
+    harness = Harness(
+        pretrained=loaded.model, tokenizer=loaded.tokenizer, max_length=loaded.window, batch_size=batch_size,
+        add_bos_token=group != "longbench",
+    )  # fmt: skip
+    harness.journal = Journal(journal)
+    cut = {}
+    for name, task in tasks.items():
+        if group == "longbench":
+            frame = count_tokens(loaded.tokenizer, as_messages("", ""))
+            room = loaded.window - frame - task.config.generation_kwargs["max_gen_toks"]
+            # Cut ends may join into other tokens.
+            cut[name] = cut_in_the_middle(task, loaded, room - 8)
+    results = simple_evaluate(
+        model=harness, tasks=list(tasks.values()), apply_chat_template=group == "longbench", limit=limit,
+        num_fewshot=SHOTS[group],
+        bootstrap_iters=1,  # any number but 0: errors of means are computed, not drawn
+    )  # fmt: skip
+    metric, scale = ("score", 1.0) if group == "longbench" else ("acc", 100.0)
+    sets = []
+    for name in tasks:
+        found, count = results["results"][name], results["n-samples"][name]["effective"]
+        score = found[f"{metric},none"] * scale
+        error = found.get(f"{metric}_stderr,none")
+        spread = 1.96 * error * scale if isinstance(error, float) and not math.isnan(error) else None
+        sets.append({
+            "name": name.removeprefix(f"{group}_"),
+            "count": count,
+            "score": round(score, 4),
+            "low": None if spread is None else round(max(0.0, score - spread), 2),
+            "high": None if spread is None else round(min(100.0, score + spread), 2),
+            "cut": len(cut.get(name, [])),
+        })  # fmt: skip
+    return {
+        "model": loaded.name,
+        "base": loaded.base,
+        "method": loaded.method,
+        "task": group,
+        "window": loaded.window,
+        "sets": sets,
+        "mean": round(sum(row["score"] for row in sets) / len(sets), 4),
+    }

@@ -1,0 +1,185 @@
+"""Gathers results into one page: ``python -m eval report``, that is ``make report``."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import yaml
+from jinja2 import Environment, FileSystemLoader
+
+from data_gen.console import first_line
+from data_gen.files import write_text
+from eval.plot import draw_accuracy, draw_grid, draw_scales
+
+HERE = Path(__file__).parent
+TITLES = {
+    "line": "Line retrieval", "niah": "Needle in a haystack", "vt": "Variable tracking", "cwe": "Common words",
+    "fwe": "Frequent words", "longbench": "LongBench document QA", "mmlu": "MMLU",
+}  # fmt: skip
+WRONG_SHOWN = 5
+LONGCHAT = "lmsys/longchat-7b-v1.5-32k"  # the one base model of Table 6 and of the paper's MMLU
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """All results of ``python -m eval run`` in a folder, in the order of their names; other JSON files are left out.
+
+    Raises:
+        ValueError: a file is not JSON, or there is no result at all.
+    """
+    results = []
+    for file in sorted(folder.glob("*.json")):
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file}: not JSON ({first_line(error)}): mend it or move it away") from None
+        kinds = ({"scores", "responses"}, {"sets", "mean"})
+        if isinstance(found, dict) and any(kind | {"base", "method", "task"} <= found.keys() for kind in kinds):
+            results.append(found)
+    if not results:
+        raise ValueError(f"{folder}: holds no results: make some with `python -m eval run`")
+    return results
+
+
+def paper_scores() -> list[dict[str, Any]]:
+    """The paper's numbers by table, see ``paper.yml``; RULER's in [0, 1] like ours."""
+    rows = yaml.safe_load((HERE / "paper.yml").read_text())["scores"]
+    for row in rows:
+        if row["task"] != "line":
+            row["by_length"] = {length: score / 100 for length, score in row["by_length"].items()}
+    return rows
+
+
+def sets_section(task: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the page says about a benchmark of several sets: the method's scores beside the paper's."""
+    paper = yaml.safe_load((HERE / "paper.yml").read_text())
+    names = list(dict.fromkeys(row["name"] for result in results for row in result["sets"]))
+    rows = []
+    for result in results:
+        ours = result["base"] == LONGCHAT
+        printed = paper["longbench"].get(result["method"], {}) if task == "longbench" and ours else {}
+        by_name = {row["name"]: row for row in result["sets"]}
+        cells = [
+            {**by_name[name], "paper": (printed[name], 6) if name in printed else None} if name in by_name else None
+            for name in names
+        ]
+        mmlu = paper["mmlu"].get(result["method"]) if task == "mmlu" and ours else None
+        cells.append({"score": result["mean"], "low": None, "count": sum(row["count"] for row in result["sets"]),
+                      "paper": None if mmlu is None else (mmlu, "–, section 5.2")})  # fmt: skip
+        rows.append({"method": result["method"], "model": result["model"], "cells": cells})
+    return {"title": TITLES[task], "figures": [], "tables": [{"lengths": [*names, "mean"], "rows": rows}], "wrong": []}
+
+
+def paper_value(result: dict[str, Any], length: int, paper: list[dict[str, Any]]) -> tuple[float, int] | None:
+    """The paper's score and table for the same base model, task, method and length (to the thousand), if it has one."""
+    method = "one-shot" if result.get("shots") else result["method"]
+    for row in paper:
+        if (row["model"], row["task"], row["method"]) == (result["base"], result["task"], method):
+            for thousands, score in row["by_length"].items():
+                if length in (thousands * 1000, thousands * 1024):
+                    return score, row["table"]
+    return None
+
+
+def picture(figure: plt.Figure) -> str:
+    """A figure as a data address."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    plt.close(figure)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def table(results: list[dict[str, Any]], paper: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of methods with a cell per length."""
+    lengths = sorted({score["length"] for result in results for score in result["scores"]})
+    rows = []
+    for result in results:
+        by_length = {score["length"]: score for score in result["scores"]}
+        cells = [
+            {**by_length[length], "paper": paper_value(result, length, paper)} if length in by_length else None
+            for length in lengths
+        ]
+        rows.append({"method": result["method"] + (f", {result['shots']}-shot" if result.get("shots") else ""),
+                     "model": result["model"], "cells": cells})  # fmt: skip
+    return [{"lengths": lengths, "rows": rows}]
+
+
+def grid(result: dict[str, Any]) -> tuple[np.ndarray, list[int], list[int]]:
+    """Mean score of needles by depth and length: shape (depths, lengths), then depths in per cent and lengths."""
+    depths = sorted({row["depth"] for row in result["responses"]})
+    lengths = [score["length"] for score in result["scores"]]
+    cells: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for row in result["responses"]:
+        cells[row["depth"], row["length"]].append(row["score"])
+    values = np.full((len(depths), len(lengths)), np.nan)
+    for (depth, length), scores in cells.items():
+        values[depths.index(depth), lengths.index(length)] = np.mean(scores)
+    return values, depths, lengths
+
+
+def section(task: str, results: list[dict[str, Any]], paper: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the page says about one task of one base model."""
+    if "sets" in results[0]:
+        return sets_section(task, results)
+    figures = []
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    draw_accuracy(axes, results)
+    figures.append(picture(figure))
+    if task == "niah":
+        size = (1 + 4.2 * len(results), 3.6)
+        figure, grids = plt.subplots(1, len(results), figsize=size, layout="constrained", squeeze=False)
+        for axes, result in zip(grids[0], results, strict=True):
+            draw_grid(figure, axes, *grid(result), title=result["method"], window=result["window"])
+        figures.append(picture(figure))
+    wrong = [
+        {"method": result["method"], **row}
+        for result in results
+        for row in [row for row in result["responses"] if row["score"] < 1][:WRONG_SHOWN]
+    ]
+    return {"title": TITLES.get(task, task), "figures": figures, "tables": table(results, paper), "wrong": wrong}
+
+
+def scale_maps(results: list[dict[str, Any]]) -> list[str]:
+    """Pictures of the scales of every adapter that was scored and is still there."""
+    from axolotl_plugins.seal.scales import saved_scales
+
+    pictures = []
+    for model in dict.fromkeys(result["model"] for result in results if result["method"].startswith("SEAL")):
+        if not (Path(model) / "adapter_config.json").exists():
+            continue  # a merged folder has no scales of its own
+        scales = saved_scales(Path(model))
+        figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
+        draw_scales(figure, axes, scales.mean(-1), f"{model}\nmean scale of each head")
+        pictures.append(picture(figure))
+    return pictures
+
+
+def write_report(folder: Path, out: Path) -> int:
+    """Write the page; nothing on it comes from the network.
+
+    Returns:
+        How many results it shows.
+
+    Raises:
+        ValueError: see ``read_results``.
+    """
+    results, paper = read_results(folder), paper_scores()
+    bases: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        bases[result["base"]][result["task"]].append(result)
+    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = environment.get_template("report.html").render(
+        bases=[
+            {"name": base, "sections": [section(task, rows, paper) for task, rows in tasks.items()],
+             "scales": scale_maps([row for rows in tasks.values() for row in rows])}
+            for base, tasks in bases.items()
+        ]
+    )  # fmt: skip
+    write_text(out, page)
+    return len(results)

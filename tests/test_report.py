@@ -1,0 +1,104 @@
+"""The report: every number and picture in one page, the paper's beside them, nothing of a response executed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from peft import get_peft_model
+
+from axolotl_plugins.seal import SealConfig
+from axolotl_plugins.seal.load import load
+from axolotl_plugins.seal.scales import saved_scales, scale_matrix
+from eval.report import grid, paper_value, read_results, write_report
+
+ROOT = Path(__file__).parent.parent
+PAPER = yaml.safe_load((ROOT / "eval" / "paper.yml").read_text())
+
+
+def result(task="line", method="base", model="m", base="lmsys/longchat-7b-v1.5-32k", response="ok", score=0.5):
+    lengths = (9000, 31000)
+    responses = [
+        {"length": length, "index": i, "depth": depth, "references": ["1"], "response": response, "score": score}
+        for length in lengths for i, depth in enumerate((0, 50, 100))
+    ]  # fmt: skip
+    scores = [{"length": n, "tokens": n - 5.0, "count": 3, "score": score, "low": 0.1, "high": 0.9} for n in lengths]
+    return {"model": model, "base": base, "method": method, "task": task, "window": 16384, "seed": 0, "shots": 0,
+            "scores": scores, "responses": responses}  # fmt: skip
+
+
+def test_page_shows_scores_beside_the_papers_and_escapes_responses(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(result(response="<script>alert(1)</script>")))
+    (tmp_path / "b.json").write_text(json.dumps(result(method="SEAL-C", score=0.25)))
+    (tmp_path / "c.json").write_text(json.dumps(result(task="niah")))
+    (tmp_path / "other.json").write_text(json.dumps({"not": "a result"}))
+    assert write_report(tmp_path, tmp_path / "report.html") == 3
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;alert(1)" in page
+    assert "paper 0.32, table 1" in page and "paper 0.88, table 1" in page and "0.25" in page
+    assert page.count("data:image/png;base64,") >= 3
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)  # nothing from the network
+
+
+def test_papers_numbers_are_found_by_model_task_method_and_length():
+    from eval.report import paper_scores
+
+    paper = paper_scores()
+    ours = result(method="SEAL-C")
+    assert paper_value(ours, 31000, paper) == (0.88, 1) and paper_value(ours, 31744, paper) == (0.88, 1)
+    assert paper_value(ours, 30500, paper) is None
+    assert paper_value(ours | {"base": "another/model"}, 31000, paper) is None
+    assert paper_value(ours | {"method": "base", "shots": 1}, 28000, paper) == (0.5, 3)
+    assert paper_value(ours | {"task": "cwe"}, 32768, paper) == (pytest.approx(0.937), 2)
+
+
+def test_papers_tables_are_whole():
+    rows = PAPER["scores"]
+    assert [sum(row["table"] == table for row in rows) for table in (1, 2, 3)] == [15, 27, 12]
+    assert all(len(row["by_length"]) == 6 for row in rows if row["table"] != 2)
+    assert len(PAPER["learning_rate_by_samples"]) == 4 and len(PAPER["parameters"]) == 6
+    # The averages that table 6 prints.
+    single, multi = (
+        ("multifieldqa_en", "multifieldqa_zh", "narrativeqa", "qasper"),
+        ("hotpotqa", "2wikimqa", "musique", "dureader"),
+    )
+    for method, (one, two) in {"base": (31.87, 23.29), "SEAL-H": (33.25, 26.05), "SEAL-C": (35.46, 31.27)}.items():
+        found = PAPER["longbench"][method]
+        assert np.mean([found[name] for name in single]) == pytest.approx(one, abs=0.01)
+        assert np.mean([found[name] for name in multi]) == pytest.approx(two, abs=0.01)
+
+
+def test_grid_is_depth_by_length():
+    found = result(task="niah")
+    for row in found["responses"]:
+        row["score"] = row["depth"] / 100 if row["length"] == 9000 else 1.0
+    values, depths, lengths = grid(found)
+    assert depths == [0, 50, 100] and lengths == [9000, 31000]
+    np.testing.assert_allclose(values, [[0, 1], [0.5, 1], [1, 1]])
+
+
+def test_saved_scales_are_those_of_the_model(tmp_path):
+    model = get_peft_model(load(ROOT / "recipes" / "tiny").model, SealConfig(granularity="channel"))
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(1, 0.1)
+    model.save_pretrained(tmp_path)
+    live = scale_matrix(model)
+    np.testing.assert_allclose(saved_scales(tmp_path), np.stack([live[layer].numpy() for layer in sorted(live)]))
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match="found a LORA adapter"):
+        saved_scales(tmp_path)
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "holds no results"), ("{", "not JSON")])
+def test_nothing_to_report(content, message, tmp_path):
+    if content:
+        (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_results(tmp_path)

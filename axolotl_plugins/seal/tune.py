@@ -1,0 +1,99 @@
+"""Tuning without Axolotl: the paper's recipe as one function, for studies and for those who have their own trainer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, str]]
+
+
+def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, int]:
+    """A chat as token ids of shape (1, T), and the position of the first token of its last turn.
+
+    Raises:
+        ValueError: the chat template does not write the turns before the last as it does when it asks for an answer,
+            or the last turn is empty.
+    """
+    ids = tokenizer.apply_chat_template(messages, return_dict=False)
+    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+    if ids[: len(prompt)] != prompt:
+        raise ValueError("the chat template writes a prompt otherwise than the beginning of the same chat with answer")
+    if len(ids) == len(prompt):
+        raise ValueError("the last turn of the chat is empty")
+    return torch.tensor([ids]), len(prompt)
+
+
+def answer_loss(model: torch.nn.Module, ids: torch.Tensor, start: int) -> torch.Tensor:
+    """Mean cross-entropy of the tokens from ``start`` on; logits are computed for these alone.
+
+    Args:
+        model: a causal language model.
+        ids: shape (1, T).
+        start: position of the first token that counts, at least 1.
+    """
+    count = ids.shape[1] - start
+    logits = model(input_ids=ids, logits_to_keep=count + 1, use_cache=False).logits[0, :-1]
+    return F.cross_entropy(logits.float(), ids[0, start:])
+
+
+def tune(
+    model: PeftModel,
+    chats: Sequence[Messages],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    lr: float,
+    epochs: int = 1,
+    seed: int = 0,
+    max_grad_norm: float = 1.0,
+    progress: Callable[[float], object] = lambda loss: loss,
+) -> list[float]:
+    """AdamW at a constant rate, batch 1, no weight decay, loss on the answers (paper sections 4.1 and 5, appendix A).
+
+    Args:
+        model: wrapped by any PEFT method; only its trainable parameters change.
+        chats: each ends with the answer.
+        tokenizer: with the model's chat template.
+        lr: the rate, in the paper 1e-2 or 2e-2 for line retrieval.
+        epochs: passes over the samples, in the paper 1.
+        seed: of the samples' order.
+        max_grad_norm: clips the gradient's norm.
+        progress: called with every loss.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        ValueError: nothing is trainable, or a chat cannot be encoded.
+        FloatingPointError: a loss is not finite.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ValueError("the model has no trainable parameters: wrap it with get_peft_model first")
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    samples = [encode(chat, tokenizer) for chat in chats]
+    order = random.Random(seed)
+    losses: list[float] = []
+    was_training = model.training
+    model.train()
+    for _ in range(epochs):
+        for ids, start in order.sample(samples, len(samples)):
+            loss = answer_loss(model, ids.to(parameters[0].device), start)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss.item()} at step {len(losses) + 1}: lower the rate {lr:g}")
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+            optimizer.step()
+            losses.append(loss.item())
+            progress(losses[-1])
+    model.train(was_training)
+    return losses

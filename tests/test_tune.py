@@ -1,0 +1,75 @@
+"""Tuning without Axolotl: the loss is that of the answer, the loop is plain AdamW, and nothing else moves."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from axolotl_plugins.seal import SealConfig
+from axolotl_plugins.seal.load import load
+from axolotl_plugins.seal.tune import answer_loss, encode, tune
+from data_gen.generate import Request, generate
+
+TINY = Path(__file__).parent.parent / "recipes" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def chats():
+    tokenizer = load(TINY).tokenizer
+    return [row["messages"] for row in generate(Request("line", "300:600", samples=6), tokenizer)], tokenizer
+
+
+def test_loss_is_that_of_the_answer_alone(chats):
+    samples, tokenizer = chats
+    model = load(TINY).model
+    ids, start = encode(samples[0], tokenizer)
+    assert tokenizer.decode(ids[0, start:]) == samples[0][1]["content"] + tokenizer.eos_token
+    labels = torch.where(torch.arange(ids.shape[1]) >= start, ids, -100)
+    with torch.no_grad():
+        assert answer_loss(model, ids, start).item() == pytest.approx(model(ids, labels=labels).loss.item(), abs=1e-5)
+
+
+def test_tuning_is_adamw_over_shuffled_samples(chats):
+    samples, tokenizer = chats
+    model = get_peft_model(load(TINY).model, SealConfig(granularity="head"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    losses = tune(model, samples, tokenizer, lr=1e-2, seed=3)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved and all("seal_scale" in name for name in moved) and len(losses) == 6
+
+    naive = get_peft_model(load(TINY).model, SealConfig(granularity="head"))
+    scales = [p for p in naive.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(scales, lr=1e-2, weight_decay=0.0)
+    expected = []
+    for chat in random.Random(3).sample(samples, len(samples)):
+        ids, start = encode(chat, tokenizer)
+        loss = naive(input_ids=ids, labels=torch.where(torch.arange(ids.shape[1]) >= start, ids, -100)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(scales, 1.0)
+        optimizer.step()
+        expected.append(loss.item())
+    assert losses == pytest.approx(expected, abs=1e-4)
+    again = [p for p in model.parameters() if p.requires_grad]
+    for one, two in zip(again, scales, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=0)
+
+
+def test_other_methods_are_tuned_as_well(chats):
+    samples, tokenizer = chats
+    model = get_peft_model(load(TINY).model, LoraConfig(r=4, target_modules=["q_proj", "o_proj"]))
+    assert len(tune(model, samples[:2], tokenizer, lr=2e-4, epochs=2)) == 4
+
+
+def test_what_cannot_be_tuned_is_an_error(chats):
+    samples, tokenizer = chats
+    loaded = load(TINY).model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        tune(loaded, samples, tokenizer, lr=1e-2)
+    model = get_peft_model(load(TINY).model, SealConfig())
+    with pytest.raises(FloatingPointError, match="lower the rate"):
+        tune(model, samples, tokenizer, lr=float("inf"))

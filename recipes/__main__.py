@@ -1,0 +1,151 @@
+"""``python -m recipes``: write the paper's recipes or one for another model, and count what a method trains."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from data_gen.console import first_line, quiet_libraries, stop
+from data_gen.files import write_text
+from recipes.matrix import FOLDER, METHODS, TASKS, all_recipes, rate, read_matrix, recipe
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+
+
+@app.callback()
+def main() -> None:
+    """Axolotl recipes for SEAL."""
+
+
+@app.command()
+def write() -> None:
+    """Write the paper's recipes again from matrix.yml, beside it."""
+    texts = all_recipes()
+    for name, text in texts.items():
+        write_text(FOLDER / f"{name}.yml", text)
+    print(f"{len(texts)} recipes in {FOLDER}")
+
+
+@app.command(epilog="Example: python -m recipes new Qwen/Qwen2.5-7B-Instruct --task line --method sealc --tokens 31000")
+def new(
+    base: Annotated[str, typer.Argument(help="Model to tune: hub id or folder.")],
+    task: Annotated[str, typer.Option(help=f"Format to tune for: {', '.join(TASKS)}.")] = "line",
+    method: Annotated[str, typer.Option(help=f"What to train: {', '.join(METHODS)}.")] = "sealc",
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Longest training sample; default: 31/32 of the model's window, as in the paper."),
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="For tokenizers without one: a name in recipes/templates, such as vicuna_v1.1.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; left out, the recipe is printed.")] = None,
+) -> None:
+    """Make a recipe for any model that SEAL can wrap."""
+    quiet_libraries()
+    try:
+        text, found = recipe_for(base, task, method, tokens, chat_template, out.stem if out else None)
+    except (ValueError, OSError) as error:
+        stop("recipes", error)
+    if out is None:
+        print(text, end="")
+        return
+    write_text(out, text)
+    print(f"{out}: scales the input of {found}", file=sys.stderr)
+
+
+def recipe_for(
+    base: str, task: str, method: str, tokens: int | None, chat_template: str | None, name: str | None
+) -> tuple[str, str]:
+    """The text of a recipe, and the modules that it will scale.
+
+    Raises:
+        ValueError: the model cannot be wrapped or asked, or an option has no meaning; the message says what to add.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from axolotl_plugins.seal import find_attention_outputs
+    from data_gen.generate import load_tokenizer
+
+    for what, value, known in (("task", task, TASKS), ("method", method, METHODS)):
+        if value not in known:
+            raise ValueError(f"{what}: found {value!r}, expected one of {', '.join(known)}")
+    template = FOLDER / "templates" / f"{chat_template}.jinja"
+    if chat_template and not template.is_file():
+        names = ", ".join(sorted(file.stem for file in template.parent.glob("*.jinja")))
+        raise ValueError(f"chat-template: found {chat_template!r}, expected one of {names}")
+    load_tokenizer(base, str(template) if chat_template else None)
+    try:
+        config = AutoConfig.from_pretrained(base)
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the config of {base!r} ({first_line(error)})") from error
+    found = find_attention_outputs(model)
+    window = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not window:
+        raise ValueError(f"{base}: its config does not say how long a context it takes (max_position_embeddings)")
+    longest = tokens or window * 31 // 32
+    if longest >= window:
+        raise ValueError(f"tokens: {longest} do not fit into the window of {window}: ask for at most {window - 1}")
+    entry: dict[str, Any] = {"name": base, "base_model": base, "window": window, "tokens": longest}
+    if chat_template:
+        entry["template"] = chat_template
+    name = name or f"{Path(base).name.lower().replace('.', '_')}_{task}_{method}"
+    text = recipe(
+        name, entry, task, method, lr=rate(read_matrix()["rates"], "", task, method),
+        shows="not a model of the paper; its rate is that of the task", gpu=torch.cuda.is_available(),
+    )  # fmt: skip
+    return text, ", ".join(found)
+
+
+@app.command()
+def params() -> None:
+    """Count what every method trains in the paper's models (Table 8), from their shapes alone."""
+    quiet_libraries()
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("model", *(name.split()[0] for name in METHODS.values()), title="trainable parameters, thousands")
+    for name, counts in count_parameters().items():
+        table.add_row(name, *(f"{counts[method] / 1000:,.1f}" for method in METHODS))
+    Console().print(table)
+
+
+def count_parameters() -> dict[str, dict[str, int]]:
+    """Base model -> method -> number of trainable parameters."""
+    from accelerate import init_empty_weights
+    from peft import LoraConfig, get_peft_model
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    from axolotl_plugins.seal import SealConfig
+
+    matrix = read_matrix()
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    configs = {
+        "sealh": lambda: SealConfig(granularity="head"),
+        "sealc": lambda: SealConfig(granularity="channel"),
+        "seall": lambda: LoraConfig(r=4, target_modules=targets),
+        "seald": lambda: LoraConfig(r=4, target_modules=targets, use_dora=True),
+    }
+    counts: dict[str, dict[str, int]] = {}
+    by_shape: dict[str, dict[str, int]] = {}
+    for model in matrix["models"].values():
+        if model["shape"] not in by_shape:
+            shape = dict(matrix["shapes"][model["shape"]])
+            config = CONFIG_MAPPING[shape.pop("model_type")](**shape, vocab_size=32, pad_token_id=0)
+            found = by_shape[model["shape"]] = {}
+            for method, make in configs.items():
+                with init_empty_weights():
+                    wrapped = get_peft_model(AutoModelForCausalLM.from_config(config), make())
+                found[method] = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+        counts[model["base_model"]] = by_shape[model["shape"]]
+    return counts
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m recipes")

@@ -1,0 +1,161 @@
+"""The text of recipes: those of the paper, from ``matrix.yml``, and those of any other model."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FOLDER = Path(__file__).parent
+METHODS = {"sealh": "SEAL-H", "sealc": "SEAL-C", "seall": "SEAL-L (LoRA)", "seald": "SEAL-D (DoRA)"}
+TASKS = {
+    "line": "line retrieval",
+    "niah": "needle in a haystack",
+    "vt": "RULER's variable tracking",
+    "cwe": "RULER's common words",
+    "fwe": "RULER's frequent words",
+    "longbench": "LongBench document QA, tuned on TriviaQA",
+}
+RULER = ("vt", "cwe", "fwe")
+SHORTEST_RULER = 8000  # tokens; lengths are drawn from here to the model's longest (appendix B.3)
+
+
+def rate(rates: dict[str, dict[str, float]], model: str, task: str, method: str) -> float:
+    """The paper's learning rate: a model's own, else the task's.
+
+    Raises:
+        ValueError: there is none.
+    """
+    of_task = rates[task]
+    if (found := of_task.get(f"{model} {method}", of_task.get(method))) is None:
+        raise ValueError(f"matrix.yml: no rate for {task}, {model}, {method}")
+    return found
+
+
+def cost(tokens: int) -> str:
+    """What the paper says of time and memory."""
+    minutes = "about 40 minutes" if tokens > 16_384 else "about 10 minutes"
+    return f" The authors' 7B models took {minutes} on one A100 80 GB (section 5)."
+
+
+def recipe(name: str, model: dict[str, Any], task: str, method: str, *, lr: float, shows: str, note: str = "",
+           samples: int = 50, epochs: int = 1, gpu: bool = True) -> str:  # fmt: skip
+    """The text of one recipe.
+
+    Args:
+        name: of its file, without ending.
+        model: an entry of ``models`` in ``matrix.yml``.
+        task: a key of ``TASKS``.
+        method: a key of ``METHODS``.
+        lr: learning rate.
+        shows: what it is good for, such as what of the paper it reproduces.
+        note: what to expect of time and memory.
+        samples: training samples.
+        epochs: passes over them.
+        gpu: whether it is to run on one, in bfloat16 with FlashAttention.
+    """
+    tokens = f'"{SHORTEST_RULER}:{model["tokens"]}"' if task in RULER else model["tokens"]
+    adapter = {
+        "sealh": "adapter: seal",
+        "sealc": "adapter: seal",
+        "seall": "adapter: lora\n" + LORA + "peft_use_dora: false",
+        "seald": "adapter: lora\n" + LORA + "peft_use_dora: true",
+    }[method]
+    seal = {"sealh": "  granularity: head\n", "sealc": "  granularity: channel\n"}.get(method, "")
+    template = "chat_template: tokenizer_default"
+    if "template" in model:
+        template = f"chat_template: jinja\nchat_template_jinja: recipes/templates/{model['template']}.jinja"
+    stretched = ""
+    if "model_config" in model:
+        stretched = yaml.safe_dump({"model_config": model["model_config"]}, sort_keys=False)
+    haystack = ""
+    if task == "niah":
+        haystack = "    haystack: essays # from the hub; or a folder of text files, or prose, which is built in\n"
+    key = name.removesuffix(f"_{method}") if name.endswith(method) else name
+    return f"""# accelerate launch -m axolotl.cli.train recipes/{name}.yml
+#
+# {METHODS[method]} on {model["name"]}, {TASKS[task]}: {shows}.
+# {samples} samples, {epochs} {"epoch" if epochs == 1 else "epochs"}.{note}
+
+base_model: {model["base_model"]}
+{stretched}plugins:
+  - axolotl_plugins.seal.SealPlugin
+
+{adapter}
+seal:
+{seal}  data: # made by the plugin when the file below is missing
+    task: {task}
+    tokens: {tokens} # counted with this model's tokenizer and chat template
+    samples: {samples}
+    seed: 0
+{haystack}
+datasets:
+  - path: data/{key}.jsonl
+    ds_type: json
+    type: chat_template
+    roles_to_train: [assistant]
+{template}
+dataset_prepared_path: data/prepared
+dataset_num_proc: 1
+
+sequence_len: {model["window"]}
+excess_length_strategy: raise # the default drops samples that are too long
+pad_to_multiple_of: 1 # the default pads, for which attention may build a mask of T x T
+sample_packing: false
+
+learning_rate: {lr}
+optimizer: adamw_torch
+lr_scheduler: constant
+warmup_steps: 0
+weight_decay: 0
+num_epochs: {epochs}
+micro_batch_size: 1
+gradient_accumulation_steps: 1
+seed: 42
+
+bf16: {str(gpu).lower()}
+tf32: false
+attn_implementation: {"flash_attention_2" if gpu else "sdpa"}
+gradient_checkpointing: {str(gpu).lower()}
+
+output_dir: outputs/{name}
+merge_method: legacy # for `axolotl merge-lora`; its default knows LoRA alone
+save_strategy: "no"
+logging_steps: 1
+"""
+
+
+LORA = """lora_r: 4 # on q, k, v and o (section 9)
+lora_alpha: 8 # the paper does not say; PEFT's default
+lora_dropout: 0
+lora_target_modules: [q_proj, k_proj, v_proj, o_proj]
+"""
+
+
+def read_matrix() -> dict[str, Any]:
+    """``matrix.yml``."""
+    return yaml.safe_load((FOLDER / "matrix.yml").read_text())
+
+
+def all_recipes() -> dict[str, str]:
+    """Name and text of every recipe of ``matrix.yml``.
+
+    Raises:
+        ValueError: a rate is missing, or two rows make the same file.
+    """
+    matrix = read_matrix()
+    texts: dict[str, str] = {}
+    for row in matrix["recipes"]:
+        samples, epochs = row.get("samples", 50), row.get("epochs", 1)
+        for model, task, method in itertools.product(row["models"], row["tasks"], row["methods"]):
+            name = f"{model}_{task}_{method}" + (f"_{samples}x{epochs}" if epochs > 1 else "")
+            if name in texts:
+                raise ValueError(f"matrix.yml: two rows make {name}.yml")
+            texts[name] = recipe(
+                name, matrix["models"][model], task, method, lr=rate(matrix["rates"], model, task, method),
+                shows=f"{row['shows']} of arXiv 2501.15225", note=cost(matrix["models"][model]["tokens"]),
+                samples=samples, epochs=epochs,
+            )  # fmt: skip
+    return texts

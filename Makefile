@@ -17,7 +17,7 @@ TOKENS ?= 1900
 SEEDS ?= 0 1 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test train data eval merge lint tiny-model
+.PHONY: help setup demo test train data eval report merge recipes study lint tiny-model
 
 help: ## list the targets and their variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ data: setup ## write training samples   [TASK=line MODEL=recipes/tiny TOKENS=190
 eval: setup ## score a model, merged folder or adapter   [MODEL=recipes/tiny TASK=line LENGTHS=512,1900 SAMPLES=50]
 	$(RUN) -m eval run --model $(MODEL) --task $(TASK) --lengths "$(LENGTHS)" --samples $(SAMPLES)
 
+report: setup ## gather results/*.json into results/report.html
+	$(RUN) -m eval report
+
 merge: setup ## fold an adapter into its model's weights   [ADAPTER=... OUT=ADAPTER_merged INTO=auto|o_proj|v_proj]
 	$(RUN) -m axolotl_plugins.seal merge $(ADAPTER) $(OUT) --into $(INTO)
 
@@ -54,6 +57,12 @@ lint: setup ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+recipes: setup ## write the paper's recipes again, from recipes/matrix.yml
+	$(RUN) -m recipes write
+
+study: setup ## all methods, controls and kinds of base on the small model (hours): results/study.json
+	$(RUN) -m recipes.study
 
 tiny-model: setup ## train the small base model in recipes/tiny again, from nothing
 	$(RUN) -m recipes.tiny_model

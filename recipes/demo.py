@@ -155,7 +155,7 @@ def collect(seeds: list[int], seconds: dict[str, float], work: Path) -> dict[str
         "lengths_tokens": [score["tokens"] for score in base["scores"]],
         "seeds": seeds,
         "trainable_parameters": {},
-        "accuracy": {"base": [[score["accuracy"] for score in base["scores"]]]},
+        "accuracy": {"base": [[score["score"] for score in base["scores"]]]},
         "scales": {},
     }
     for method, title in METHODS.items():
@@ -166,7 +166,7 @@ def collect(seeds: list[int], seconds: dict[str, float], work: Path) -> dict[str
             ours, theirs = ([row["response"] for row in run["responses"]] for run in (unmerged, merged))
             if different := sum(a != b for a, b in zip(ours, theirs, strict=True)):
                 raise RuntimeError(f"{name}: merged and unmerged differ in {different} of {len(ours)} answers")
-            runs.append([score["accuracy"] for score in merged["scores"]])
+            runs.append([score["score"] for score in merged["scores"]])
         weights = load_file(work / f"{method}_seed{seeds[0]}" / "adapter_model.safetensors")
         heads = json.loads((work / f"{method}_seed{seeds[0]}" / "adapter_config.json").read_text())["num_heads"]
         result["trainable_parameters"][title] = sum(tensor.numel() for tensor in weights.values())
@@ -195,8 +195,8 @@ def draw(result: dict[str, Any], out: Path) -> None:
             "scores": [
                 {
                     "tokens": tokens,
-                    "accuracy": accuracy,
-                    **dict(zip(("low", "high"), wilson(accuracy * count, count), strict=True)),
+                    "score": accuracy,
+                    **dict(zip(("low", "high"), wilson(accuracy, count), strict=True)),
                 }
                 for tokens, accuracy in zip(result["lengths_tokens"], row, strict=True)
             ],

@@ -13,6 +13,7 @@ first digit of nine answers in ten is right.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import os
 import random
@@ -27,11 +28,12 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data_gen import line
-from data_gen.generate import Request, generate
+from data_gen import line, niah, ruler
+from data_gen.generate import Request, as_messages, generate
 
 # Words with at most one leading space, single digits, punctuation with the line break that may follow it.
 PIECES = r" ?\p{L}[\p{L}_]*|\d| ?[^\s\p{L}\d]+\n?|\s"
+ROPE_THETA = 500_000.0
 SPECIAL = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -46,7 +48,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with one token for each word of the wonderwords lists and of the line task's text.
+    """A byte-level tokenizer with one token for each word of the wonderwords lists and of the tasks' texts.
 
     Any other text is spelled in bytes, so nothing is ever unknown and decoding gives the text back exactly.
     """
@@ -58,6 +60,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         [line.HEADER, line.CLOSING + line.QUESTION.format(key="key"), line.ANSWER.format(key="key", number=1)],
         (line.LINE.format(key=f"{adjective}-noun", number=1) for adjective in adjectives),
         (f"-{noun}:" for noun in nouns),
+        # Sentences of the needle task begin lines, so their first words come without a blank as well.
+        (text for pair in (niah.TEST_NEEDLE, *niah.needles(niah.NEEDLES)) for text in pair.values()),
+        (niah.PROMPT, " ".join(f"{word} {word.lower()}" for row in niah.PROSE for word in row), *niah.PROSE[0]),
+        (ruler.VT_PROMPT, ruler.VT_PREFIX, ruler.NOISE, "VAR A = VAR B \n", ruler.CWE_PROMPT, ruler.CWE_PREFIX),
+        (ruler.FWE_PROMPT, ruler.FWE_PREFIX, "... ... ", " 1. 2. 30."),
     )
     pieces = dict.fromkeys(piece for text in texts for piece, _ in pre.pre_tokenize_str(text))
     vocabulary = dict.fromkeys([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *pieces])
@@ -119,18 +126,28 @@ def curriculum(max_lines: int) -> list[Stage]:
     return stages
 
 
+def padded(rows: list[tuple[list[int], list[float]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and weights, each of shape (B, T), right-padded."""
+    width = max(len(ids) for ids, _ in rows)
+    pad = lambda row, fill: row + [fill] * (width - len(row))  # noqa: E731
+    return torch.tensor([pad(i, 0) for i, _ in rows]), torch.tensor([pad(w, 0.0) for _, w in rows])
+
+
 class Records:
     """Draws token ids and loss weights of training records; the last stage's text is ``data_gen.line``'s own."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         """Encode the fixed parts of the text once."""
         self.rng = random.Random(seed)
+        self.tokenizer = tokenizer
         ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
         adjectives, nouns = line.words()
         self.rng.shuffle(adjectives := list(adjectives))
         self.rng.shuffle(nouns := list(nouns))
         self.adjectives = [ids(" " + word) for word in adjectives]
         self.nouns = [ids("-" + word) for word in nouns]
+        self.plain = [word for word in adjectives if word.isalpha()]
+        self.starts = sorted({pair["needle"].split()[0] for pair in niah.needles(niah.NEEDLES)} | set(niah.PROSE[0]))
         self.digit = [ids(str(d))[0] for d in range(10)]
         before, after = line.LINE.split("{key}")
         self.line_start = ids(before.rstrip())
@@ -190,9 +207,29 @@ class Records:
         digits = rng.randint(1, stage.digits) if stage.digits and rng.random() < 0.3 else stage.digits
         rows = [self.record(stage, lines, digits)]
         rows += [self.record(stage, lines, digits) for _ in range(tokens // len(rows[0][0]))]
-        width = max(len(ids) for ids, _ in rows)
-        pad = lambda row, fill: row + [fill] * (width - len(row))  # noqa: E731
-        return torch.tensor([pad(i, 0) for i, _ in rows]), torch.tensor([pad(w, 0.0) for _, w in rows])
+        return padded(rows)
+
+    def needles(self, tokens: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prose of up to ``longest`` words with a made-up needle, and the question for it. Shapes as in ``batch``.
+
+        The needles are none of the task's own: but for the first, their words are drawn from all adjectives.
+        """
+        rng = self.rng
+        rows: list[tuple[list[int], list[float]]] = []
+        words = rng.randint(20, longest)
+        while not rows or len(rows) * len(rows[0][0]) < tokens:
+            subject = rng.sample(self.plain, rng.randint(2, 7))
+            rest = rng.sample(self.plain, rng.randint(5, 14))
+            start = rng.choice(self.starts)
+            needle = " ".join([start, *subject, "is", *rest]) + "."
+            question = " ".join(["What is", start.lower(), *subject]) + "?"
+            hay = niah.haystack(niah.prose(rng, words // 8 + 2))
+            context = niah.insert(hay.first(words)[0], needle, rng.randint(0, 100))
+            chat = as_messages(niah.PROMPT.format(context=context, question=question), needle)
+            ids = self.tokenizer.apply_chat_template(chat, return_dict=False)
+            learned = len(self.tokenizer(needle, add_special_tokens=False)["input_ids"]) + 1  # and the end of the turn
+            rows.append((ids, [0.0] * (len(ids) - learned) + [1.0] * learned))
+        return padded(rows)
 
     def choices(self, stage: Stage) -> torch.Tensor:
         """Sorted ids, shape (V',), that a stage's text is made of: its softmax runs over these alone, for speed."""
@@ -246,23 +283,19 @@ def pretrain(
     log: list[dict] = []
 
     def update(ids: torch.Tensor, weights: torch.Tensor, choices: torch.Tensor, decay: float = 1.0) -> tuple:
-        """One optimiser step; returns the loss, and logits, targets and weights where there is any loss."""
+        """One optimiser step; returns the loss, and what is right and how much it weighs where there is any loss."""
         nonlocal seen, step
         if step == max_steps:
             raise RuntimeError(f"no more than {log[-1] if log else 'nothing'} after {step} steps: try another --seed")
         for group in optimizer.param_groups:
             group["lr"] = lr * decay * min(1.0, (step + 1) / 100)
-        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
-        learn = weights[:, 1:] > 0
-        logits = F.linear(hidden[learn], model.lm_head.weight[choices])
-        target, weight = torch.searchsorted(choices, ids[:, 1:][learn]), weights[:, 1:][learn]
-        loss = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
+        loss, right, weight = weighted_loss(model, ids, weights, choices)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         seen, step = seen + ids.numel(), step + 1
-        return loss.item(), logits, target, weight
+        return loss.item(), right, weight
 
     def reached(name: str) -> None:
         log.append({"stage": name, "step": step, "seconds": round(time.time() - start), "tokens": seen})
@@ -283,17 +316,26 @@ def pretrain(
         reached(f"copying among {len(pool)} tokens")
         size *= 2
 
-    now, accuracy, polished = 0, 0.0, 0
+    now, accuracy, polished, needle_loss = 0, 0.0, 0, 5.0
     while polished < polish:
         last = now == len(stages) - 1
         stage = stages[now] if rng.random() < 0.6 else stages[max(0, now - rng.randint(1, 3))]
-        rotate = rng.random() < (0.3 if now < 6 else 0.1)
-        drawn = records.rotations(records.pool(stage), tokens, 32) if rotate else records.batch(stage, tokens)
+        other = rng.random()
+        rotate = other < (0.3 if now < 6 else 0.1)
+        needle = last and other > 0.7
+        if rotate:
+            drawn = records.rotations(records.pool(stage), tokens, 32)
+        elif needle:
+            drawn = records.needles(tokens, 10 * stages[-1].lines)
+        else:
+            drawn = records.batch(stage, tokens)
         decay = 1.0 - 0.95 * polished / polish if last else 1.0
-        loss, logits, target, weight = update(*drawn, records.choices(stage), decay)
+        loss, right, weight = update(*drawn, records.choices(stage), decay)
         polished += last
-        if not rotate and stage is stages[now]:
-            first = (logits.argmax(-1) == target)[weight == 4].float().mean().item()
+        if needle:
+            needle_loss = 0.9 * needle_loss + 0.1 * loss
+        elif not rotate and stage is stages[now]:
+            first = right[weight == 4].float().mean().item()
             accuracy = 0.93 * accuracy + 0.07 * first
             if accuracy > 0.9 and not last:
                 reached(f"{now}: {stages[now]}")
@@ -302,7 +344,7 @@ def pretrain(
             clock = time.time() - start
             print(
                 f"step {step}, {clock:.0f} s, {seen / clock:.0f} tokens/s: loss {loss:.3f}, "
-                f"first digits right {accuracy:.2f}, stage {now} of {len(stages) - 1}",
+                f"first digits right {accuracy:.2f}, stage {now} of {len(stages) - 1}, needles {needle_loss:.2f}",
                 flush=True,
             )
     reached("polished")
@@ -329,6 +371,67 @@ def stretched_config(config: LlamaConfig, factor: float, window: int) -> LlamaCo
     config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
     config.max_position_embeddings = window
     return config
+
+
+def longchat_like(
+    source: Path, records: Records, *, factor: float, window: int, steps: int, long_share: float, lr: float, tokens: int
+) -> LlamaForCausalLM:
+    """The model made long as LongChat was: linear RoPE scaling, then brief fine-tuning in which long records are few.
+
+    Args:
+        source: folder of the shipped model; its NTK stretch is taken back.
+        records: draws the training text.
+        factor: of the linear scaling.
+        window: tokens declared.
+        steps: of fine-tuning.
+        long_share: share of batches whose records fill up to the window; the others stay short.
+        lr: rate, falling linearly to nothing.
+        tokens: per batch.
+    """
+    config = LlamaConfig.from_pretrained(source)
+    config.rope_parameters = {"rope_type": "linear", "rope_theta": ROPE_THETA, "factor": factor}
+    config.max_position_embeddings = window
+    model = LlamaForCausalLM.from_pretrained(source, config=config)
+    short = curriculum(32)[-1]
+    # A line has 14 tokens at least with this tokenizer.
+    long = dataclasses.replace(short, lines=window // 15)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    choices = records.choices(short)
+    model.train()
+    for step in range(steps):
+        ids, weights = records.batch(long if records.rng.random() < long_share else short, tokens)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 - step / steps)
+        loss, _, _ = weighted_loss(model, ids, weights, choices)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 20 == 0:
+            print(f"step {step}: loss {loss.item():.3f}", flush=True)
+    return model.eval()
+
+
+def weighted_loss(
+    model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor, choices: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross-entropy over the ids of ``choices`` where there is weight.
+
+    Args:
+        model: whose loss it is.
+        ids: shape (B, T).
+        weights: shape (B, T), of each token as a target.
+        choices: sorted ids, shape (V',), that the softmax runs over.
+
+    Returns:
+        The loss; then, for the N tokens with weight, whether each is the first choice, and the weights.
+    """
+    hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
+    learn = weights[:, 1:] > 0
+    logits = F.linear(hidden[learn], model.lm_head.weight[choices])
+    target, weight = torch.searchsorted(choices, ids[:, 1:][learn]), weights[:, 1:][learn]
+    loss = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
+    return loss, logits.detach().argmax(-1) == target, weight
 
 
 def model_card(args: argparse.Namespace, parameters: int, log: list[dict], rows: list[tuple[int, float, float]]) -> str:
@@ -377,13 +480,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lines", type=int, default=32, help="longest record in training")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per batch")
-    parser.add_argument("--polish", type=int, default=1000, help="steps at the last stage, with the rate falling")
+    parser.add_argument("--polish", type=int, default=3000, help="steps at the last stage, with the rate falling")
     parser.add_argument("--factor", type=float, default=12, help="of the RoPE stretch")
     parser.add_argument("--window", type=int, default=2048, help="tokens declared after the stretch")
     parser.add_argument("--samples", type=int, default=200, help="test samples per length for the model card")
+    parser.add_argument("--longchat", action="store_true", help="instead, make the shipped model long as LongChat was")
+    parser.add_argument("--steps", type=int, default=300, help="of the fine-tuning of --longchat")
+    parser.add_argument("--long-share", type=float, default=0.1, help="of long records in that fine-tuning")
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
+    if args.longchat:
+        model = longchat_like(
+            Path(__file__).parent / "tiny", Records(tokenizer, args.seed + 1), factor=args.factor, window=args.window,
+            steps=args.steps, long_share=args.long_share, lr=args.lr, tokens=args.tokens,
+        )  # fmt: skip
+        model.save_pretrained(args.out)
+        tokenizer.save_pretrained(args.out)
+        return
     hidden = 32 * args.heads
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -394,7 +508,7 @@ def main(argv: list[str] | None = None) -> None:
             num_attention_heads=args.heads,
             head_dim=32,
             max_position_embeddings=1024,
-            rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+            rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
             initializer_range=0.05,
             tie_word_embeddings=False,
             pad_token_id=tokenizer.pad_token_id,

@@ -50,9 +50,8 @@ def test_last_stage_trains_on_the_very_text_of_data_gen(tokenizer):
         ids, weights = records.record(stage, 7, stage.digits)
         text = tokenizer.decode(ids)
         lines = re.findall(r"^line (.+): REGISTER_CONTENT is <(\d+)>$", text, re.MULTILINE)
-        asked = re.findall(r"in line (.+)\? I need", text)[0]
-        position = ([key for key, _ in lines].index(asked) + 0.5) / 7
-        drawn = line.render(line.Record(tuple((k, int(n)) for k, n in lines), position), 7)
+        key = re.findall(r"in line (.+)\? I need", text)[0]
+        drawn = line.render([(k, int(n)) for k, n in lines], [k for k, _ in lines].index(key))
         chat = as_messages(drawn["prompt"], drawn["answer"])
         assert ids == tokenizer.apply_chat_template(chat, return_dict=False)
         learned = tokenizer.decode([i for i, weight in zip(ids, weights, strict=True) if weight])

@@ -38,6 +38,22 @@ def test_last_integer(response, expected):
     assert last_integer(response) == expected
 
 
+ORIGINALS = [json.loads(row) for row in (Path(__file__).parent / "fixtures" / "scores.jsonl").read_text().splitlines()]
+
+
+def test_scores_are_those_of_the_original_programs():
+    """Over 50 responses each, recorded from LongEval's parsing, RULER's string_match_all and NIAH's ROUGE-1 recall."""
+    rows = {task: [row for row in ORIGINALS if row["task"] == task] for task in ("line", "vt", "niah")}
+    assert all(len(found) > 50 for found in rows.values())
+    for row in rows["line"]:
+        assert last_integer(row["response"]) == row["parsed"]
+    for row in rows["vt"]:
+        assert round(100 * SCORERS["vt"](row["response"], row["references"]), 2) == row["score"]
+    for row in rows["niah"]:
+        assert 100 * SCORERS["niah"](row["response"], [niah.TEST_REFERENCE]) == pytest.approx(row["score"])
+    assert len({row["score"] for row in rows["niah"]}) > 10 and len({row["score"] for row in rows["vt"]}) > 2
+
+
 ROUGE = [
     # The paper's wrong and right answers (section 5.3) and what it gives them, then what is left out of the formula.
     ("eat a sandwich and sit in Dolores Park on a sunny day", 1.0),

@@ -1,0 +1,58 @@
+"""LongBench and MMLU through lm-eval's own tasks, from local files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from axolotl_plugins.seal.load import load
+from eval.known import LONGBENCH, run_known
+
+TINY = Path(__file__).parent.parent / "recipes" / "tiny"
+
+
+@pytest.fixture
+def longbench(tmp_path):
+    """The eight sets in LongBench's own form: one short sample, one that is longer than the window."""
+    for name in LONGBENCH:
+        rows = [
+            {"context": "The garden keeps a letter. " * n, "input": "What does the garden keep?", "answers": ["a letter"],
+             "length": n, "dataset": name, "language": "en", "all_classes": None, "_id": str(n)}
+            for n in (3, 900)
+        ]  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_longbench_is_cut_in_the_middle_and_says_so(longbench):
+    asked = []
+    loaded = load(TINY)
+    generate = loaded.model.generate
+    loaded.model.generate = lambda *args, **kwargs: asked.append(kwargs["input_ids"]) or generate(*args, **kwargs)
+    result = run_known(loaded, "longbench", data=str(longbench))
+    assert [row["name"] for row in result["sets"]] == list(LONGBENCH)
+    assert all((row["count"], row["cut"]) == (2, 1) for row in result["sets"])
+    assert all(0 <= row["score"] <= 100 for row in result["sets"])
+    assert len(asked) == 16 and max(ids.shape[1] for ids in asked) < 2048
+    longest = loaded.tokenizer.decode(max(asked, key=lambda ids: ids.shape[1])[0])
+    assert "What does the garden keep?" in longest and longest.startswith("<s><|user|>")
+    (longbench / "qasper.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"qasper.jsonl is missing"):
+        run_known(loaded, "longbench", data=str(longbench))
+
+
+def test_mmlu_is_scored_by_the_likelihood_of_letters_with_five_examples(tmp_path):
+    rows = {"question": ["Which?"] * 6, "subject": ["s"] * 6, "choices": [["a", "b", "c", "d"]] * 6,
+            "answer": [0, 1, 2, 3, 0, 1]}  # fmt: skip
+    for subject in ("astronomy", "virology"):
+        for split in ("test", "dev"):
+            Dataset.from_dict(rows).to_parquet(tmp_path / subject / f"{split}-00000-of-00001.parquet")
+    result = run_known(load(TINY), "mmlu", data=str(tmp_path), limit=4)
+    assert [(row["name"], row["count"]) for row in result["sets"]] == [("astronomy", 4), ("virology", 4)]
+    assert all(row["low"] <= row["score"] <= row["high"] for row in result["sets"])
+    assert result["mean"] == pytest.approx(sum(row["score"] for row in result["sets"]) / 2)
+    with pytest.raises(ValueError, match="no subject of MMLU in"):
+        run_known(load(TINY), "mmlu", data=str(tmp_path / "nothing"))

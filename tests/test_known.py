@@ -12,6 +12,7 @@ from axolotl_plugins.seal.load import load
 from eval.known import LONGBENCH, run_known
 
 TINY = Path(__file__).parent.parent / "recipes" / "tiny"
+QUESTION = "What does the garden keep?"
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def longbench(tmp_path):
     """The eight sets in LongBench's own form: one short sample, one that is longer than the window."""
     for name in LONGBENCH:
         rows = [
-            {"context": "The garden keeps a letter. " * n, "input": "What does the garden keep?", "answers": ["a letter"],
+            {"context": "The garden keeps a letter. " * n, "input": QUESTION, "answers": ["a letter"],
              "length": n, "dataset": name, "language": "en", "all_classes": None, "_id": str(n)}
             for n in (3, 900)
         ]  # fmt: skip
@@ -38,7 +39,7 @@ def test_longbench_is_cut_in_the_middle_and_says_so(longbench):
     assert all(0 <= row["score"] <= 100 for row in result["sets"])
     assert len(asked) == 16 and max(ids.shape[1] for ids in asked) < 2048
     longest = loaded.tokenizer.decode(max(asked, key=lambda ids: ids.shape[1])[0])
-    assert "What does the garden keep?" in longest and longest.startswith("<s><|user|>")
+    assert QUESTION in longest and longest.startswith("<s><|user|>")
     (longbench / "qasper.jsonl").unlink()
     with pytest.raises(ValueError, match=r"qasper.jsonl is missing"):
         run_known(loaded, "longbench", data=str(longbench))

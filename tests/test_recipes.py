@@ -65,12 +65,15 @@ def known_keys():
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_recipe_is_sound(file, known_keys):
+    """Axolotl drops unknown keys without a word, so that a typo would go unnoticed."""
+    from axolotl.utils.schemas.datasets import SFTDataset
+
     text = file.read_text()
     assert text.startswith(f"# accelerate launch -m axolotl.cli.train recipes/{file.name}\n#\n# SEAL-")
     cfg = yaml.safe_load(text)
     assert not re.findall(r"^\w+:\s*$\n(?=\S|\Z)", text, re.MULTILINE), "an empty key"
     assert cfg.keys() - known_keys.keys() == {"seal"}
-    assert cfg["datasets"][0].keys() <= {"path", "ds_type", "type", "roles_to_train"}
+    assert cfg["datasets"][0].keys() <= SFTDataset.model_fields.keys()
     block = SealArgs(seal=cfg["seal"]).seal
     check_recipe(cfg)
     request = Request(**block.data.model_dump(), split="train")

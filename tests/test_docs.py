@@ -33,9 +33,12 @@ def test_paths_of_the_readme_exist():
 
 
 def test_the_readmes_python_runs():
-    from miniatures import build
+    from axolotl_plugins.seal.load import load
+    from data_gen.generate import Request, generate
 
-    code = README.split("```python\n")[1].split("```")[0]
-    scope = {"model": build("llama_mha")}
-    exec(code, scope)
-    assert sum(p.numel() for p in scope["model"].parameters() if p.requires_grad) == 8
+    loaded = load(ROOT / "recipes" / "tiny")
+    samples = generate(Request("line", "300", samples=2), loaded.tokenizer)
+    scope = {"model": loaded.model, "tokenizer": loaded.tokenizer, "chats": [row["messages"] for row in samples]}
+    exec(README.split("```python\n")[1].split("```")[0], scope)
+    scales = [parameter for parameter in scope["model"].parameters() if parameter.requires_grad]
+    assert sum(scale.numel() for scale in scales) == 12 and all((scale != 1).all() for scale in scales)

@@ -70,6 +70,10 @@ def recipe(name: str, model: dict[str, Any], task: str, method: str, *, lr: floa
     stretched = ""
     if "model_config" in model:
         stretched = yaml.safe_dump({"model_config": model["model_config"]}, sort_keys=False)
+    plugins, attention = "  - axolotl_plugins.seal.SealPlugin", "flash_attention_2" if gpu else "sdpa"
+    if "self_extend" in stretched:
+        plugins = f"  - axolotl_plugins.self_extend.SelfExtendPlugin\n{plugins}"
+        attention = "sdpa # self_extend takes its place when the model is loaded"
     haystack = ""
     if task == "niah":
         haystack = "    haystack: essays # from the hub; or a folder of text files, or prose, which is built in\n"
@@ -81,7 +85,7 @@ def recipe(name: str, model: dict[str, Any], task: str, method: str, *, lr: floa
 
 base_model: {model["base_model"]}
 {stretched}plugins:
-  - axolotl_plugins.seal.SealPlugin
+{plugins}
 
 {adapter}
 seal:
@@ -117,7 +121,7 @@ seed: 42
 
 bf16: {str(gpu).lower()}
 tf32: false
-attn_implementation: {"flash_attention_2" if gpu else "sdpa"}
+attn_implementation: {attention}
 gradient_checkpointing: {str(gpu).lower()}
 
 output_dir: outputs/{name}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+import axolotl_plugins.self_extend  # noqa: F401 - its RoPE type
 from data_gen.generate import read_template
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def load(
             model = PeftModel.from_pretrained(model, name)
         own = adapter is None or (Path(name) / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(name if own else base, **trust)
-    except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, StrictDataclassError) as error:
         text = " ".join(str(error).split())
         raise ValueError(f"cannot load {name}: {text[:400] or type(error).__name__}") from error
     if chat_template is not None:

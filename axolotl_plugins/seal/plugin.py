@@ -118,6 +118,9 @@ class SealTrainer(AxolotlTrainer):
 class SealPlugin(BasePlugin):
     """Trains, evaluates, serves and merges SEAL adapters with Axolotl's own commands."""
 
+    # Axolotl's schema drops `inference` from the settings before the model is loaded, so it is kept from before.
+    serving = False
+
     def get_input_args(self) -> str:
         """The schema of the ``seal:`` block."""
         return "axolotl_plugins.seal.args.SealArgs"
@@ -134,6 +137,7 @@ class SealPlugin(BasePlugin):
         """
         try:
             block = check_recipe(cfg)
+            self.serving = bool(cfg.get("inference"))
             if not (cfg.get("inference") or cfg.get("merge_lora")):
                 prepare_data(cfg, block)
         except (ValueError, OSError) as error:
@@ -171,7 +175,7 @@ class SealPlugin(BasePlugin):
         if config_only:
             return None, config
         if not cfg.lora_model_dir:
-            if cfg.inference:
+            if self.serving:
                 raise ValueError("inference with `adapter: seal` needs the adapter: add --lora-model-dir=FOLDER")
             peft_model = get_peft_model(model, config)
         else:
@@ -182,6 +186,6 @@ class SealPlugin(BasePlugin):
                 raise ValueError(
                     f"{cfg.lora_model_dir}: its granularity is {saved.granularity}, the recipe's {block.granularity}"
                 )
-            peft_model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not cfg.inference)
+            peft_model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not self.serving)
         peft_model.print_trainable_parameters()
         return peft_model, config

@@ -1,0 +1,16 @@
+"""Self-Extend as a RoPE type: importing this package lets transformers load models whose config asks for it."""
+
+from .attention import register
+
+__all__ = ["SelfExtendPlugin", "register"]
+
+register()
+
+
+def __getattr__(name: str) -> object:
+    """``SelfExtendPlugin``, imported on demand because it needs Axolotl."""
+    if name == "SelfExtendPlugin":
+        from .plugin import SelfExtendPlugin
+
+        return SelfExtendPlugin
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 from miniatures import MINIATURES, build, token_ids
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from axolotl_plugins.seal import SealConfig
+from axolotl_plugins.seal.export import export_ia3
 from axolotl_plugins.seal.merge import merge, merged_tensors
 from recipes.tiny_model import build_tokenizer
 
@@ -108,6 +109,31 @@ def test_merged_folder_is_a_plain_model_with_the_adapters_logits(base_folder, dt
     assert (tmp_path / "merged/chat_template.jinja").exists()
     with pytest.raises(ValueError, match="exists already"):
         merge(tmp_path / "adapter", tmp_path / "merged")
+
+
+@pytest.mark.parametrize("options", [{"granularity": "head"}, {"granularity": "channel", "layers": [1]}])
+def test_exported_to_stock_ia3_it_does_the_same(base_folder, options, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(base_folder[torch.float32])
+    unchanged = logits(base)
+    config = SealConfig(**options, base_model_name_or_path=str(base_folder[torch.float32]))
+    model = get_peft_model(base, config)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "seal_scale" in key:
+                parameter += torch.linspace(-0.5, 0.5, parameter.numel())
+    model.save_pretrained(tmp_path / "adapter")
+    export_ia3(tmp_path / "adapter", tmp_path / "ia3")
+    # A process of its own, which never hears of SEAL, would do: nothing but PEFT's own classes is left in the folder.
+    stock = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base_folder[torch.float32]), tmp_path / "ia3"
+    )
+    assert stock.peft_config["default"].peft_type == "IA3"
+    assert (logits(model) - unchanged).abs().max() > 1e-2
+    torch.testing.assert_close(logits(stock), logits(model), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="exists already"):
+        export_ia3(tmp_path / "adapter", tmp_path / "ia3")
+    with pytest.raises(ValueError, match="found a IA3 adapter"):
+        export_ia3(tmp_path / "ia3", tmp_path / "again")
 
 
 def test_a_merge_that_cannot_be_proved_leaves_nothing(base_folder, tmp_path, monkeypatch):

@@ -38,6 +38,21 @@ def merge(
         stop("merge", error)
 
 
+@app.command(epilog="Example: python -m axolotl_plugins.seal export outputs/tiny_line_sealc outputs/tiny_line_ia3")
+def export(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    out: Annotated[Path, typer.Argument(help="Adapter folder to write.")],
+) -> None:
+    """Write the scales as a stock PEFT IA3 adapter, for programs that know PEFT but not SEAL."""
+    quiet_libraries()
+    from .export import export_ia3
+
+    try:
+        export_ia3(adapter, out)
+    except (ValueError, OSError) as error:
+        stop("export", error)
+
+
 @app.command()
 def settings() -> None:
     """List what the `seal:` block of a recipe can say."""

@@ -1,0 +1,55 @@
+"""A SEAL adapter as a stock PEFT adapter, for programs that have never heard of SEAL."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from peft import IA3Config
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from .config import SealConfig
+from .scales import saved_scales
+
+
+def export_ia3(adapter: Path, out: Path) -> None:
+    """Write the scales as an IA3 adapter, whose feed-forward form scales a projection's input as SEAL-C does.
+
+    Args:
+        adapter: folder of a SEAL adapter; scales of heads are repeated over their channels.
+        out: the folder to write; must not exist.
+
+    Raises:
+        ValueError: the folder is not a SEAL adapter, or ``out`` exists.
+    """
+    saved_scales(adapter)  # raises where the folder is not what it should be
+    if out.exists():
+        raise ValueError(f"{out}: exists already: name another folder or remove it")
+    config = SealConfig.from_pretrained(str(adapter))
+    tensors = {}
+    for name, scale in load_file(adapter / "adapter_model.safetensors").items():
+        if config.granularity == "head":
+            scale = scale.repeat_interleave(head_dim(config))
+        tensors[name.removesuffix("seal_scale") + "ia3_l"] = scale.reshape(1, -1).to(torch.float32).contiguous()
+    modules = [name.removeprefix("base_model.model.").removesuffix(".ia3_l") for name in tensors]
+    stock = IA3Config(
+        base_model_name_or_path=config.base_model_name_or_path, task_type="CAUSAL_LM", inference_mode=True,
+        target_modules=modules, feedforward_modules=modules,
+    )  # fmt: skip
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        stock.save_pretrained(str(partial))
+        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def head_dim(config: SealConfig) -> int:
+    """Channels per head of the adapter's base model, from its config."""
+    base = AutoConfig.from_pretrained(config.base_model_name_or_path).get_text_config()
+    return getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 # Interpolation finds the size of near-linear text in a few trials; from here on halving bounds their number.
 INTERPOLATIONS = 12
+# A step goes at most to so many times the largest size that is known to fit.
+FARTHEST = 100
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,6 @@ def largest(length: Callable[[int], int], limit: int, *, first: int = 1, what: s
         trial = low + max(1, step)
         if high is not None:
             trial = min(trial, high - 1) if trials < INTERPOLATIONS else (low + high) // 2
-        elif trials >= INTERPOLATIONS:
-            trial = max(trial, 2 * low)
+        else:
+            trial = min(max(trial, 2 * low) if trials >= INTERPOLATIONS else trial, FARTHEST * low)
     return low

@@ -21,10 +21,10 @@ from data_gen.console import quiet_libraries
 from data_gen.files import write_text
 
 BASES = {"ntk": Path("recipes/tiny"), "linear": Path("outputs/study/bases/linear")}
-LENGTHS = (256, 512, 1024, 1448, 1900)
-VALIDATION = (1024, 1448, 1900)
+LENGTHS = (256, 512, 1024, 1448, 1960)
+VALIDATION = LENGTHS[2:]
 VALIDATION_SEED = 9000
-TRAIN_TOKENS = "1024:1900"
+TRAIN_TOKENS = "1024:1960"
 SHOT_TOKENS = 256
 RATES = {
     "SEAL-H": (5e-3, 1e-2, 2e-2, 5e-2),

@@ -20,6 +20,7 @@ import random
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data_gen import line, niah, ruler
-from data_gen.generate import Request, as_messages, generate
+from data_gen.generate import Request, generate
 
 # Words with at most one leading space, single digits, punctuation with the line break that may follow it.
 PIECES = r" ?\p{L}[\p{L}_]*|\d| ?[^\s\p{L}\d]+\n?|\s"
@@ -47,10 +48,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(other_tasks: bool = True) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with one token for each word of the wonderwords lists and of the tasks' texts.
 
     Any other text is spelled in bytes, so nothing is ever unknown and decoding gives the text back exactly.
+
+    Args:
+        other_tasks: whether the words of tasks other than line retrieval are in it, after all others.
     """
     adjectives, nouns = line.words()
     split = pre_tokenizers.Split(Regex(PIECES), "isolated")
@@ -60,11 +64,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         [line.HEADER, line.CLOSING + line.QUESTION.format(key="key"), line.ANSWER.format(key="key", number=1)],
         (line.LINE.format(key=f"{adjective}-noun", number=1) for adjective in adjectives),
         (f"-{noun}:" for noun in nouns),
-        # Sentences of the needle task begin lines, so their first words come without a blank as well.
-        (text for pair in (niah.TEST_NEEDLE, *niah.needles(niah.NEEDLES)) for text in pair.values()),
-        (niah.PROMPT, " ".join(f"{word} {word.lower()}" for row in niah.PROSE for word in row), *niah.PROSE[0]),
-        (ruler.VT_PROMPT, ruler.VT_PREFIX, ruler.NOISE, "VAR A = VAR B \n", ruler.CWE_PROMPT, ruler.CWE_PREFIX),
-        (ruler.FWE_PROMPT, ruler.FWE_PREFIX, "... ... ", " 1. 2. 30."),
+        words_of_other_tasks() if other_tasks else (),
     )
     pieces = dict.fromkeys(piece for text in texts for piece, _ in pre.pre_tokenize_str(text))
     vocabulary = dict.fromkeys([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *pieces])
@@ -83,6 +83,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def words_of_other_tasks() -> Iterator[str]:
+    """Texts with all the words of needles, built-in prose and RULER's prompts."""
+    # Sentences of the needle task begin lines, so their first words come without a blank as well.
+    yield from (text for pair in (niah.TEST_NEEDLE, *niah.needles(niah.NEEDLES)) for text in pair.values())
+    yield from (niah.PROMPT, " ".join(f"{word} {word.lower()}" for row in niah.PROSE for word in row), *niah.PROSE[0])
+    yield from (ruler.VT_PROMPT, ruler.VT_PREFIX, ruler.NOISE, "VAR A = VAR B \n", ruler.CWE_PROMPT, ruler.CWE_PREFIX)
+    yield from (ruler.FWE_PROMPT, ruler.FWE_PREFIX, "... ... ", " 1. 2. 30.")
 
 
 @dataclass(frozen=True)
@@ -139,15 +148,12 @@ class Records:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         """Encode the fixed parts of the text once."""
         self.rng = random.Random(seed)
-        self.tokenizer = tokenizer
         ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
         adjectives, nouns = line.words()
         self.rng.shuffle(adjectives := list(adjectives))
         self.rng.shuffle(nouns := list(nouns))
         self.adjectives = [ids(" " + word) for word in adjectives]
         self.nouns = [ids("-" + word) for word in nouns]
-        self.plain = [word for word in adjectives if word.isalpha()]
-        self.starts = sorted({pair["needle"].split()[0] for pair in niah.needles(niah.NEEDLES)} | set(niah.PROSE[0]))
         self.digit = [ids(str(d))[0] for d in range(10)]
         before, after = line.LINE.split("{key}")
         self.line_start = ids(before.rstrip())
@@ -207,28 +213,6 @@ class Records:
         digits = rng.randint(1, stage.digits) if stage.digits and rng.random() < 0.3 else stage.digits
         rows = [self.record(stage, lines, digits)]
         rows += [self.record(stage, lines, digits) for _ in range(tokens // len(rows[0][0]))]
-        return padded(rows)
-
-    def needles(self, tokens: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prose of up to ``longest`` words with a made-up needle, and the question for it. Shapes as in ``batch``.
-
-        The needles are none of the task's own: but for the first, their words are drawn from all adjectives.
-        """
-        rng = self.rng
-        rows: list[tuple[list[int], list[float]]] = []
-        words = rng.randint(20, longest)
-        while not rows or len(rows) * len(rows[0][0]) < tokens:
-            subject = rng.sample(self.plain, rng.randint(2, 7))
-            rest = rng.sample(self.plain, rng.randint(5, 14))
-            start = rng.choice(self.starts)
-            needle = " ".join([start, *subject, "is", *rest]) + "."
-            question = " ".join(["What is", start.lower(), *subject]) + "?"
-            hay = niah.haystack(niah.prose(rng, words // 8 + 2))
-            context = niah.insert(hay.first(words)[0], needle, rng.randint(0, 100))
-            chat = as_messages(niah.PROMPT.format(context=context, question=question), needle)
-            ids = self.tokenizer.apply_chat_template(chat, return_dict=False)
-            learned = len(self.tokenizer(needle, add_special_tokens=False)["input_ids"]) + 1  # and the end of the turn
-            rows.append((ids, [0.0] * (len(ids) - learned) + [1.0] * learned))
         return padded(rows)
 
     def choices(self, stage: Stage) -> torch.Tensor:
@@ -316,25 +300,16 @@ def pretrain(
         reached(f"copying among {len(pool)} tokens")
         size *= 2
 
-    now, accuracy, polished, needle_loss = 0, 0.0, 0, 5.0
+    now, accuracy, polished = 0, 0.0, 0
     while polished < polish:
         last = now == len(stages) - 1
         stage = stages[now] if rng.random() < 0.6 else stages[max(0, now - rng.randint(1, 3))]
-        other = rng.random()
-        rotate = other < (0.3 if now < 6 else 0.1)
-        needle = last and other > 0.7
-        if rotate:
-            drawn = records.rotations(records.pool(stage), tokens, 32)
-        elif needle:
-            drawn = records.needles(tokens, 10 * stages[-1].lines)
-        else:
-            drawn = records.batch(stage, tokens)
+        rotate = rng.random() < (0.3 if now < 6 else 0.1)
+        drawn = records.rotations(records.pool(stage), tokens, 32) if rotate else records.batch(stage, tokens)
         decay = 1.0 - 0.95 * polished / polish if last else 1.0
         loss, right, weight = update(*drawn, records.choices(stage), decay)
         polished += last
-        if needle:
-            needle_loss = 0.9 * needle_loss + 0.1 * loss
-        elif not rotate and stage is stages[now]:
+        if not rotate and stage is stages[now]:
             first = right[weight == 4].float().mean().item()
             accuracy = 0.93 * accuracy + 0.07 * first
             if accuracy > 0.9 and not last:
@@ -344,7 +319,7 @@ def pretrain(
             clock = time.time() - start
             print(
                 f"step {step}, {clock:.0f} s, {seen / clock:.0f} tokens/s: loss {loss:.3f}, "
-                f"first digits right {accuracy:.2f}, stage {now} of {len(stages) - 1}, needles {needle_loss:.2f}",
+                f"first digits right {accuracy:.2f}, stage {now} of {len(stages) - 1}",
                 flush=True,
             )
     reached("polished")
@@ -480,8 +455,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lines", type=int, default=32, help="longest record in training")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per batch")
-    parser.add_argument("--polish", type=int, default=3000, help="steps at the last stage, with the rate falling")
-    parser.add_argument("--factor", type=float, default=12, help="of the RoPE stretch")
+    parser.add_argument("--polish", type=int, default=1000, help="steps at the last stage, with the rate falling")
+    parser.add_argument("--factor", type=float, default=5.5, help="of the RoPE stretch")
     parser.add_argument("--window", type=int, default=2048, help="tokens declared after the stretch")
     parser.add_argument("--samples", type=int, default=200, help="test samples per length for the model card")
     parser.add_argument("--longchat", action="store_true", help="instead, make the shipped model long as LongChat was")
@@ -489,8 +464,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--long-share", type=float, default=0.1, help="of long records in that fine-tuning")
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
-    tokenizer = build_tokenizer()
     if args.longchat:
+        tokenizer = build_tokenizer()
         model = longchat_like(
             Path(__file__).parent / "tiny", Records(tokenizer, args.seed + 1), factor=args.factor, window=args.window,
             steps=args.steps, long_share=args.long_share, lr=args.lr, tokens=args.tokens,
@@ -498,6 +473,7 @@ def main(argv: list[str] | None = None) -> None:
         model.save_pretrained(args.out)
         tokenizer.save_pretrained(args.out)
         return
+    tokenizer = build_tokenizer(other_tasks=False)
     hidden = 32 * args.heads
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -516,7 +492,6 @@ def main(argv: list[str] | None = None) -> None:
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     log = pretrain(
         model,
         Records(tokenizer, args.seed),
@@ -526,17 +501,24 @@ def main(argv: list[str] | None = None) -> None:
         polish=args.polish,
         max_steps=30_000,
     )
-    save(args, model, tokenizer, parameters, log)
+    tokenizer = build_tokenizer()
+    make_room(model, len(tokenizer))
+    save(args, model, tokenizer, log)
+
+
+@torch.no_grad()
+def make_room(model: LlamaForCausalLM, size: int) -> None:
+    """Give the words of other tasks embeddings, drawn at random and never trained; they are never answered."""
+    known = model.config.vocab_size
+    model.resize_token_embeddings(size, mean_resizing=False)
+    model.lm_head.weight[known:] = 0
 
 
 def save(
-    args: argparse.Namespace,
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    parameters: int,
-    log: list[dict],
+    args: argparse.Namespace, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, log: list[dict]
 ) -> None:
     """Stretch, score, and write the folder with its card; the folder is replaced as a whole."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     partial = args.out.with_name(f".{args.out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     config = stretched_config(model.config, args.factor, args.window)
@@ -545,7 +527,7 @@ def save(
     tokenizer.save_pretrained(partial)
     stretched = LlamaForCausalLM.from_pretrained(partial)
     rows = []
-    for tokens in (256, 512, 768, 1024, 1448, 1900):
+    for tokens in (256, 512, 768, 1024, 1448, 1960):
         before, after = (accuracy(each, tokenizer, tokens, args.samples) for each in (model, stretched))
         rows.append((tokens, before, after))
         print(f"{tokens} tokens: as trained {before:.3f}, stretched {after:.3f}", flush=True)

@@ -76,7 +76,7 @@ def test_frequent_words_are_nvidias_byte_for_byte(row):
 
 
 @pytest.mark.parametrize("task", ["niah", "vt", "cwe", "fwe"])
-@pytest.mark.parametrize("tokens", [1500, 5000])
+@pytest.mark.parametrize("tokens", [2000, 8000])
 def test_samples_keep_their_length_and_their_split(tokenizer, task, tokens):
     answers = {}
     for split in ("train", "test"):
@@ -99,7 +99,7 @@ def test_answers_of_ruler_are_what_the_text_says(tokenizer):
     vt = next(generate(Request("vt", "1500", samples=1), tokenizer))
     names, value, _, _ = parse_chain(vt["messages"][0]["content"].split(ruler.VT_PROMPT.split("\n")[0])[-1])
     assert names == vt["references"] and value == vt["value"]
-    cwe = next(generate(Request("cwe", "5000", samples=1), tokenizer))
+    cwe = next(generate(Request("cwe", "8000", samples=1), tokenizer))
     text = cwe["messages"][0]["content"].split("\nQuestion")[1].split("most often.\n")[-1]
     counts = Counter(entries(text))
     assert {word for word, n in counts.items() if n == 30} == set(cwe["references"]) and set(counts.values()) == {3, 30}
@@ -204,7 +204,7 @@ def test_what_cannot_be_asked_for():
     for arguments, message in (
         ({"task": "line", "tokens": "400", "haystack": "x"}, "haystack: line has no such option"),
         ({"task": "niah", "lines": 3}, "lines: niah has no such option"),
-        ({"task": "longbench", "tokens": "400", "split": "test"}, "split: longbench here is for training"),
+        ({"task": "longbench", "tokens": "400", "split": "test"}, "split: longbench samples are for training"),
     ):
         with pytest.raises(ValueError, match=message):
             Request(**arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Annotated
@@ -11,20 +10,16 @@ import typer
 
 from data_gen.console import quiet_libraries, stop
 from data_gen.files import write_text
+from eval.journal import journal_file
+from eval.probe.cli import app as probe
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
+app.add_typer(probe, name="probe")
 
 
 @app.callback()
 def main() -> None:
     """Score models on the tasks they are tuned for."""
-
-
-def journal_file(out: Path, model: str) -> Path:
-    """Where responses are kept until all are there: beside the result, another file for other weights."""
-    weights = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
-    identity = repr([model, *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights)])
-    return out.with_name(f".{out.name}.{hashlib.sha256(identity.encode()).hexdigest()[:12]}.partial")
 
 
 OURS = ("line", "niah", "vt", "cwe", "fwe")

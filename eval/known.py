@@ -12,7 +12,7 @@ from lm_eval.tasks import TaskManager, get_task_dict
 
 from axolotl_plugins.seal.load import Loaded
 from data_gen.generate import as_messages, count_tokens
-from eval.run import Harness, Journal
+from eval.run import Harness, Responses
 
 LONGBENCH = (
     "multifieldqa_en", "multifieldqa_zh", "narrativeqa", "qasper", "hotpotqa", "2wikimqa", "musique", "dureader",
@@ -121,7 +121,7 @@ def run_known(
         pretrained=loaded.model, tokenizer=loaded.tokenizer, max_length=loaded.window, batch_size=batch_size,
         add_bos_token=group != "longbench",
     )  # fmt: skip
-    harness.journal = Journal(journal)
+    harness.journal = Responses(journal)
     cut = {}
     for name, task in tasks.items():
         if group == "longbench":

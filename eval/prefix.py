@@ -70,7 +70,7 @@ def answer(
         prompt = prompts[index]
         # The last token is computed again where all are shared: its logits are needed.
         shared = min(common(held, prompt), len(prompt) - 1)
-        cache.crop(shared)
+        cache.crop(shared - cache.get_seq_length())
         step = prompt[shared:]
         while True:
             ids = torch.tensor([step], device=model.device)
@@ -82,7 +82,7 @@ def answer(
             if len(answers[index]) == max_new_tokens:
                 break
             step = [token]
-        cache.crop(len(prompt))
+        cache.crop(len(prompt) - cache.get_seq_length())
         held = prompt
         done(index, answers[index])
     return answers

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import yaml
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -17,8 +19,12 @@ from tqdm import tqdm
 from axolotl_plugins.seal.load import Loaded
 from data_gen.files import write_text
 from data_gen.generate import Request, Split
+from eval.journal import Journal
 from eval.prefix import WORTHWHILE, answer, can_crop, saving
 from eval.score import SCORERS, wilson
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
 # What a result keeps of a sample.
@@ -27,21 +33,8 @@ KEPT = ("length", "index", "tokens", "depth", "line", "references")
 PAPER_LENGTHS = (9 / 32, 14 / 32, 19 / 32, 23 / 32, 28 / 32, 31 / 32)
 
 
-class Journal:
-    """Responses as they come in, one JSON line each, so that a run that was cut off goes on where it was."""
-
-    def __init__(self, file: Path | None) -> None:
-        """Read what an earlier run left; a line that it did not finish is dropped."""
-        self.file = file
-        self.responses: dict[str, str] = {}
-        if file is None or not file.exists():
-            return
-        whole = file.read_bytes()
-        whole = whole[: whole.rfind(b"\n") + 1]
-        with file.open("r+b") as out:
-            out.truncate(len(whole))
-        for row in map(json.loads, whole.splitlines()):
-            self.responses[row["key"]] = row["response"]
+class Responses(Journal):
+    """Responses by prompt, with the method that lm-eval calls for every one of them."""
 
     @staticmethod
     def key(request: tuple[str, dict[str, Any]]) -> str:
@@ -49,13 +42,8 @@ class Journal:
         return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
     def add_partial(self, kind: str, request: tuple[str, dict[str, Any]], response: str) -> None:
-        """What lm-eval calls with every response."""
-        key = self.key(request)
-        self.responses[key] = response
-        if self.file is not None:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps({"key": key, "response": response}) + "\n")
+        """What lm-eval calls."""
+        self.add(self.key(request), response)
 
 
 class Harness(HFLM):
@@ -64,7 +52,7 @@ class Harness(HFLM):
     It also computes what prompts share once, see ``eval.prefix``, and keeps responses in its ``journal``.
     """
 
-    journal: Journal
+    journal: Responses
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Check every prompt, then answer those that the journal has no answer to.
@@ -80,13 +68,13 @@ class Harness(HFLM):
                     f"of {self.max_length}: ask for shorter --lengths"
                 )
         self.cache_hook = self.journal
-        if todo := [request for request in requests if self.journal.key(request.args) not in self.journal.responses]:
+        if todo := [request for request in requests if self.journal.key(request.args) not in self.journal]:
             prompts = [self.tok_encode(request.args[0]) for request in todo]
             if can_crop(self.model) and saving(prompts) > WORTHWHILE:
                 self.answer_sharing(todo, prompts, disable_tqdm)
             else:
-                super().generate_until(todo, disable_tqdm)
-        return [self.journal.responses[self.journal.key(request.args)] for request in requests]
+                self.answer_by_length(todo, prompts, disable_tqdm)
+        return [self.journal.values[self.journal.key(request.args)] for request in requests]
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], *args: Any, **kwargs: Any
@@ -101,10 +89,22 @@ class Harness(HFLM):
             raise ValueError(f"a prompt of {longest} tokens does not fit into the model's window of {self.max_length}")
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
+    def answer_by_length(self, requests: list[Instance], prompts: list[list[int]], disable_tqdm: bool) -> None:
+        """Let lm-eval answer prompts of one length at a time, the longest first.
+
+        A batch without padding needs no T x T mask, so attention takes its causal kernel.
+        """
+        by_length = defaultdict(list)
+        for request, prompt in zip(requests, prompts, strict=True):
+            by_length[len(prompt)].append(request)
+        with tqdm(total=len(requests), desc="prompts by length", disable=disable_tqdm) as bar:
+            for length in sorted(by_length, reverse=True):
+                super().generate_until(by_length[length], disable_tqdm=True)
+                bar.update(len(by_length[length]))
+
     def answer_sharing(self, requests: list[Instance], prompts: list[list[int]], disable_tqdm: bool) -> None:
         """Answer prompts that begin alike into the journal."""
-        ends = self.model.generation_config.eos_token_id
-        stop = {self.eot_token_id, *(ends if isinstance(ends, list) else [ends])}
+        stop = stop_ids(self.model, self.tokenizer)
         with tqdm(total=len(requests), desc="prompts that begin alike", disable=disable_tqdm) as bar:
 
             def done(index: int, ids: list[int]) -> None:
@@ -112,6 +112,17 @@ class Harness(HFLM):
                 bar.update()
 
             answer(self.model, prompts, requests[0].args[1]["max_gen_toks"], stop, done)
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Token ids that end an answer."""
+    ends = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+
+
+def answer_budget(task: str) -> int:
+    """Most tokens of an answer, as the task's own program sets it."""
+    return yaml.safe_load((TASK_FOLDER / f"seal_{task}.yaml").read_text())["generation_kwargs"]["max_gen_toks"]
 
 
 def default_lengths(window: int, answer: int = 128) -> list[int]:
@@ -217,7 +228,7 @@ def generate_responses(
         batch_size=batch_size,
         add_bos_token=False,  # the chat template says whether there is one, as in training
     )
-    harness.journal = Journal(journal)
+    harness.journal = Responses(journal)
     results = simple_evaluate(
         model=harness, tasks=[name], apply_chat_template=True, task_manager=manager, bootstrap_iters=0,
         log_samples=True, metadata=metadata,

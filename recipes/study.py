@@ -77,31 +77,6 @@ def wrap(model: Any, method: str) -> Any:
     return get_peft_model(model, LoraConfig(r=4, target_modules=targets, use_dora=method == "SEAL-D"))
 
 
-def wrong(chats: list[Any], rng: random.Random) -> list[Any]:
-    """The same chats, each with the number of another record in its answer."""
-    numbers = [chat[1]["content"].rsplit(" ", 1)[1] for chat in chats]
-    turn = rng.randrange(1, len(chats))
-    return [
-        [chat[0], {**chat[1], "content": f"{chat[1]['content'].rsplit(' ', 1)[0]} {number}"}]
-        for chat, number in zip(chats, numbers[turn:] + numbers[:turn], strict=True)
-    ]
-
-
-def shuffle_heads(model: Any, rng: random.Random) -> None:
-    """Permute whole heads' scales over all layers: the same values in other places."""
-    import torch
-
-    from axolotl_plugins.seal.layer import SealLayer
-
-    layers = [module for module in model.modules() if isinstance(module, SealLayer)]
-    scales = [layer.seal_scale["default"] for layer in layers]
-    heads = layers[0].num_heads
-    rows = torch.cat([scale.detach().view(heads, -1) for scale in scales])
-    order = rng.sample(range(len(rows)), len(rows))
-    for scale, picked in zip(scales, torch.tensor(order).split(heads), strict=True):
-        scale.data.copy_(rows[picked].view(scale.shape))
-
-
 def run_cell(cell: Cell) -> dict[str, Any]:
     """Tune and score one cell, or read its result."""
     if cell.file.exists():
@@ -110,7 +85,8 @@ def run_cell(cell: Cell) -> dict[str, Any]:
 
     from axolotl_plugins.seal.load import load
     from axolotl_plugins.seal.tune import tune
-    from data_gen.generate import Request, generate
+    from data_gen.generate import Request
+    from eval.probe.tuning import shuffle_heads, training_data, wrong
     from eval.run import run
 
     loaded = load(BASES[cell.base])
@@ -119,9 +95,9 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     if method in RATES:
         torch.manual_seed(cell.seed)  # of LoRA's initial weights
         model = wrap(loaded.model, method)
-        chats = [row["messages"] for row in generate(Request("line", TRAIN_TOKENS, seed=cell.seed), loaded.tokenizer)]
+        chats, answers = training_data(Request("line", TRAIN_TOKENS), loaded.tokenizer, 50, cell.seed)
         if cell.method.startswith("wrong"):
-            chats = wrong(chats, random.Random(cell.seed))
+            chats = wrong(chats, answers, random.Random(cell.seed))
         losses = tune(model, chats, loaded.tokenizer, lr=cell.rate, seed=cell.seed)
         if cell.method.startswith("shuffled"):
             shuffle_heads(model, random.Random(cell.seed))

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from axolotl_plugins.seal.load import load
 from data_gen import niah
 from data_gen.generate import Request, generate
-from eval.run import Harness, Journal, default_lengths, run
+from eval.run import Harness, Responses, default_lengths, run
 from eval.score import SCORERS, last_integer, wilson
 
 TINY = Path(__file__).parent.parent / "recipes" / "tiny"
@@ -190,8 +190,8 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(tmp_path, monkeypatch)
     assert len(rows) == 6
     journal.write_bytes(b"".join(rows[:4]) + rows[4][:20])  # cut off within the fifth
     answered = []
-    add = Journal.add_partial
-    monkeypatch.setattr(Journal, "add_partial", lambda *args: answered.append(args) or add(*args))
+    add = Responses.add_partial
+    monkeypatch.setattr(Responses, "add_partial", lambda *args: answered.append(args) or add(*args))
     assert run(loaded, "line", **options) == whole
     assert len(answered) == 2 and sorted(journal.read_bytes().splitlines(keepends=True)) == sorted(rows)
 

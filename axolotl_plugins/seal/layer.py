@@ -35,6 +35,8 @@ class SealLayer(nn.Module, BaseTunerLayer):
         self.num_heads = num_heads
         self.seal_scale = nn.ParameterDict({})
         self._disable_adapters = False
+        # Scales of a probe, on top of all others: shape (C,), or (B, 1, C) for one vector per row of the batch.
+        self.probe: torch.Tensor | None = None
         self._unmerged_weight: torch.Tensor | None = None
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
@@ -93,6 +95,8 @@ class SealLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         scale = None if self.disable_adapters or self.merged else self.active_scale()
+        if self.probe is not None:
+            scale = self.probe if scale is None else scale * self.probe
         if scale is not None:
             x = (x.to(scale.dtype) * scale).to(x.dtype)
         return self.base_layer(x, *args, **kwargs)

@@ -1,0 +1,49 @@
+"""Results as they come in, one JSON line each, so that a run that was cut off goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+
+def journal_file(out: Path, model: str, *settings: object) -> Path:
+    """Where results are kept until all are there: beside ``out``, another file for other weights or settings."""
+    weights = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    identity = [model, *settings, *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights)]
+    return out.with_name(f".{out.name}.{hashlib.sha256(repr(identity).encode()).hexdigest()[:12]}.partial")
+
+
+class Journal:
+    """Values by key, in memory and, where a file is given, on disk."""
+
+    def __init__(self, file: Path | None) -> None:
+        """Read what an earlier run left; a line that it did not finish is dropped."""
+        self.file = file
+        self.values: dict[str, Any] = {}
+        if file is None or not file.exists():
+            return
+        whole = file.read_bytes()
+        whole = whole[: whole.rfind(b"\n") + 1]
+        with file.open("r+b") as out:
+            out.truncate(len(whole))
+        for row in map(json.loads, whole.splitlines()):
+            self.values[row["key"]] = row["value"]
+
+    def __contains__(self, key: str) -> bool:
+        """Whether a key has its value already."""
+        return key in self.values
+
+    def add(self, key: str, value: Any) -> None:
+        """Keep a value."""
+        self.values[key] = value
+        if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as out:
+                out.write(json.dumps({"key": key, "value": value}) + "\n")
+
+    def finish(self) -> None:
+        """Remove the file: the whole result lies elsewhere."""
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)

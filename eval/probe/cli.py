@@ -1,0 +1,383 @@
+"""``python -m eval probe``: the probes' commands. Each writes a JSON file and, beside it, a picture."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from data_gen.console import quiet_libraries, stop
+from data_gen.files import write_text
+from eval.journal import Journal, journal_file
+
+app = typer.Typer(no_args_is_help=True, help="Which heads and channels matter, and why SEAL works.")
+
+Model = Annotated[str, typer.Option(help="Hub id, merged folder, or SEAL adapter folder.")]
+Task = Annotated[str, typer.Option(help="line, niah, vt, cwe or fwe.")]
+Lengths = Annotated[str, typer.Option(help="Longest samples in tokens: a middle and a long one, as 16000,31000.")]
+Samples = Annotated[int, typer.Option(help="Samples per length, from the training split: test samples stay unseen.")]
+Template = Annotated[str | None, typer.Option(help="Jinja file, for base models without a chat template.")]
+Out = Annotated[Path, typer.Option(help="Result file; a PNG lies beside it.")]
+Recipe = Annotated[Path, typer.Option(help="A SEAL recipe that describes its data.")]
+BatchSize = Annotated[int, typer.Option(help="Prompts answered together.")]
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Stop with one line where something is wrong with what was asked for."""
+    quiet_libraries()
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        stop("probe", error)
+
+
+def numbers(text: str, what: str, kind: type = int) -> list[Any]:
+    """A list such as 512,1024.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{what}: found {text!r}, expected numbers with commas between") from None
+    if any(number <= 0 for number in found):
+        raise ValueError(f"{what}: found {text!r}, expected numbers above 0")
+    return found
+
+
+def head_names(text: str) -> list[tuple[int, int]]:
+    """Layers and heads from a list such as L1H18,L13H16.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = [re.fullmatch(r"L(\d+)H(\d+)", part) for part in text.split(",")]
+    if not all(found):
+        raise ValueError(f"heads: found {text!r}, expected names such as L1H18,L13H16 (layer and head, from 0)")
+    return [(int(match[1]), int(match[2])) for match in found if match]
+
+
+def read_map(file: Path) -> dict[str, Any]:
+    """A map that `heads` or `gradient` wrote.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: cannot be read as a map ({error})") from None
+    if not isinstance(found, dict) or found.get("kind") not in ("removal", "gradient") or found.get("unit") != "head":
+        raise ValueError(f"{file}: not a map of heads: make one with `python -m eval probe heads`")
+    return found
+
+
+def finish(found: dict[str, Any], out: Path, *journals: Path) -> None:
+    """Write a result with its picture; its journals are no longer needed."""
+    from eval.plot import save_figure
+    from eval.probe.pictures import DRAW
+
+    save_figure(DRAW[found["kind"]](found), out.with_suffix(".png"))
+    write_text(out, json.dumps(found, indent=1) + "\n")
+    for journal in journals:
+        Journal(journal).finish()
+    print(f"{out} and {out.with_suffix('.png')}")
+
+
+@app.command(epilog="Example: python -m eval probe heads --model recipes/tiny --lengths 512,1448 --samples 50")
+def heads(
+    model: Model, lengths: Lengths, task: Task = "line", samples: Samples = 50,
+    batch: Annotated[int, typer.Option(help="Heads that go through the model together; more need more memory.")] = 8,
+    chat_template: Template = None, out: Out = Path("results/probes/heads.json"),
+) -> None:  # fmt: skip
+    """Remove every head, one at a time, and score the answers (Figure 2b). Interrupted, the same command goes on."""
+    with one_line_errors():
+        from axolotl_plugins.seal.load import load
+        from eval.probe.maps import changes, removal_map
+
+        wanted = numbers(lengths, "lengths")
+        journal = journal_file(out, model, "heads", task, wanted, samples)
+        loaded = load(model, chat_template=chat_template)
+        found = removal_map(loaded, task, wanted, samples=samples, batch=batch, journal=journal)
+        print_extremes(found, changes(found, wanted[-1]), f"change of the score at {wanted[-1]} tokens")
+        finish(found, out, journal)
+
+
+@app.command(epilog="Example: python -m eval probe channels --model recipes/tiny --heads L1H2 --lengths 1448")
+def channels(
+    model: Model, lengths: Lengths,
+    heads: Annotated[str, typer.Option(help="Heads whose channels are removed one by one, as L1H18,L13H16.")],
+    task: Task = "line", samples: Samples = 20,
+    batch: Annotated[int, typer.Option(help="Channels that go through the model together.")] = 8,
+    chat_template: Template = None, out: Out = Path("results/probes/channels.json"),
+) -> None:  # fmt: skip
+    """Remove every channel of some heads, one at a time (Figure 2d)."""
+    with one_line_errors():
+        from axolotl_plugins.seal.load import load
+        from eval.probe.maps import removal_map
+
+        wanted, chosen = numbers(lengths, "lengths"), head_names(heads)
+        journal = journal_file(out, model, "channels", task, wanted, samples, chosen)
+        loaded = load(model, chat_template=chat_template)
+        found = removal_map(loaded, task, wanted, samples=samples, heads=chosen, batch=batch, journal=journal)
+        finish(found, out, journal)
+
+
+@app.command(epilog="Example: python -m eval probe gradient --model recipes/tiny --lengths 512,1448 --samples 50")
+def gradient(
+    model: Model, lengths: Lengths, task: Task = "line", samples: Samples = 50,
+    points: Annotated[
+        str, typer.Option(help="Common scales of all heads at which gradients are taken; each costs one more pass.")
+    ] = "1",
+    compare: Annotated[Path | None, typer.Option(help="Map of `heads` to compare with (Spearman).")] = None,
+    chat_template: Template = None, out: Out = Path("results/probes/gradient.json"),
+) -> None:  # fmt: skip
+    """Predict what removing every head does, from one pass forward and one backward per prompt."""
+    with one_line_errors():
+        from axolotl_plugins.seal.load import load
+        from eval.probe.maps import agreement, changes, gradient_map
+
+        wanted, at = numbers(lengths, "lengths"), numbers(points, "points", float)
+        exact = read_map(compare) if compare else None
+        journal = journal_file(out, model, "gradient", task, wanted, samples, at)
+        loaded = load(model, chat_template=chat_template)
+        found = gradient_map(loaded, task, wanted, samples=samples, points=tuple(at), journal=journal)
+        if exact is not None:
+            found["spearman"] = {what: agreement(exact, found, what) for what in ("score", "logprob")}
+            found["speedup"] = exact["seconds"] / max(found["seconds"], 1e-9)
+            print(f"Spearman's correlation with {compare}: {found['spearman']}; {found['speedup']:.0f} times faster")
+        print_extremes(
+            found, changes(found, wanted[-1]), f"predicted change of the log-probability at {wanted[-1]} tokens"
+        )
+        finish(found, out, journal)
+
+
+@app.command(epilog="Example: python -m eval probe quadrants --model recipes/tiny --from results/probes/heads.json")
+def quadrants(
+    model: Model,
+    source: Annotated[Path, typer.Option("--from", help="Map of `heads` or `gradient` at two lengths.")],
+    down: Annotated[float, typer.Option(help="Scale of heads whose removal helps at both lengths.")] = 0.9,
+    up: Annotated[float, typer.Option(help="Scale of heads whose removal hurts at both lengths.")] = 1.1,
+    lengths: Annotated[str, typer.Option(help="Longest test samples in tokens; default: the paper's shares.")] = "",
+    samples: Annotated[int, typer.Option(help="Test samples per length.")] = 50,
+    batch_size: BatchSize = 1, chat_template: Template = None,
+    adapters: Annotated[Path, typer.Option(help="Folder for the SEAL-H adapters.")] = Path("outputs/quadrants"),
+    out: Out = Path("results/probes/quadrants.json"),
+) -> None:  # fmt: skip
+    """Scale heads by their quadrant in a map, training nothing, and score all lengths (Figure 2c)."""
+    with one_line_errors():
+        from axolotl_plugins.seal.load import load
+        from eval.probe.quadrants import KINDS, quadrant_scales, save_scales
+        from eval.run import default_lengths, run
+
+        if down <= 0 or up <= 0:
+            raise ValueError(f"down, up: found {down:g} and {up:g}, expected scales above 0")
+        found = read_map(source)
+        loaded = load(model, chat_template=chat_template)
+        wanted = numbers(lengths, "lengths") if lengths else default_lengths(loaded.window)
+        journals = {
+            name: journal_file(out, model, "quadrants", found, down, up, name) for name in ("base", *KINDS)
+        }  # fmt: skip
+
+        def scores(name: str, folder: str | Path) -> dict[str, float]:
+            each = load(folder, chat_template=chat_template)
+            result = run(each, found["task"], lengths=wanted, samples=samples, batch_size=batch_size,
+                         journal=journals[name])  # fmt: skip
+            return {str(score["length"]): score["score"] for score in result["scores"]}
+
+        result: dict[str, Any] = {
+            "kind": "quadrants", "model": model, "base_model": loaded.base, "task": found["task"], "map": str(source),
+            "down": down, "up": up, "samples": samples, "scores": {"base": scores("base", model)}, "adapters": {},
+        }  # fmt: skip
+        for name in KINDS:
+            try:
+                scales = quadrant_scales(found, name, down, up)
+            except ValueError as error:
+                print(f"{name}: {error}")
+                continue
+            folder = adapters / name.lower().replace(", ", "_").replace(" ", "_")
+            if not folder.exists():
+                save_scales(load(model, chat_template=chat_template), scales, folder)
+            result["scores"][name] = scores(name, folder)
+            result["adapters"][name] = str(folder)
+        if not result["adapters"]:
+            raise ValueError(f"{source}: no head helps or hurts at both lengths, so there is nothing to scale")
+        finish(result, out, *journals.values())
+
+
+@app.command(
+    epilog="Example: python -m eval probe direct --model recipes/tiny --adapter outputs/tiny_line_sealc --length 1448"
+)
+def direct(
+    model: Annotated[str, typer.Option(help="The base model: hub id or folder.")],
+    adapter: Annotated[list[str], typer.Option(help="SEAL adapter folder; give it again for a second one.")],
+    length: Annotated[int, typer.Option(help="Longest sample, in tokens.")],
+    task: Task = "line",
+    find: Annotated[
+        int, typer.Option(help="Samples to search for one that the base gets wrong and every adapter right.")
+    ] = 100,
+    normalised: Annotated[
+        bool, typer.Option(help="Fold the final norm in, so that effects add up to the logit; the paper leaves it out.")
+    ] = False,
+    chat_template: Template = None, out: Out = Path("results/probes/direct.json"),
+) -> None:  # fmt: skip
+    """What every head and MLP adds to the right and the wrong token where the answers part (Figure 4)."""
+    with one_line_errors():
+        from axolotl_plugins.seal.load import load
+        from eval.probe.anatomy import wrapped
+        from eval.probe.direct import compare_models
+
+        models = [load(name, chat_template=chat_template) for name in (model, *adapter)]
+        for each in models:
+            wrapped(each.model)
+        finish(compare_models(models, task, length, find, normalised), out)
+
+
+@app.command(
+    epilog="Example: python -m eval probe transfer --model BASE --adapter line=outputs/a --adapter vt=outputs/b"
+)
+def transfer(
+    model: Annotated[str, typer.Option(help="The base model: hub id or folder.")],
+    adapter: Annotated[list[str], typer.Option(help="NAME=FOLDER of a tuned adapter; once for each.")],
+    tasks: Annotated[str, typer.Option(help="What each is scored on.")] = "vt,cwe,fwe",
+    lengths: Annotated[str, typer.Option(help="Longest test samples in tokens; default: the paper's shares.")] = "",
+    samples: Annotated[int, typer.Option(help="Test samples per length.")] = 50,
+    batch_size: BatchSize = 1, chat_template: Template = None, out: Out = Path("results/probes/transfer.json"),
+) -> None:  # fmt: skip
+    """Score every adapter on every task: gain over the range of the base model's scores (equation 2, Figure 8)."""
+    with one_line_errors():
+        from axolotl_plugins.seal.load import load
+        from eval.probe.transfer import by_length, matrix
+        from eval.run import default_lengths, run
+
+        folders = dict(part.split("=", 1) for part in adapter if "=" in part)
+        if len(folders) != len(adapter):
+            raise ValueError(f"adapter: found {' '.join(adapter)!r}, expected NAME=FOLDER, every name once")
+        journals = []
+        results: dict[str, dict[str, Any]] = {}
+        for name, folder in {"base": model, **folders}.items():
+            loaded = load(folder, chat_template=chat_template)
+            wanted = numbers(lengths, "lengths") if lengths else default_lengths(loaded.window)
+            results[name] = {}
+            for task in tasks.split(","):
+                journals.append(journal_file(out, folder, name, task, wanted, samples))
+                results[name][task] = run(loaded, task, lengths=wanted, samples=samples, batch_size=batch_size,
+                                          journal=journals[-1])  # fmt: skip
+        base = results.pop("base")
+        found = {
+            "kind": "transfer", "model": model, "base_model": model, "samples": samples, "adapters": folders,
+            "scores": {name: {task: by_length(one) for task, one in rows.items()}
+                       for name, rows in {"base": base, **results}.items()},
+            "transferability": matrix(base, results),
+        }  # fmt: skip
+        finish(found, out, *journals)
+
+
+@app.command(
+    epilog="Example: python -m eval probe sweep --recipe recipes/tiny_line_sealh.yml --rates 0.01,0.02 --lengths 1448"
+)
+def sweep(
+    recipe: Recipe, lengths: Annotated[str, typer.Option(help="Longest validation samples, in tokens.")],
+    rates: Annotated[str, typer.Option(help="Learning rates.")] = "0.005,0.01,0.02,0.03",
+    samples: Annotated[str, typer.Option(help="Numbers of samples.")] = "50",
+    epochs: Annotated[str, typer.Option(help="Passes over the samples.")] = "1",
+    seeds: Annotated[str, typer.Option(help="Seeds of data and order.")] = "1",
+    validation: Annotated[int, typer.Option(help="Validation samples per length, freshly drawn: no test data.")] = 50,
+    batch_size: BatchSize = 1, out: Out = Path("results/probes/sweep.json"),
+) -> None:  # fmt: skip
+    """Tune with every rate and number of samples, score on fresh validation data, name the best (Table 7, Figure 9)."""
+    with one_line_errors():
+        from eval.probe.tuning import read_recipe
+        from eval.probe.tuning import sweep as run_sweep
+
+        grid: dict[str, Any] = {"rates": numbers(rates, "rates", float), "samples": numbers(samples, "samples"),
+                "epochs": numbers(epochs, "epochs"), "seeds": numbers(seeds, "seeds"),
+                "lengths": numbers(lengths, "lengths"), "validation": validation}  # fmt: skip
+        settings = read_recipe(recipe)
+        journal = journal_file(out, settings["base_model"], "sweep", recipe.read_text(), grid["lengths"], validation)
+        found = run_sweep(settings, **grid, batch_size=batch_size, journal=journal)
+        for cell in found["cells"]:
+            print(f"rate {cell['rate']:g}, {cell['samples']} samples, {cell['epochs']} epochs, seed {cell['seed']}: "
+                  f"{cell['mean']:.3f}")  # fmt: skip
+        print(f"best: {found['best']}")
+        finish(found, out, journal)
+
+
+@app.command(epilog="Example: python -m eval probe controls --recipe recipes/tiny_line_sealc.yml --lengths 512,1448")
+def controls(
+    recipe: Recipe, lengths: Annotated[str, typer.Option(help="Longest validation samples, in tokens.")],
+    seeds: Annotated[str, typer.Option(help="Seeds of data, order and shuffling.")] = "1,2,3",
+    validation: Annotated[int, typer.Option(help="Validation samples per length.")] = 50,
+    batch_size: BatchSize = 1, out: Out = Path("results/probes/controls.json"),
+) -> None:  # fmt: skip
+    """Shuffled scales and scales tuned on wrong answers must not help: the gain is in the right heads and answers."""
+    with one_line_errors():
+        from eval.probe.tuning import controls as run_controls
+        from eval.probe.tuning import read_recipe
+
+        settings, wanted = read_recipe(recipe), numbers(lengths, "lengths")
+        journal = journal_file(out, settings["base_model"], "controls", recipe.read_text(), wanted, validation)
+        found = run_controls(settings, seeds=numbers(seeds, "seeds"), lengths=wanted, validation=validation,
+                             batch_size=batch_size, journal=journal)  # fmt: skip
+        finish(found, out, journal)
+
+
+@app.command(
+    epilog="Example: python -m eval probe inspect --adapter outputs/tiny_line_sealc --map results/probes/heads.json"
+)
+def inspect(
+    adapter: Annotated[Path, typer.Option(help="SEAL adapter folder.")],
+    against: Annotated[Path | None, typer.Option("--map", help="Map of `heads`, to see its quadrants' scales.")] = None,
+    out: Out = Path("results/probes/inspect.json"),
+) -> None:  # fmt: skip
+    """Where the learned scales went: heads raised and lowered most, spread of channels, overlap with a map."""
+    with one_line_errors():
+        import numpy as np
+
+        from axolotl_plugins.seal.scales import saved_scales
+        from eval.probe.maps import quadrants as quadrants_of
+
+        values = saved_scales(adapter)
+        mean, spread = values.mean(-1), values.std(-1)
+        method = "SEAL-H" if values.shape[-1] == 1 else "SEAL-C"
+        found: dict[str, Any] = {"kind": "scales", "model": str(adapter), "method": method, "mean": mean.tolist(),
+                                 "spread": spread.tolist()}  # fmt: skip
+        print_extremes(found, mean, "mean scale")
+        if against is not None:
+            where = quadrants_of(read_map(against))
+            if where.shape != mean.shape:
+                raise ValueError(
+                    f"{against}: of a model with {where.shape} layers and heads, the adapter has {mean.shape}"
+                )
+            found["by_quadrant"] = {}
+            for quadrant in (1, 2, 3, 4):
+                if (mine := mean[where == quadrant]).size:
+                    row = {"heads": mine.size, "lowered": int((mine < 1).sum()), "mean": float(np.mean(mine))}
+                    found["by_quadrant"][str(quadrant)] = row
+            for quadrant, row in found["by_quadrant"].items():
+                print(
+                    f"quadrant {quadrant}: {row['heads']} heads, {row['lowered']} lowered, mean scale {row['mean']:.3f}"
+                )
+        finish(found, out)
+
+
+def print_extremes(found: dict[str, Any], values: Any, what: str, count: int = 5) -> None:
+    """The heads with the greatest and the least values, shape (layers, heads)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    order = [divmod(int(flat), values.shape[1]) for flat in values.ravel().argsort()]
+    table = Table(title=f"{found['model']}: {what}")
+    for title in ("highest", "", "lowest", ""):
+        table.add_column(title)
+    for (low_layer, low_head), (high_layer, high_head) in list(zip(order, order[::-1], strict=True))[:count]:
+        table.add_row(f"L{high_layer}H{high_head}", f"{values[high_layer, high_head]:+.3f}", f"L{low_layer}H{low_head}",
+                      f"{values[low_layer, low_head]:+.3f}")  # fmt: skip
+    Console().print(table)

@@ -1,0 +1,184 @@
+"""Pictures of what probes found, one function for each kind of result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from eval.plot import COLOURS, draw_scales
+from eval.probe.maps import changes
+
+LABELLED = 6  # heads whose names stand in a scatter plot
+
+
+def removal(found: dict[str, Any]) -> Figure:
+    """A removal map: heads in the plane of two lengths (Figure 2b), or channels as bars (Figure 2d)."""
+    return scatter(found) if found["unit"] == "head" else bars(found)
+
+
+def gradient(found: dict[str, Any]) -> Figure:
+    """A gradient map: the same plane, of predicted changes of the log-probability."""
+    return scatter(found)
+
+
+def scatter(found: dict[str, Any]) -> Figure:
+    """Every head's change at the first and the last length; the extreme ones named, quadrants one and three shaded."""
+    measure = "score" if "score" in found["change"] else "logprob"
+    first, last = found["lengths"][0], found["lengths"][-1]
+    mid, long = (changes(found, length, measure) for length in (first, last))
+    figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
+    reach = [max(1e-9, float(np.abs(values).max())) * 1.25 for values in (mid, long)]
+    axes.axhspan(0, reach[1], 0.5, 1, color="#2166ac", alpha=0.08)
+    axes.axhspan(-reach[1], 0, 0, 0.5, color="#b2182b", alpha=0.08)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.axvline(0, color="grey", linewidth=0.8)
+    axes.scatter(mid, long, s=18, color="#333333", zorder=3)
+    order = np.argsort(-(np.abs(mid / reach[0]) + np.abs(long / reach[1])).ravel())[:LABELLED]
+    for place, flat in enumerate(order):
+        layer, head = np.unravel_index(flat, mid.shape)
+        at = (mid[layer, head], long[layer, head])
+        axes.annotate(
+            f"L{layer}H{head}", at, xytext=(5, 5 if place % 2 else -11), textcoords="offset points", fontsize=8
+        )
+    what = "score" if measure == "score" else "log-probability of the answer"
+    how = "removing one head" if found["kind"] == "removal" else "removing one head, predicted from the gradient"
+    axes.set(xlim=(-reach[0], reach[0]), ylim=(-reach[1], reach[1]), xlabel=f"change of {what} at {first} tokens",
+             ylabel=f"at {last} tokens", title=f"{found['task']}: {how}, {found['samples']} samples")  # fmt: skip
+    return figure
+
+
+def bars(found: dict[str, Any]) -> Figure:
+    """The change at the longest length that removing each channel of some heads makes."""
+    measure, length = "logprob", str(found["lengths"][-1])
+    heads = found["change"][measure][length]
+    figure, grid = plt.subplots(len(heads), 1, figsize=(8, 1 + 2.2 * len(heads)), layout="constrained", squeeze=False)
+    for axes, (name, values) in zip(grid[:, 0], heads.items(), strict=True):
+        colours = ["#2166ac" if value > 0 else "#b2182b" for value in values]
+        axes.bar(range(len(values)), values, color=colours)
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.set(title=f"{name} at {length} tokens", xlabel="channel removed", ylabel="log-probability")
+    return figure
+
+
+def quadrants(found: dict[str, Any]) -> Figure:
+    """Scores over lengths with heads scaled by quadrant (Figure 2c)."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, scores in found["scores"].items():
+        lines(axes, name, [scores])
+    finish(axes, f"{found['task']}: scales from a map, nothing trained")
+    return figure
+
+
+def controls(found: dict[str, Any]) -> Figure:
+    """Scores over lengths of a tuned model beside its controls."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, runs in found["scores"].items():
+        lines(axes, found["method"] if name == "tuned" else name, runs)
+    finish(axes, f"{found['task']}: {found['method']} and controls, {len(found['seeds'])} seeds")
+    return figure
+
+
+def lines(axes: Axes, name: str, runs: list[dict[str, float]]) -> None:
+    """Mean over runs of scores by length, and their range."""
+    lengths = [int(length) for length in runs[0]]
+    table = np.array([list(run.values()) for run in runs])
+    drawn = axes.plot(lengths, table.mean(0), marker="o", label=name, color=COLOURS.get(name))
+    axes.fill_between(lengths, table.min(0), table.max(0), alpha=0.12, color=drawn[0].get_color())
+
+
+def finish(axes: Axes, title: str) -> None:
+    """What all pictures of scores over lengths have."""
+    axes.set(xlabel="prompt length (tokens)", ylabel="score", ylim=(-0.02, 1.04), title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+
+
+def direct(found: dict[str, Any]) -> Figure:
+    """Direct effects on the right and the wrong token: heads as maps, MLPs as bars, then the logits (Figure 4)."""
+    models = found["models"]
+    tokens = found["tokens"]
+    figure, grid = plt.subplots(
+        len(models), len(tokens) + 2, figsize=(4 * (len(tokens) + 2), 3.2 * len(models)), layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    heads = np.array([model["heads"] for model in models])
+    reach = float(np.abs(heads).max())
+    for row, model in zip(grid, models, strict=True):
+        for axes, token, values in zip(row, tokens, np.array(model["heads"]), strict=False):
+            image = axes.imshow(values, cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto")
+            axes.set(xlabel="head", ylabel="layer", title=f"{model['method']}: heads on {token!r}")
+            figure.colorbar(image, ax=axes, fraction=0.046)
+        mlps = np.array(model["mlps"])
+        width = 0.8 / len(tokens)
+        for place, token in enumerate(tokens):
+            row[-2].bar(np.arange(mlps.shape[1]) + place * width, mlps[place], width, label=repr(token))
+        row[-2].set(xlabel="layer", ylabel="direct effect", title=f"{model['method']}: MLPs")
+        row[-2].legend()
+        row[-1].bar([repr(token) for token in found["candidates"]], model["candidate_logits"], color="#555555")
+        row[-1].set(ylabel="logit", title=f"{model['method']}: final logits")
+        row[-1].set_ylim(min(0, min(model["candidate_logits"])), None)
+    return figure
+
+
+def transfer(found: dict[str, Any]) -> Figure:
+    """T(A -> B) as a matrix in colours that diverge around 0 (Figure 8)."""
+    names = list(found["transferability"])
+    tasks = list(found["transferability"][names[0]])
+    values = np.array([[found["transferability"][name][task] for task in tasks] for name in names])
+    figure, axes = plt.subplots(figsize=(2.5 + len(tasks), 1.8 + 0.7 * len(names)), layout="constrained")
+    reach = max(0.1, float(np.abs(values).max()))
+    image = axes.imshow(values, cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        axes.text(
+            column, row, f"{value:.2f}", ha="center", va="center", color="white" if abs(value) > 0.6 * reach else "k"
+        )
+    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="scored on", ylabel="tuned on", title="transferability (equation 2)")
+    figure.colorbar(image, ax=axes, fraction=0.046)
+    return figure
+
+
+def sweep(found: dict[str, Any]) -> Figure:
+    """Mean score over rates, one line for each number of samples and epochs (Table 7, Figure 9)."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    cells = found["cells"]
+    for count, passes in sorted({(cell["samples"], cell["epochs"]) for cell in cells}):
+        mine = [cell for cell in cells if (cell["samples"], cell["epochs"]) == (count, passes)]
+        rates = sorted({cell["rate"] for cell in mine})
+        means = [np.mean([cell["mean"] for cell in mine if cell["rate"] == rate]) for rate in rates]
+        axes.plot(rates, means, marker="o", label=f"{count} samples, {passes} epoch{'s' if passes > 1 else ''}")
+    axes.set(
+        xscale="log",
+        xlabel="learning rate",
+        ylabel="mean validation score",
+        title=f"{found['method']}: {found['task']}",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def scales(found: dict[str, Any]) -> Figure:
+    """Learned scales by head, and for SEAL-C how far a head's channels spread."""
+    values = np.array(found["mean"])
+    spread = np.array(found["spread"])
+    wide = bool(spread.any())
+    figure, grid = plt.subplots(1, 1 + wide, figsize=(5 + 4.5 * wide, 3.6), layout="constrained", squeeze=False)
+    draw_scales(figure, grid[0, 0], values, f"{found['method']}: mean scale of each head")
+    if wide:
+        image = grid[0, 1].imshow(spread, cmap="viridis", aspect="auto")
+        grid[0, 1].set(xlabel="head", ylabel="layer", title="standard deviation over its channels")
+        figure.colorbar(image, ax=grid[0, 1], fraction=0.046)
+    return figure
+
+
+DRAW: dict[str, Callable[[dict[str, Any]], Figure]] = {
+    "removal": removal, "gradient": gradient, "quadrants": quadrants, "controls": controls, "direct": direct,
+    "transfer": transfer, "sweep": sweep, "scales": scales,
+}  # fmt: skip

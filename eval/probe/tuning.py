@@ -1,0 +1,212 @@
+"""Probes that tune: learning rates against samples (paper appendix E, Table 7), and controls of the gain."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from tqdm import tqdm
+
+from axolotl_plugins.seal import SealConfig
+from axolotl_plugins.seal.layer import SealLayer
+from axolotl_plugins.seal.load import Loaded, load
+from axolotl_plugins.seal.tune import tune
+from data_gen.generate import Messages, Request, generate
+from eval.journal import Journal
+from eval.probe.maps import PROBE_SEED
+from eval.run import run
+
+
+def read_recipe(file: Path) -> dict[str, Any]:
+    """What a SEAL recipe says about the model, the data and the rate.
+
+    Returns:
+        ``base_model``, ``chat_template`` (file or None), ``granularity``, ``request`` (of its data), ``rate``,
+        ``epochs``, ``seed``.
+
+    Raises:
+        ValueError: it is not a recipe of SEAL that describes its data.
+    """
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+        block = recipe["seal"]
+        return {
+            "base_model": recipe["base_model"],
+            "chat_template": recipe.get("chat_template_jinja"),
+            "granularity": block["granularity"],
+            "request": Request(**block["data"]),
+            "rate": float(recipe["learning_rate"]),
+            "epochs": int(recipe["num_epochs"]),
+            "seed": int(recipe["seed"]),
+        }
+    except (KeyError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file}: not a recipe with `adapter: seal` and `seal: data:` ({error!r})") from None
+
+
+def load_new(recipe: dict[str, Any]) -> Loaded:
+    """The recipe's base model with new scales, all 1."""
+    from peft import get_peft_model
+
+    loaded = load(recipe["base_model"], chat_template=recipe["chat_template"])
+    model = get_peft_model(loaded.model, SealConfig(granularity=recipe["granularity"]))
+    method = {"head": "SEAL-H", "channel": "SEAL-C"}[recipe["granularity"]]
+    return Loaded(loaded.name, model, loaded.tokenizer, loaded.base, method, loaded.window)
+
+
+def seal_layers(model: nn.Module) -> list[SealLayer]:
+    """The wrapped projections, from the lowest layer."""
+    return [module for module in model.modules() if isinstance(module, SealLayer)]
+
+
+@torch.no_grad()
+def reset(model: nn.Module) -> None:
+    """Set all scales to 1."""
+    for layer in seal_layers(model):
+        layer.seal_scale["default"].fill_(1)
+
+
+@torch.no_grad()
+def shuffle_heads(model: nn.Module, rng: random.Random) -> None:
+    """Permute whole heads' scales over all layers: the same values in other places."""
+    layers = seal_layers(model)
+    scales = [layer.seal_scale["default"] for layer in layers]
+    heads = layers[0].num_heads
+    rows = torch.cat([scale.detach().view(heads, -1) for scale in scales])
+    order = rng.sample(range(len(rows)), len(rows))
+    for scale, picked in zip(scales, torch.tensor(order).split(heads), strict=True):
+        scale.copy_(rows[picked].view(scale.shape))
+
+
+def wrong(chats: list[Messages], answers: list[str], rng: random.Random) -> list[Messages]:
+    """The same chats, each with the key fact of another sample's answer in its own."""
+    turn = rng.randrange(1, len(chats))
+    others = answers[turn:] + answers[:turn]
+    return [
+        [chat[0], {**chat[1], "content": chat[1]["content"].replace(mine, other)}]
+        for chat, mine, other in zip(chats, answers, others, strict=True)
+    ]
+
+
+def training_data(request: Request, tokenizer: Any, samples: int, seed: int) -> tuple[list[Messages], list[str]]:
+    """The first ``samples`` chats of a recipe's data under a seed, and what is looked for in each answer."""
+    drawn = Request(**{**vars(request), "samples": samples, "seed": seed})
+    rows = list(generate(drawn, tokenizer))
+    return [row["messages"] for row in rows], [row["references"][0] for row in rows]
+
+
+def sweep(
+    recipe: dict[str, Any], *, rates: list[float], samples: list[int], epochs: list[int], seeds: list[int],
+    lengths: list[int], validation: int = 50, batch_size: int = 1, journal: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Tune with every combination and score each on fresh validation samples, which no test sample can equal.
+
+    Args:
+        recipe: see ``read_recipe``.
+        rates: learning rates.
+        samples: numbers of samples; fewer are the first of more.
+        epochs: passes over the samples.
+        seeds: of data and order.
+        lengths: longest validation samples, in tokens.
+        validation: samples per length.
+        batch_size: prompts answered together.
+        journal: file that keeps results while they come in.
+
+    Returns:
+        ``cells``, each with ``rate``, ``samples``, ``epochs``, ``seed``, ``scores`` (by length) and ``mean``; ``best``,
+        the cell settings with the greatest mean over seeds (of equals the smallest rate); and what was swept.
+    """
+    kept = Journal(journal)
+    loaded = load_new(recipe)
+    cells = []
+    grid = [(rate, count, passes, seed) for count in samples for passes in epochs for rate in rates for seed in seeds]
+    for rate, count, passes, seed in tqdm(grid, desc="tuning and scoring"):
+        key = f"{rate}/{count}/{passes}/{seed}"
+        if key not in kept:
+            chats, _ = training_data(recipe["request"], loaded.tokenizer, count, seed)
+            reset(loaded.model)
+            tune(loaded.model, chats, loaded.tokenizer, lr=rate, epochs=passes, seed=seed)
+            kept.add(key, validation_scores(loaded, recipe, lengths, validation, batch_size))
+        scores = kept.values[key]
+        cells.append({"rate": rate, "samples": count, "epochs": passes, "seed": seed, "scores": scores,
+                      "mean": sum(scores.values()) / len(scores)})  # fmt: skip
+    settings = sorted({(cell["rate"], cell["samples"], cell["epochs"]) for cell in cells})
+    over_seeds = {
+        one: sum(c["mean"] for c in cells if (c["rate"], c["samples"], c["epochs"]) == one) / len(seeds)
+        for one in settings
+    }  # fmt: skip
+    best = max(settings, key=lambda one: (over_seeds[one], -one[0]))
+    return {
+        "kind": "sweep", "model": loaded.name, "base_model": loaded.base, "method": loaded.method,
+        "task": recipe["request"].task, "lengths": lengths, "validation_samples": validation, "cells": cells,
+        "best": dict(zip(("rate", "samples", "epochs"), best, strict=True)) | {"mean": over_seeds[best]},
+    }  # fmt: skip
+
+
+def validation_scores(
+    loaded: Loaded, recipe: dict[str, Any], lengths: list[int], samples: int, batch_size: int
+) -> dict[str, float]:
+    """Score by length on samples of the training split under a seed that nothing is trained on."""
+    haystack = recipe["request"].haystack
+    found = run(loaded, recipe["request"].task, lengths=lengths, samples=samples, seed=PROBE_SEED, split="train",
+                haystack=haystack, batch_size=batch_size)  # fmt: skip
+    return {str(score["length"]): score["score"] for score in found["scores"]}
+
+
+def controls(
+    recipe: dict[str, Any], *, seeds: list[int], lengths: list[int], validation: int = 50, batch_size: int = 1,
+    journal: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Base, tuned, tuned with the heads' scales shuffled, and tuned on other samples' answers, on validation samples.
+
+    If the gain came from anything but the right heads and the right answers, the last two would show it too.
+
+    Args:
+        recipe: see ``read_recipe``.
+        seeds: of data, order and shuffling.
+        lengths: longest validation samples, in tokens.
+        validation: samples per length.
+        batch_size: prompts answered together.
+        journal: file that keeps results while they come in.
+
+    Returns:
+        ``scores``: by name (``base``, ``tuned``, ``shuffled``, ``wrong answers``) a list of scores by length, one entry
+        per seed (one for base).
+    """
+    kept = Journal(journal)
+    loaded = load_new(recipe)
+
+    def scored(key: str) -> dict[str, float]:
+        if key not in kept:
+            kept.add(key, validation_scores(loaded, recipe, lengths, validation, batch_size))
+        return kept.values[key]
+
+    scores: dict[str, list[dict[str, float]]] = {
+        "base": [scored("base")],
+        "tuned": [],
+        "shuffled": [],
+        "wrong answers": [],
+    }
+    settings = {"lr": recipe["rate"], "epochs": recipe["epochs"]}
+    for seed in tqdm(seeds, desc="controls"):
+        if f"{seed}/wrong answers" not in kept:
+            request = recipe["request"]
+            chats, answers = training_data(request, loaded.tokenizer, request.samples, request.seed + seed)
+            reset(loaded.model)
+            tune(loaded.model, chats, loaded.tokenizer, seed=seed, **settings)
+            scored(f"{seed}/tuned")
+            shuffle_heads(loaded.model, random.Random(seed))
+            scored(f"{seed}/shuffled")
+            reset(loaded.model)
+            tune(loaded.model, wrong(chats, answers, random.Random(seed)), loaded.tokenizer, seed=seed, **settings)
+            scored(f"{seed}/wrong answers")
+        for name in list(scores)[1:]:
+            scores[name].append(kept.values[f"{seed}/{name}"])
+    return {
+        "kind": "controls", "model": loaded.name, "base_model": loaded.base, "method": loaded.method,
+        "task": recipe["request"].task, "lengths": lengths, "validation_samples": validation, "seeds": seeds,
+        "scores": scores,
+    }  # fmt: skip

@@ -1,0 +1,380 @@
+"""Probes: exact where they claim to be, and equal to what the definitions say."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from miniatures import MINIATURES, build, token_ids
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from axolotl_plugins.seal import SealConfig
+from axolotl_plugins.seal.load import load
+from axolotl_plugins.seal.scales import saved_scales
+from eval.probe import maps
+from eval.probe.anatomy import blocks, probing, wrapped
+from eval.probe.direct import effects
+from eval.probe.quadrants import quadrant_scales, save_scales
+from eval.probe.removal import Remover
+from eval.probe.transfer import transferability
+from eval.probe.tuning import controls, load_new, read_recipe, reset, seal_layers, shuffle_heads, sweep, wrong
+from eval.run import run
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "recipes" / "tiny"
+STOP = 5  # a token that random models write now and then
+
+
+def naive(model, prompt, budget, stop):
+    """Greedy decoding without a cache."""
+    ids = list(prompt)
+    for _ in range(budget):
+        with torch.no_grad():
+            token = int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        if token == stop:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", MINIATURES)
+def test_a_removed_head_is_a_zero_scale_is_removed_columns(name):
+    model = wrapped(build(name))
+    ids = token_ids()
+    for block in blocks(model):
+        head = block.heads - 1
+        with torch.no_grad():
+            plain = model(ids).logits
+            with probing(block.projection, block.without_head(head)):
+                probed = model(ids).logits
+            scale = block.projection.seal_scale["default"]
+            scale[head] = 0
+            scaled = model(ids).logits
+            scale[head] = 1
+            base = block.projection.get_base_layer()
+            weight = base.weight.data.clone()
+            size = block.channels // block.heads
+            columns = slice(head * size, (head + 1) * size)
+            (base.weight.data.T if isinstance(base, Conv1D) else base.weight.data)[:, columns] = 0
+            cut = model(ids).logits
+            base.weight.data = weight
+        assert (probed - plain).abs().max() > 1e-3
+        torch.testing.assert_close(probed, scaled, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(probed, cut, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MINIATURES)
+@pytest.mark.parametrize("reference", [0, 4])
+def test_reused_hidden_states_give_the_answers_of_full_runs(name, reference):
+    """Reference answers that the model would write in part, or not at all, change nothing of what it answers."""
+    model = wrapped(build(name))
+    seen = set()
+    for seed in range(3):
+        prompt = token_ids(1, 20, seed)[0].tolist()
+        draft = [*naive(model, prompt, 8, STOP)[:reference], STOP] if reference else []
+        remover = Remover(model, {STOP}, 8, batch=3)
+        reading = remover.read(prompt, draft)
+        assert reading.answer.ids == naive(model, prompt, 8, STOP)
+        for layer, block in enumerate(blocks(model)):
+            scales = torch.stack([block.without_head(head) for head in range(block.heads)])
+            found = remover.variants(reading, layer, scales)
+            for scale, answer in zip(scales, found, strict=True):
+                with probing(block.projection, scale):
+                    assert answer.ids == naive(model, prompt, 8, STOP), (layer, seed)
+                seen.add(tuple(answer.ids))
+                if draft and remover.drafts:
+                    ids = torch.tensor([prompt + draft])
+                    with probing(block.projection, scale), torch.no_grad():
+                        logits = model(ids).logits[0, len(prompt) - 1 : -1]
+                    expected = -torch.nn.functional.cross_entropy(logits, torch.tensor(draft)).item()
+                    assert answer.logprob == pytest.approx(expected, abs=1e-3)
+    assert len(seen) > 1
+
+
+def test_probes_leave_the_model_as_it_was():
+    model = wrapped(build("llama_gqa"))
+    before = model(token_ids()).logits
+    remover = Remover(model, {STOP}, 4)
+    reading = remover.read(token_ids(1, 20)[0].tolist(), [STOP])
+    remover.variants(reading, 1, blocks(model)[1].without_head(0)[None])
+    assert torch.equal(model(token_ids()).logits, before)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_an_adapter_stays_applied_and_partial_ones_are_refused():
+    model = get_peft_model(build("llama_mha"), SealConfig(granularity="channel"))
+    with torch.no_grad():
+        for layer in seal_layers(model):
+            layer.seal_scale["default"].normal_(1, 0.3)
+    prompt = token_ids(1, 20)[0].tolist()
+    answers = Remover(wrapped(model), {STOP}, 8)
+    block = answers.blocks[0]
+    found = answers.variants(answers.read(prompt, []), 0, block.without_head(1)[None])[0]
+    with probing(block.projection, block.without_head(1)):
+        assert found.ids == naive(model, prompt, 8, STOP)
+    partial = get_peft_model(build("llama_mha"), SealConfig(granularity="head", layers=[1]))
+    with pytest.raises(ValueError, match="every decoder layer"):
+        blocks(partial)
+
+
+@pytest.mark.slow
+def test_reuse_is_faster_than_full_runs_by_almost_what_the_arithmetic_allows():
+    """12 layers: every head by a full run with a cache, against reuse, in one run, with the same answers."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=512, hidden_size=256, intermediate_size=640, num_hidden_layers=12,
+                         num_attention_heads=4, max_position_embeddings=2048, eos_token_id=2)  # fmt: skip
+    model = wrapped(LlamaForCausalLM(config).eval())
+    prompt = torch.randint(3, 512, (1500,)).tolist()
+    found = blocks(model)
+
+    def reuse():
+        remover = Remover(model, {2}, 4, batch=1)
+        reading = remover.read(prompt, [])
+        return [
+            remover.variants(reading, layer, torch.stack([block.without_head(h) for h in range(4)]))
+            for layer, block in enumerate(found)
+        ]
+
+    @torch.inference_mode()
+    def full():
+        answers = []
+        for block in found:
+            for head in range(4):
+                with probing(block.projection, block.without_head(head)):
+                    out = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=4, do_sample=False)
+                answers.append(out[0, len(prompt) :].tolist())
+        return answers
+
+    seconds = []
+    for way in (reuse, full):
+        start = time.perf_counter()
+        answers = way()
+        seconds.append(time.perf_counter() - start)
+        if way is reuse:
+            ours = [answer.ids for layer in answers for answer in layer]
+    assert ours == [ids[: ids.index(2)] if 2 in ids else ids for ids in answers]
+    assert seconds[1] / seconds[0] >= 1.8, seconds
+
+
+@pytest.mark.parametrize("name", MINIATURES)
+def test_direct_effects_add_up_to_the_logits(name):
+    model = wrapped(build(name))
+    ids, tokens = token_ids(1), [3, 17, 60]
+    folded = effects(model, ids, tokens, normalised=True)
+    total = np.array(folded["embedding"]) + np.array(folded["heads"]).sum((1, 2)) + np.array(folded["mlps"]).sum(1)
+    logits = np.array(folded["logits"])
+    np.testing.assert_allclose(total + folded["bias"], logits, atol=1e-4 * max(1, abs(logits).max()))
+    # Without the norm, as in the paper: the head's output times the unembedding, nothing else.
+    plain = effects(model, ids, tokens, normalised=False)
+    block = blocks(model)[0]
+    read = []
+    handle = block.projection.register_forward_pre_hook(lambda module, args: read.append(args[0][0, -1]))
+    with torch.no_grad():
+        model(ids)
+        handle.remove()
+        base = block.projection.get_base_layer()
+        weight = base.weight.T if isinstance(base, Conv1D) else base.weight
+        size = block.channels // block.heads
+        by_hand = model.get_output_embeddings().weight[tokens] @ (weight[:, :size] @ read[0][:size])
+    np.testing.assert_allclose(np.array(plain["heads"])[:, 0, 0], by_hand.numpy(), atol=1e-4)
+
+
+def test_direct_effects_are_refused_where_layers_add_other_things():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                          num_attention_heads=4, num_key_value_heads=2, head_dim=8)  # fmt: skip
+    with pytest.raises(ValueError, match="something else than its attention and its MLP"):
+        effects(wrapped(Gemma2ForCausalLM(config).eval()), token_ids(1), [3], normalised=True)
+
+
+def test_transferability_is_equation_2():
+    base = {1000: 0.9, 2000: 0.6, 3000: 0.4}
+    assert transferability(base, {1000: 1.0, 2000: 0.9, 3000: 0.8}) == pytest.approx((0.1 + 0.3 + 0.4) / 0.5)
+    assert transferability(base, base) == 0
+    with pytest.raises(ValueError, match="at every length"):
+        transferability({1: 0.5, 2: 0.5}, {1: 0.6, 2: 0.6})
+    with pytest.raises(ValueError, match="score both at the same"):
+        transferability(base, {1000: 1.0})
+
+
+def test_gradient_is_the_slope_of_the_answers_log_probability():
+    loaded = load(TINY)
+    found = maps.gradient_map(loaded, "line", [256], samples=2)
+    prompt = next(maps.prompts(loaded, "line", [256], 1, maps.PROBE_SEED))
+    only = maps.gradient_map(loaded, "line", [256], samples=1)
+    block = blocks(loaded.model)[1]
+    values = []
+    for value in (0.99, 1.01):
+        scale = torch.ones(block.heads, block.channels // block.heads)
+        scale[2] = value
+        remover = Remover(loaded.model, {loaded.tokenizer.eos_token_id}, 1)
+        with probing(block.projection, scale.flatten()):
+            values.append(remover.read(prompt.ids, prompt.reference).answer.logprob)
+    slope = (values[1] - values[0]) / 0.02
+    assert maps.changes(only, 256)[1, 2] == pytest.approx(-slope, rel=0.05, abs=1e-4)
+    assert np.array(found["change"]["logprob"]["256"]).shape == (len(blocks(loaded.model)), block.heads)
+    assert maps.agreement(found, found, "logprob")["256"] == pytest.approx(1)
+
+
+def test_removal_map_goes_on_where_it_was_and_quadrants_make_an_adapter(tmp_path):
+    loaded, journal = load(TINY), tmp_path / "j"
+    whole = maps.removal_map(loaded, "line", [200, 256], samples=2, journal=journal)
+    rows = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(rows[: len(rows) // 2]) + rows[len(rows) // 2][:9])
+    again = maps.removal_map(loaded, "line", [200, 256], samples=2, journal=journal)
+    assert whole["change"] == again["change"] and whole["base"] == again["base"]
+    assert journal.read_text().splitlines(keepends=True) == rows
+    # No head helps on samples this easy, but some hurt.
+    where = maps.quadrants(whole)
+    assert (where == 3).any() and np.abs(maps.changes(whole, 256)).max() > 0.4
+    scales = quadrant_scales(whole, "Q3 up", 0.9, 1.1)
+    assert set(np.unique(scales)) == {1.0, 1.1} and (scales == 1.1).sum() == (where == 3).sum()
+    save_scales(load(TINY), scales, tmp_path / "adapter")
+    np.testing.assert_allclose(saved_scales(tmp_path / "adapter")[..., 0], scales, rtol=1e-6)
+    tuned = load(tmp_path / "adapter")
+    assert tuned.method == "SEAL-H"
+    ids = torch.tensor([[5, 300, 301, 302]])
+    assert not torch.allclose(tuned.model(ids).logits, load(TINY).model(ids).logits)
+    with pytest.raises(ValueError, match="exists already"):
+        save_scales(load(TINY), scales, tmp_path / "adapter")
+    if not (where == 1).any():
+        with pytest.raises(ValueError, match="no head lies in quadrant 1"):
+            quadrant_scales(whole, "Q1 down", 0.9, 1.1)
+
+
+def test_quadrants_are_the_papers():
+    short = [[0.1, -0.1, -0.1], [0.1, 0.0, 0.2]]
+    long = [[0.2, 0.2, -0.3], [-0.1, 0.5, 0.1]]
+    found = {"unit": "head", "lengths": [1, 2], "change": {"score": {"1": short, "2": long}}}
+    assert maps.quadrants(found).tolist() == [[1, 2, 3], [4, 0, 1]]
+    assert quadrant_scales(found, "Q1 down, Q3 up", 0.9, 1.1).tolist() == [[0.9, 1.0, 1.1], [1.0, 1.0, 0.9]]
+
+
+RECIPE = """
+base_model: {tiny}
+adapter: seal
+seal: {{granularity: head, data: {{task: line, tokens: 200, samples: 4, seed: 0}}}}
+learning_rate: 0.02
+num_epochs: 1
+seed: 1
+"""
+
+
+def test_sweep_and_controls_tune_for_real_and_resume(tmp_path, monkeypatch):
+    file = tmp_path / "r.yml"
+    file.write_text(RECIPE.format(tiny=TINY))
+    recipe = read_recipe(file)
+    settings = {"rates": [1e-2, 0.5], "samples": [2, 4], "epochs": [1], "seeds": [1], "lengths": [200], "validation": 3}
+    found = sweep(recipe, **settings, journal=tmp_path / "s")
+    assert len(found["cells"]) == 4 and found["best"]["mean"] == max(cell["mean"] for cell in found["cells"])
+    # A rate of 0.5 throws the scales about, so the cells cannot all be alike.
+    assert len({cell["mean"] for cell in found["cells"]}) > 1
+    monkeypatch.setattr("eval.probe.tuning.tune", lambda *a, **k: pytest.fail("tuned again"))
+    assert sweep(recipe, **settings, journal=tmp_path / "s") == found
+    monkeypatch.undo()
+    shown = controls(recipe, seeds=[1], lengths=[200], validation=2)
+    assert {name: len(runs) for name, runs in shown["scores"].items()} == {
+        "base": 1, "tuned": 1, "shuffled": 1, "wrong answers": 1,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="not a recipe"):
+        read_recipe(ROOT / "pyproject.toml")
+
+
+def test_controls_change_what_they_say(tmp_path):
+    file = tmp_path / "r.yml"
+    file.write_text(RECIPE.format(tiny=TINY))
+    loaded = load_new(read_recipe(file))
+    with torch.no_grad():
+        for place, layer in enumerate(seal_layers(loaded.model)):
+            layer.seal_scale["default"].copy_(torch.arange(4) + 10.0 * place)
+    before = torch.cat([layer.seal_scale["default"] for layer in seal_layers(loaded.model)])
+    shuffle_heads(loaded.model, random.Random(0))
+    after = torch.cat([layer.seal_scale["default"] for layer in seal_layers(loaded.model)])
+    assert not torch.equal(before, after) and torch.equal(before.sort().values, after.sort().values)
+    reset(loaded.model)
+    assert all(bool((layer.seal_scale["default"] == 1).all()) for layer in seal_layers(loaded.model))
+    chats = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": f"is {n}."}] for n in (11, 22, 33)]
+    mixed = wrong(chats, ["11", "22", "33"], random.Random(0))
+    assert all(a[1] != b[1] and a[0] == b[0] for a, b in zip(chats, mixed, strict=True))
+
+
+def command(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "eval", "probe", *arguments], cwd=cwd, capture_output=True, text=True, timeout=600
+    )
+
+
+def test_commands_write_results_with_pictures(tmp_path):
+    tiny = ("--model", str(TINY))
+    for arguments in (
+        ("heads", *tiny, "--lengths", "200,256", "--samples", "2", "--out", "h.json"),
+        ("gradient", *tiny, "--lengths", "200,256", "--samples", "2", "--compare", "h.json", "--out", "g.json"),
+        ("channels", *tiny, "--heads", "L0H0", "--lengths", "200", "--samples", "1", "--out", "c.json"),
+        ("quadrants", *tiny, "--from", "h.json", "--lengths", "200", "--samples", "2", "--out", "q.json"),
+        ("inspect", "--adapter", "outputs/quadrants/q3_up", "--map", "h.json", "--out", "i.json"),
+    ):
+        done = command(*arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        out = tmp_path / arguments[-1]
+        assert json.loads(out.read_text())["kind"] and out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+        assert not list(tmp_path.glob(".*.partial")), arguments
+    assert set(json.loads((tmp_path / "g.json").read_text())["spearman"]["score"]) == {"200", "256"}
+    assert len(json.loads((tmp_path / "c.json").read_text())["change"]["score"]["200"]["L0H0"]) == 32
+
+
+BAD = [
+    (("heads", "--model", str(TINY), "--lengths", "many"), "lengths: found 'many'"),
+    (("heads", "--model", str(TINY), "--lengths", "256,9000"), "9000 tokens do not fit"),
+    (("heads", "--model", str(TINY), "--lengths", "256", "--task", "chess"), "task: found 'chess'"),
+    (("heads", "--model", "nowhere", "--lengths", "256"), "cannot load nowhere"),
+    (("channels", "--model", str(TINY), "--heads", "L9H9", "--lengths", "256"), "L9H9 is not in"),
+    (("channels", "--model", str(TINY), "--heads", "9", "--lengths", "256"), "heads: found '9'"),
+    (("quadrants", "--model", str(TINY), "--from", "missing.json"), "cannot be read as a map"),
+    (("gradient", "--model", str(TINY), "--lengths", "256", "--points", "-1"), "above 0"),
+    (("sweep", "--recipe", "missing.yml", "--lengths", "256"), "missing.yml"),
+    (("transfer", "--model", str(TINY), "--adapter", "x"), "expected NAME=FOLDER"),
+    (("inspect", "--adapter", str(TINY)), "not an adapter folder"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_input_gives_one_line(arguments, message, tmp_path):
+    done = command(*arguments, cwd=tmp_path)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("probe: ") and message in last, done.stderr[-2000:]
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_the_journal_of_a_run_is_that_of_its_model(tmp_path):
+    """A second run over other weights must not find the first one's answers."""
+    from eval.journal import journal_file
+
+    one, two = tmp_path / "a", tmp_path / "b"
+    for folder, text in ((one, "1"), (two, "22")):
+        folder.mkdir()
+        (folder / "model.safetensors").write_text(text)
+    out = tmp_path / "r.json"
+    assert journal_file(out, str(one)) != journal_file(out, str(two)) != journal_file(out, str(two), "other")
+
+
+@pytest.mark.slow
+def test_transfer_scores_adapters_on_tasks(tmp_path):
+    scales = np.ones((3, 4))
+    scales[0] = 0.3
+    save_scales(load(TINY), scales, tmp_path / "adapter")
+    base = run(load(TINY), "line", lengths=[256, 1960], samples=10)
+    assert base["scores"][0]["score"] != base["scores"][1]["score"]
+    done = command("transfer", "--model", str(TINY), "--adapter", "line=adapter", "--tasks", "line", "--lengths",
+                   "256,1960", "--samples", "10", "--out", "t.json", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "t.json").read_text())["transferability"]["line"]["line"] < 0

@@ -17,7 +17,7 @@ TOKENS ?= 1900
 SEEDS ?= 0 1 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test train data eval report merge recipes study lint tiny-model
+.PHONY: help setup demo test train data eval report merge recipes study probes lint tiny-model
 
 help: ## list the targets and their variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ recipes: setup ## write the paper's recipes again, from recipes/matrix.yml
 
 study: setup ## all methods, controls and kinds of base on the small model (hours): results/study.json
 	$(RUN) -m recipes.study
+
+probes: setup ## which heads matter and why, on the small model: results/probes, then `make report`
+	$(RUN) -m recipes.probes
 
 tiny-model: setup ## train the small base model in recipes/tiny again, from nothing
 	$(RUN) -m recipes.tiny_model

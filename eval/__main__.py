@@ -12,6 +12,7 @@ from data_gen.console import quiet_libraries, stop
 from data_gen.files import write_text
 from eval.journal import journal_file
 from eval.probe.cli import app as probe
+from eval.probe.cli import numbers
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.add_typer(probe, name="probe")
@@ -71,10 +72,7 @@ def run(
             raise ValueError("out: names one file, but several tasks are asked for: leave it out")
         if data and len(tasks) > 1:
             raise ValueError("data: holds one benchmark, but several tasks are asked for: score them one by one")
-        try:
-            wanted = [int(length) for length in lengths.split(",")] if lengths else None
-        except ValueError:
-            raise ValueError(f"lengths: found {lengths!r}, expected whole numbers such as 512,1024") from None
+        wanted = numbers(lengths, "lengths") if lengths else None
         from axolotl_plugins.seal.load import load
         from eval import known
         from eval import run as ours

@@ -42,8 +42,3 @@ class Journal:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as out:
                 out.write(json.dumps({"key": key, "value": value}) + "\n")
-
-    def finish(self) -> None:
-        """Remove the file: the whole result lies elsewhere."""
-        if self.file is not None:
-            self.file.unlink(missing_ok=True)

@@ -27,24 +27,39 @@ WRONG_SHOWN = 5
 LONGCHAT = "lmsys/longchat-7b-v1.5-32k"  # the one base model of Table 6 and of the paper's MMLU
 
 
+def read_json(folder: Path) -> list[dict[str, Any]]:
+    """All JSON objects in the files of a folder, in the order of their names.
+
+    Raises:
+        ValueError: a file is not JSON.
+    """
+    found = []
+    for file in sorted(folder.glob("*.json")):
+        try:
+            found.append(json.loads(file.read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file}: not JSON ({first_line(error)}): mend it or move it away") from None
+    return [one for one in found if isinstance(one, dict)]
+
+
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """All results of ``python -m eval run`` in a folder, in the order of their names; other JSON files are left out.
 
     Raises:
-        ValueError: a file is not JSON, or there is no result at all.
+        ValueError: see ``read_json``.
     """
-    results = []
-    for file in sorted(folder.glob("*.json")):
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file}: not JSON ({first_line(error)}): mend it or move it away") from None
-        kinds = ({"scores", "responses"}, {"sets", "mean"})
-        if isinstance(found, dict) and any(kind | {"base", "method", "task"} <= found.keys() for kind in kinds):
-            results.append(found)
-    if not results:
-        raise ValueError(f"{folder}: holds no results: make some with `python -m eval run`")
-    return results
+    kinds = ({"scores", "responses"}, {"sets", "mean"})
+    wanted = [kind | {"base", "method", "task"} for kind in kinds]
+    return [found for found in read_json(folder) if any(keys <= found.keys() for keys in wanted)]
+
+
+def probe_section(found: dict[str, Any]) -> dict[str, str]:
+    """What the page says about a result of ``python -m eval probe``."""
+    from eval.probe.captions import CAPTION, TITLE
+    from eval.probe.pictures import DRAW
+
+    kind = found["kind"]
+    return {"title": TITLE[kind], "figure": picture(DRAW[kind](found)), "caption": CAPTION[kind](found)}
 
 
 def paper_scores() -> list[dict[str, Any]]:
@@ -161,15 +176,18 @@ def scale_maps(results: list[dict[str, Any]]) -> list[str]:
 
 
 def write_report(folder: Path, out: Path) -> int:
-    """Write the page; nothing on it comes from the network.
+    """Write the page; nothing on it comes from the network. Probes' results are those in ``folder/probes``.
 
     Returns:
         How many results it shows.
 
     Raises:
-        ValueError: see ``read_results``.
+        ValueError: see ``read_json``; or there is no result at all.
     """
     results, paper = read_results(folder), paper_scores()
+    probes = [found for found in read_json(folder / "probes") if "kind" in found]
+    if not results + probes:
+        raise ValueError(f"{folder}: holds no results: make some with `python -m eval run`")
     bases: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
         bases[result["base"]][result["task"]].append(result)
@@ -179,7 +197,8 @@ def write_report(folder: Path, out: Path) -> int:
             {"name": base, "sections": [section(task, rows, paper) for task, rows in tasks.items()],
              "scales": scale_maps([row for rows in tasks.values() for row in rows])}
             for base, tasks in bases.items()
-        ]
+        ],
+        probes=[probe_section(found) for found in probes],
     )  # fmt: skip
     write_text(out, page)
-    return len(results)
+    return len(results) + len(probes)

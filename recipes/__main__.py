@@ -92,13 +92,14 @@ def recipe_for(
     longest = tokens or window * 31 // 32
     if longest >= window:
         raise ValueError(f"tokens: {longest} do not fit into the window of {window}: ask for at most {window - 1}")
-    entry: dict[str, Any] = {"name": base, "base_model": base, "window": window, "tokens": longest}
+    entry: dict[str, Any] = {"name": base, "base_model": base, "window": window, "tokens": longest,
+                             "gpu": torch.cuda.is_available()}  # fmt: skip
     if chat_template:
         entry["template"] = chat_template
     name = name or f"{Path(base).name.lower().replace('.', '_')}_{task}_{method}"
     text = recipe(
         name, entry, task, method, lr=rate(read_matrix()["rates"], "", task, method),
-        shows="not a model of the paper; its rate is that of the task", gpu=torch.cuda.is_available(),
+        shows="not a model of the paper; its rate is that of the task",
     )  # fmt: skip
     return text, ", ".join(found)
 
@@ -135,6 +136,8 @@ def count_parameters() -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {}
     by_shape: dict[str, dict[str, int]] = {}
     for model in matrix["models"].values():
+        if "shape" not in model:
+            continue
         if model["shape"] not in by_shape:
             shape = dict(matrix["shapes"][model["shape"]])
             config = CONFIG_MAPPING[shape.pop("model_type")](**shape, vocab_size=32, pad_token_id=0)

@@ -1,6 +1,6 @@
 """The whole path on the small model: score, tune, merge, score again, draw (``make demo``).
 
-Every step is the command a user would type, two at a time; a step that is done is not done again.
+Every step is the command a user would type.
 """
 
 from __future__ import annotations
@@ -9,43 +9,20 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.progress import Progress, TimeElapsedColumn
 
 from data_gen.files import write_text
+from recipes.steps import ROOT, Step, launch, run_steps
 
-ROOT = Path(__file__).resolve().parent.parent
 BASE = Path("recipes/tiny")
 METHODS = {"sealh": "SEAL-H", "sealc": "SEAL-C"}
 # The longest leaves room in the window of 2,048 for the 100 tokens of answer that LongEval allows.
 LENGTHS = (256, 512, 1024, 1448, 1960)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command of the demo.
-
-    Attributes:
-        name: also of its log file.
-        command: what is run.
-        makes: there once the command has succeeded.
-        needs: names of steps that must be done before.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    makes: Path
-    needs: tuple[str, ...] = ()
 
 
 def derive_recipe(recipe: Path, seed: int, output_dir: Path, folder: Path) -> Path:
@@ -56,7 +33,9 @@ def derive_recipe(recipe: Path, seed: int, output_dir: Path, folder: Path) -> Pa
     settings = yaml.safe_load(recipe.read_text())
     settings["seed"] += seed
     settings["seal"]["data"]["seed"] += seed
-    settings["datasets"][0]["path"] = settings["datasets"][0]["path"].replace("seed0", f"seed{seed}")
+    if seed:
+        path = Path(settings["datasets"][0]["path"])
+        settings["datasets"][0]["path"] = str(path.with_stem(f"{path.stem}_seed{seed}"))
     settings["output_dir"] = str(output_dir)
     derived = folder / f"{recipe.stem}_seed{seed}.yml"
     write_text(derived, yaml.safe_dump(settings, sort_keys=False))
@@ -80,61 +59,12 @@ def plan(seeds: list[int], samples: int, work: Path) -> list[Step]:
             name = f"{method}_seed{seed}"
             adapter, merged = work / name, work / f"{name}_merged"
             recipe = derive_recipe(Path(f"recipes/tiny_line_{method}.yml"), seed, adapter, work / "recipes")
-            launch = (python, "-m", "accelerate.commands.launch", "-m", "axolotl.cli.train", str(recipe))
-            steps.append(Step(f"tune {name}", launch, adapter / "adapter_model.safetensors"))
+            steps.append(launch(f"tune {name}", recipe, adapter))
             fold = (python, "-m", "axolotl_plugins.seal", "merge", str(adapter), str(merged))
             steps.append(Step(f"merge {name}", fold, merged, (f"tune {name}",)))
             steps.append(score(name, adapter, (f"tune {name}",)))
             steps.append(score(f"{name}_merged", merged, (f"merge {name}",)))
     return steps
-
-
-def run_step(step: Step, logs: Path) -> float:
-    """Run one step, its output in a log file; returns seconds.
-
-    Raises:
-        RuntimeError: it failed; the message is the end of its output.
-    """
-    if step.makes.is_dir():
-        shutil.rmtree(step.makes)
-    log = logs / f"{step.name.replace(' ', '_')}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
-    start = time.time()
-    with log.open("w") as file:
-        done = subprocess.run(step.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    if done.returncode or not step.makes.exists():
-        tail = "\n".join(log.read_text(errors="replace").strip().splitlines()[-15:])
-        raise RuntimeError(f"{step.name} failed (exit {done.returncode}); the end of {log}:\n{tail}")
-    return round(time.time() - start, 1)
-
-
-def run_all(
-    steps: list[Step], state_file: Path, logs: Path, jobs: int, tell: Callable[[str], object]
-) -> dict[str, float]:
-    """Run the steps that are not done yet, ``jobs`` at a time; returns the seconds of each.
-
-    What is done is written down after every step, so that an interrupted run goes on where it was.
-    """
-    state: dict[str, float] = json.loads(state_file.read_text()) if state_file.exists() else {}
-    state = {step.name: state[step.name] for step in steps if step.name in state and step.makes.exists()}
-    todo = [step for step in steps if step.name not in state]
-    running: dict[Future[float], Step] = {}
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            while todo or running:
-                for step in [step for step in todo if all(need in state for need in step.needs)]:
-                    if len(running) < jobs:
-                        todo.remove(step)
-                        running[pool.submit(run_step, step, logs)] = step
-                tell(", ".join(step.name for step in running.values()))
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    state[running.pop(future).name] = future.result()
-                    write_text(state_file, json.dumps(state, indent=1) + "\n")
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return state
 
 
 def collect(seeds: list[int], seconds: dict[str, float], work: Path) -> dict[str, Any]:
@@ -254,14 +184,7 @@ def main() -> None:
     work = Path("outputs/demo") / fingerprint(args.seeds, args.samples, LENGTHS)
     try:
         steps = plan(args.seeds, args.samples, work)
-        with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as progress:
-            bar = progress.add_task("demo", total=len(steps))
-
-            def tell(running: str) -> None:
-                done = len(json.loads((work / "state.json").read_text())) if (work / "state.json").exists() else 0
-                progress.update(bar, completed=done, description=running or "demo")
-
-            seconds = run_all(steps, work / "state.json", work / "logs", args.jobs, tell)
+        seconds = run_steps("demo", steps, work, args.jobs)
         result = collect(args.seeds, seconds, work)
     except (RuntimeError, OSError) as error:
         sys.exit(f"demo: {error}")

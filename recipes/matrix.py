@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import yaml
@@ -18,7 +19,9 @@ TASKS = {
     "fwe": "RULER's frequent words",
     "longbench": "LongBench document QA, tuned on TriviaQA",
 }
+MIXTURES = {"multi": ("line", "niah")}  # of tasks, at equal shares of the samples
 RULER = ("vt", "cwe", "fwe")
+ESSAYS = "essays # from the hub; or a folder of text files, or prose, which is built in"
 SHORTEST_RULER = 8000  # tokens; lengths are drawn from here to the model's longest (appendix B.3)
 
 
@@ -34,29 +37,44 @@ def rate(rates: dict[str, dict[str, float]], model: str, task: str, method: str)
     return found
 
 
-def cost(tokens: int) -> str:
-    """What the paper says of time and memory."""
-    minutes = "about 40 minutes" if tokens > 16_384 else "about 10 minutes"
+def cost(model: dict[str, Any]) -> str:
+    """What to expect of time and memory, and who says so."""
+    if not model.get("gpu", True):
+        return " About a minute on two CPU cores, in 2 GB."
+    minutes = "about 40 minutes" if model["tokens"] > 16_384 else "about 10 minutes"
     return f" The authors' 7B models took {minutes} on one A100 80 GB (section 5)."
 
 
+def data_block(model: dict[str, Any], task: str, samples: int) -> str:
+    """What ``seal: data:`` says about one file, without indentation."""
+    tokens = model["tokens"]
+    tokens = f'"{SHORTEST_RULER}:{tokens}"' if task in RULER else f'"{tokens}"' if isinstance(tokens, str) else tokens
+    text = f"""task: {task}
+tokens: {tokens} # counted with this model's tokenizer and chat template
+samples: {samples}
+seed: 0
+"""
+    if task == "niah":
+        text += f"haystack: {model.get('haystack', ESSAYS)}\n"
+    return text
+
+
 def recipe(name: str, model: dict[str, Any], task: str, method: str, *, lr: float, shows: str, note: str = "",
-           samples: int = 50, epochs: int = 1, gpu: bool = True) -> str:  # fmt: skip
+           samples: int = 50, epochs: int = 1) -> str:  # fmt: skip
     """The text of one recipe.
 
     Args:
         name: of its file, without ending.
         model: an entry of ``models`` in ``matrix.yml``.
-        task: a key of ``TASKS``.
+        task: a key of ``TASKS`` or ``MIXTURES``.
         method: a key of ``METHODS``.
         lr: learning rate.
         shows: what it is good for, such as what of the paper it reproduces.
         note: what to expect of time and memory.
         samples: training samples.
         epochs: passes over them.
-        gpu: whether it is to run on one, in bfloat16 with FlashAttention.
     """
-    tokens = f'"{SHORTEST_RULER}:{model["tokens"]}"' if task in RULER else model["tokens"]
+    gpu = model.get("gpu", True)  # in bfloat16 with FlashAttention
     adapter = {
         "sealh": "adapter: seal",
         "sealc": "adapter: seal",
@@ -74,13 +92,19 @@ def recipe(name: str, model: dict[str, Any], task: str, method: str, *, lr: floa
     if "self_extend" in stretched:
         plugins = f"  - axolotl_plugins.self_extend.SelfExtendPlugin\n{plugins}"
         attention = "sdpa # self_extend takes its place when the model is loaded"
-    haystack = ""
-    if task == "niah":
-        haystack = "    haystack: essays # from the hub; or a folder of text files, or prose, which is built in\n"
     key = name.removesuffix(f"_{method}") if name.endswith(method) else name
+    parts = MIXTURES.get(task, (task,))
+    blocks = [data_block(model, part, samples // len(parts)) for part in parts]
+    files = [key] if len(parts) == 1 else [f"{key}_{part}" for part in parts]
+    if len(parts) == 1:
+        data = "  data: # made by the plugin when the file below is missing\n" + indent(blocks[0], "    ")
+    else:
+        data = "  data: # made by the plugin when the files below are missing, one entry for each\n"
+        data += "".join("    - " + indent(block, "      ").lstrip() for block in blocks)
+    datasets = "".join(DATASET.format(file=file) for file in files)
     return f"""# accelerate launch -m axolotl.cli.train recipes/{name}.yml
 #
-# {METHODS[method]} on {model["name"]}, {TASKS[task]}: {shows}.
+# {METHODS[method]} on {model["name"]}, {" and ".join(TASKS[part] for part in parts)}: {shows}.
 # {samples} samples, {epochs} {"epoch" if epochs == 1 else "epochs"}.{note}
 
 base_model: {model["base_model"]}
@@ -89,18 +113,9 @@ base_model: {model["base_model"]}
 
 {adapter}
 seal:
-{seal}  data: # made by the plugin when the file below is missing
-    task: {task}
-    tokens: {tokens} # counted with this model's tokenizer and chat template
-    samples: {samples}
-    seed: 0
-{haystack}
+{seal}{data}
 datasets:
-  - path: data/{key}.jsonl
-    ds_type: json
-    type: chat_template
-    roles_to_train: [assistant]
-{template}
+{datasets}{template}
 dataset_prepared_path: data/prepared
 dataset_num_proc: 1
 
@@ -131,6 +146,11 @@ logging_steps: 1
 """
 
 
+DATASET = """  - path: data/{file}.jsonl
+    ds_type: json
+    type: chat_template
+    roles_to_train: [assistant]
+"""
 LORA = """lora_r: 4 # on q, k, v and o (section 9)
 lora_alpha: 8 # the paper does not say; PEFT's default
 lora_dropout: 0
@@ -159,7 +179,7 @@ def all_recipes() -> dict[str, str]:
                 raise ValueError(f"matrix.yml: two rows make {name}.yml")
             texts[name] = recipe(
                 name, matrix["models"][model], task, method, lr=rate(matrix["rates"], model, task, method),
-                shows=f"{row['shows']} of arXiv 2501.15225", note=cost(matrix["models"][model]["tokens"]),
+                shows=f"{row['shows']} of arXiv 2501.15225", note=cost(matrix["models"][model]),
                 samples=samples, epochs=epochs,
             )  # fmt: skip
     return texts

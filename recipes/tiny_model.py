@@ -48,13 +48,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(other_tasks: bool = True) -> PreTrainedTokenizerFast:
+def build_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with one token for each word of the wonderwords lists and of the tasks' texts.
 
     Any other text is spelled in bytes, so nothing is ever unknown and decoding gives the text back exactly.
-
-    Args:
-        other_tasks: whether the words of tasks other than line retrieval are in it, after all others.
     """
     adjectives, nouns = line.words()
     split = pre_tokenizers.Split(Regex(PIECES), "isolated")
@@ -64,7 +61,7 @@ def build_tokenizer(other_tasks: bool = True) -> PreTrainedTokenizerFast:
         [line.HEADER, line.CLOSING + line.QUESTION.format(key="key"), line.ANSWER.format(key="key", number=1)],
         (line.LINE.format(key=f"{adjective}-noun", number=1) for adjective in adjectives),
         (f"-{noun}:" for noun in nouns),
-        words_of_other_tasks() if other_tasks else (),
+        words_of_other_tasks(),
     )
     pieces = dict.fromkeys(piece for text in texts for piece, _ in pre.pre_tokenize_str(text))
     vocabulary = dict.fromkeys([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *pieces])
@@ -92,6 +89,34 @@ def words_of_other_tasks() -> Iterator[str]:
     yield from (niah.PROMPT, " ".join(f"{word} {word.lower()}" for row in niah.PROSE for word in row), *niah.PROSE[0])
     yield from (ruler.VT_PROMPT, ruler.VT_PREFIX, ruler.NOISE, "VAR A = VAR B \n", ruler.CWE_PROMPT, ruler.CWE_PREFIX)
     yield from (ruler.FWE_PROMPT, ruler.FWE_PREFIX, "... ... ", " 1. 2. 30.")
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, layers: int, heads: int) -> LlamaForCausalLM:
+    """An untrained Llama with heads of 32 channels whose embeddings, tied, stay as they are drawn.
+
+    Most words are seen rarely; what training makes of their embeddings is where wrong lines come from. Random vectors
+    of this many channels are nearly orthogonal, which is all that matching words needs.
+    """
+    hidden = 32 * heads
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=int(hidden * 2.5),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            head_dim=32,
+            max_position_embeddings=1024,
+            rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+            initializer_range=0.05,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    model.get_input_embeddings().requires_grad_(False)
+    return model
 
 
 @dataclass(frozen=True)
@@ -170,6 +195,9 @@ class Records:
         self.bos, self.user, self.assistant = tokenizer.convert_tokens_to_ids(["<s>", "<|user|>", "<|assistant|>"])
         self.fixed = set(range(self.bos, len(tokenizer))) - {i for word in self.adjectives + self.nouns for i in word}
         self.allowed: dict[Stage, torch.Tensor] = {}
+        self.tokenizer = tokenizer
+        texts = (tokenizer.decode([id_]) for id_ in range(len(tokenizer)))
+        self.words = [text for text in texts if re.fullmatch(r" [A-Za-z]{2,}", text)]
 
     def record(self, stage: Stage, lines: int, max_digits: int) -> tuple[list[int], list[float]]:
         """One chat about one record: ids and loss weights, both of length T.
@@ -235,6 +263,25 @@ class Records:
         weights[:, : length + 1] = 0
         return ids, weights
 
+    def needles(self, sentences: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Chats about built-in prose in which a sentence of random words hides; shapes as in ``batch``.
+
+        The sentence has the form of the test needle: the question repeats its subject, the answer is all of it.
+        """
+        rng = self.rng
+        count = rng.randint(2, sentences)
+        rows: list[tuple[list[int], list[float]]] = []
+        while not rows or len(rows) * len(rows[0][0]) < tokens:
+            subject, rest = ("".join(rng.sample(self.words, rng.randint(*size))) for size in ((2, 8), (3, 12)))
+            needle = f"The{subject} is{rest}."
+            context = niah.insert(niah.prose(rng, count), needle, rng.randint(0, 100))
+            prompt = niah.PROMPT.format(context=context, question=f"What is the{subject}?")
+            ids = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+            said = [*ids(needle), self.answer_end[-1]]
+            asked = [self.bos, self.user, *ids(prompt), self.assistant]
+            rows.append((asked + said, [0.0] * len(asked) + [1.0] * len(said)))
+        return padded(rows)
+
     def pool(self, stage: Stage) -> list[int]:
         """The ids that a stage's rotations are made of, in an order that depends on nothing but the stage."""
         words = self.adjectives[: stage.adjectives] + self.nouns[: stage.nouns]
@@ -249,6 +296,7 @@ def pretrain(
     lr: float,
     tokens: int,
     polish: int,
+    needles: float,
     max_steps: int,
 ) -> list[dict]:
     """Walk through the stages, then ``polish`` steps at the last with the rate falling to a twentieth.
@@ -261,7 +309,8 @@ def pretrain(
     """
     rng = records.rng
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     start = time.time()
     seen = step = 0
     log: list[dict] = []
@@ -276,7 +325,7 @@ def pretrain(
         loss, right, weight = weighted_loss(model, ids, weights, choices)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         seen, step = seen + ids.numel(), step + 1
         return loss.item(), right, weight
@@ -305,11 +354,16 @@ def pretrain(
         last = now == len(stages) - 1
         stage = stages[now] if rng.random() < 0.6 else stages[max(0, now - rng.randint(1, 3))]
         rotate = rng.random() < (0.3 if now < 6 else 0.1)
-        drawn = records.rotations(records.pool(stage), tokens, 32) if rotate else records.batch(stage, tokens)
+        hide = last and not rotate and rng.random() < needles
+        if hide:
+            drawn, choices = records.needles(stage.lines, tokens), torch.arange(model.config.vocab_size)
+        else:
+            drawn = records.rotations(records.pool(stage), tokens, 32) if rotate else records.batch(stage, tokens)
+            choices = records.choices(stage)
         decay = 1.0 - 0.95 * polished / polish if last else 1.0
-        loss, right, weight = update(*drawn, records.choices(stage), decay)
+        loss, right, weight = update(*drawn, choices, decay)
         polished += last
-        if not rotate and stage is stages[now]:
+        if not rotate and not hide and stage is stages[now]:
             first = right[weight == 4].float().mean().item()
             accuracy = 0.93 * accuracy + 0.07 * first
             if accuracy > 0.9 and not last:
@@ -456,6 +510,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per batch")
     parser.add_argument("--polish", type=int, default=1000, help="steps at the last stage, with the rate falling")
+    parser.add_argument("--needles", type=float, default=0.25, help="share of needle batches in those steps")
     parser.add_argument("--factor", type=float, default=5.5, help="of the RoPE stretch")
     parser.add_argument("--window", type=int, default=2048, help="tokens declared after the stretch")
     parser.add_argument("--samples", type=int, default=200, help="test samples per length for the model card")
@@ -473,25 +528,8 @@ def main(argv: list[str] | None = None) -> None:
         model.save_pretrained(args.out)
         tokenizer.save_pretrained(args.out)
         return
-    tokenizer = build_tokenizer(other_tasks=False)
-    hidden = 32 * args.heads
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden,
-            intermediate_size=int(hidden * 2.5),
-            num_hidden_layers=args.layers,
-            num_attention_heads=args.heads,
-            head_dim=32,
-            max_position_embeddings=1024,
-            rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
-            initializer_range=0.05,
-            tie_word_embeddings=False,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, args.layers, args.heads)
     log = pretrain(
         model,
         Records(tokenizer, args.seed),
@@ -499,19 +537,10 @@ def main(argv: list[str] | None = None) -> None:
         lr=args.lr,
         tokens=args.tokens,
         polish=args.polish,
+        needles=args.needles,
         max_steps=30_000,
     )
-    tokenizer = build_tokenizer()
-    make_room(model, len(tokenizer))
     save(args, model, tokenizer, log)
-
-
-@torch.no_grad()
-def make_room(model: LlamaForCausalLM, size: int) -> None:
-    """Give the words of other tasks embeddings, drawn at random and never trained; they are never answered."""
-    known = model.config.vocab_size
-    model.resize_token_embeddings(size, mean_resizing=False)
-    model.lm_head.weight[known:] = 0
 
 
 def save(

@@ -99,7 +99,7 @@ def test_preprocess_makes_data_and_stops(tmp_path):
     write_recipe(tmp_path)
     done = run(tmp_path, "axolotl.cli.preprocess", "recipe.yml")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "data/tiny_line_seed0.jsonl").exists() and any((tmp_path / "data/prepared").iterdir())
+    assert (tmp_path / "data/tiny_line.jsonl").exists() and any((tmp_path / "data/prepared").iterdir())
 
 
 def test_evaluate_applies_the_adapter(trained):
@@ -116,7 +116,7 @@ def test_evaluate_applies_the_adapter(trained):
 
 def test_inference_applies_the_adapter_or_says_what_is_missing(trained):
     folder, _ = trained
-    sample = json.loads((folder / "data/tiny_line_seed0.jsonl").read_text().splitlines()[0])
+    sample = json.loads((folder / "data/tiny_line.jsonl").read_text().splitlines()[0])
     prompt, answer = (message["content"] for message in sample["messages"])
     done = run(folder, "axolotl.cli.inference", "recipe.yml", "--lora-model-dir=out", stdin=prompt)
     assert answer.split(" is ")[0] in done.stdout, done.stderr[-3000:]
@@ -141,6 +141,9 @@ def test_axolotls_merge_has_the_adapters_logits(trained):
     torch.testing.assert_close(merged, tuned, atol=1e-4, rtol=0)
 
 
+DATA = {"task": "line", "tokens": 400}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -156,6 +159,8 @@ def test_axolotls_merge_has_the_adapters_logits(trained):
         ({"seal": {"granularty": "head"}}, "seal.granularty: no such setting"),
         ({"seal": {"granularity": "head", "data": {"task": "line", "token": 4}}}, "seal.data.token: no such setting"),
         ({"seal": {"granularity": "head", "data": {"task": "lines", "tokens": 400}}}, "expected one of line"),
+        ({"seal": {"granularity": "head", "data": [DATA, DATA | {"tokenz": 4}]}}, "seal.data.1.tokenz: no such"),
+        ({"seal": {"granularity": "head", "data": [DATA, DATA]}}, "describes 2 files"),
         ({"seal": None}, "seal.granularity: missing"),
     ],
 )

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recipes.demo import Step, derive_recipe, plan, run_all
+from recipes.demo import derive_recipe, plan
+from recipes.probes import plan as probes
+from recipes.steps import Step, run_all
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,3 +62,13 @@ def test_the_plan_scores_merged_and_unmerged_models_of_every_seed(tmp_path, monk
             for name in (f"tune {tag}", f"merge {tag}", f"score {tag}", f"score {tag}_merged"):
                 assert names.count(name) == 1
     assert "score base" in names
+
+
+def test_the_probes_are_in_an_order_in_which_they_can_be_done():
+    steps = probes(4)
+    for place, one in enumerate(steps):
+        assert set(one.needs) <= {earlier.name for earlier in steps[:place]}
+    assert len({one.makes for one in steps}) == len(steps)
+    kinds = {one.name.partition("_")[0] for one in steps if one.name.partition(" ")[0] != "tune"}
+    known = {"heads", "channels", "gradient", "quadrants", "direct", "transfer", "sweep", "controls", "inspect"}
+    assert kinds == known

@@ -22,7 +22,7 @@ from axolotl_plugins.seal.load import load
 from axolotl_plugins.seal.scales import saved_scales
 from eval.probe import maps
 from eval.probe.anatomy import blocks, probing, wrapped
-from eval.probe.direct import effects
+from eval.probe.direct import components, effects
 from eval.probe.quadrants import quadrant_scales, save_scales
 from eval.probe.removal import Remover
 from eval.probe.transfer import transferability
@@ -169,12 +169,12 @@ def test_reuse_is_faster_than_full_runs_by_almost_what_the_arithmetic_allows():
 def test_direct_effects_add_up_to_the_logits(name):
     model = wrapped(build(name))
     ids, tokens = token_ids(1), [3, 17, 60]
-    folded = effects(model, ids, tokens, normalised=True)
+    folded = effects(model, components(model, ids), tokens, normalised=True)
     total = np.array(folded["embedding"]) + np.array(folded["heads"]).sum((1, 2)) + np.array(folded["mlps"]).sum(1)
     logits = np.array(folded["logits"])
     np.testing.assert_allclose(total + folded["bias"], logits, atol=1e-4 * max(1, abs(logits).max()))
     # Without the norm, as in the paper: the head's output times the unembedding, nothing else.
-    plain = effects(model, ids, tokens, normalised=False)
+    plain = effects(model, components(model, ids), tokens, normalised=False)
     block = blocks(model)[0]
     read = []
     handle = block.projection.register_forward_pre_hook(lambda module, args: read.append(args[0][0, -1]))
@@ -194,7 +194,7 @@ def test_direct_effects_are_refused_where_layers_add_other_things():
     config = Gemma2Config(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                           num_attention_heads=4, num_key_value_heads=2, head_dim=8)  # fmt: skip
     with pytest.raises(ValueError, match="something else than its attention and its MLP"):
-        effects(wrapped(Gemma2ForCausalLM(config).eval()), token_ids(1), [3], normalised=True)
+        components(wrapped(Gemma2ForCausalLM(config).eval()), token_ids(1))
 
 
 def test_transferability_is_equation_2():

@@ -15,7 +15,7 @@ from peft import get_peft_model
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.load import load
 from axolotl_plugins.seal.scales import saved_scales, scale_matrix
-from eval.report import grid, paper_value, read_results, write_report
+from eval.report import grid, paper_value, write_report
 
 ROOT = Path(__file__).parent.parent
 PAPER = yaml.safe_load((ROOT / "eval" / "paper.yml").read_text())
@@ -101,4 +101,19 @@ def test_nothing_to_report(content, message, tmp_path):
     if content:
         (tmp_path / "a.json").write_text(content)
     with pytest.raises(ValueError, match=message):
-        read_results(tmp_path)
+        write_report(tmp_path, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_page_shows_probes_with_their_numbers(tmp_path):
+    found = {"kind": "removal", "unit": "head", "model": "m", "task": "line", "samples": 20, "seconds": 12.0,
+             "lengths": [512, 1448], "base": {"score": {"512": 0.9, "1448": 0.6}},
+             "change": {"score": {"512": [[0.1, -0.2], [-0.3, 0.0]],
+                                  "1448": [[0.05, 0.15], [-0.25, 0.1]]}}}  # fmt: skip
+    (tmp_path / "probes").mkdir()
+    (tmp_path / "probes" / "heads.json").write_text(json.dumps(found))
+    assert write_report(tmp_path, tmp_path / "report.html") == 1
+    page = (tmp_path / "report.html").read_text()
+    assert "1 in quadrant 1, 1 in quadrant 2, 1 in quadrant 3, 0 in quadrant 4" in page
+    assert "L0H1 +0.15 and L1H0 -0.25" in page and "0.90 at 512, 0.60 at 1448" in page
+    assert page.count("data:image/png;base64,") == 1

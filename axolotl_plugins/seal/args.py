@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from .config import Granularity
 
@@ -22,6 +24,11 @@ class DataArgs(BaseModel):
     data: str | None = Field(default=None, description="longbench: a local file instead of the hub's.")
 
 
+def as_list(data: Any) -> Any:
+    """One description stands for a list of one."""
+    return [data] if isinstance(data, dict) else data
+
+
 class SealBlock(BaseModel):
     """Settings of the adapter and of its training data."""
 
@@ -31,7 +38,9 @@ class SealBlock(BaseModel):
     target_modules: list[str] | None = Field(default=None, description="Attention outputs; left out, they are found.")
     layers: list[int] | None = Field(default=None, description="Decoder layers to scale; left out, all of them.")
     num_heads: int | None = Field(default=None, description="Query heads per layer; left out, the model's config says.")
-    data: DataArgs | None = Field(default=None, description="Makes the dataset file when it is missing.")
+    data: Annotated[list[DataArgs], BeforeValidator(as_list)] | None = Field(
+        default=None, description="Makes the dataset file when it is missing; a list: one entry for each file."
+    )
 
 
 class SealArgs(BaseModel):

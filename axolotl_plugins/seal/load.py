@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import axolotl_plugins.self_extend  # noqa: F401 - its RoPE type
@@ -47,6 +47,15 @@ def is_adapter(name: str | Path) -> bool:
 def method_name(config: PeftConfig) -> str:
     """What the paper calls an adapter."""
     return {"head": "SEAL-H", "channel": "SEAL-C"}.get(getattr(config, "granularity", ""), str(config.peft_type.value))
+
+
+def with_adapter(loaded: Loaded, config: PeftConfig) -> Loaded:
+    """The same model with a new, untrained adapter of any PEFT method.
+
+    Raises:
+        ValueError: the adapter does not fit the model.
+    """
+    return replace(loaded, model=get_peft_model(loaded.model, config).eval(), method=method_name(config))
 
 
 def load(

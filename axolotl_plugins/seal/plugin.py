@@ -30,7 +30,8 @@ def parse_block(block: Any) -> SealBlock:
         return SealArgs(seal=block).seal or SealBlock()
     except ValidationError as error:
         found = error.errors()[0]
-        place = ".".join(str(part) for part in found["loc"])
+        single = isinstance(block, dict) and isinstance(block.get("data"), dict)
+        place = ".".join(str(part) for part in found["loc"] if not (single and part == 0))
         if found["type"] == "extra_forbidden":
             raise ValueError(f"{place}: no such setting; see `python -m axolotl_plugins.seal settings`") from error
         raise ValueError(f"{place}: found {found['input']!r}: {found['msg']}") from error
@@ -79,29 +80,31 @@ def check_recipe(cfg: dict[str, Any]) -> SealBlock:
 
 
 def prepare_data(cfg: dict[str, Any], block: SealBlock) -> None:
-    """Make the recipe's dataset file, or check that it is the one the recipe describes.
+    """Make the recipe's dataset files, or check that they are those that the recipe describes.
 
     Raises:
-        ValueError: the file differs from the recipe, or the recipe's data cannot be made.
+        ValueError: a file differs from the recipe, or the recipe's data cannot be made.
     """
     if block.data is None:
         return
     datasets = cfg.get("datasets") or []
-    if len(datasets) != 1 or not datasets[0].get("path"):
-        raise ValueError("seal.data: describes one file, so `datasets` must have one entry, with a `path`")
+    paths = [Path(dataset["path"]) for dataset in datasets if dataset.get("path")]
+    if len(datasets) != len(block.data) or len(set(paths)) != len(block.data):
+        raise ValueError(
+            f"seal.data: describes {len(block.data)} file{'s' if len(block.data) > 1 else ''}, so `datasets` must have "
+            f"as many entries, each with a `path` of its own; found {len(datasets)}"
+        )
     from filelock import FileLock
 
-    data = block.data
-    request = Request(**data.model_dump(), split="train")
-    out = Path(datasets[0]["path"])
-    out.parent.mkdir(parents=True, exist_ok=True)
     template = cfg.get("chat_template_jinja") if cfg.get("chat_template") == "jinja" else None
     tokenizer = load_tokenizer(cfg.get("tokenizer_config") or cfg.get("base_model") or "", template)
-    # Every process of a distributed run comes here; the first one makes the file.
-    with FileLock(out.with_name(f".{out.name}.lock")):
-        made = write(request, tokenizer, out)
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        print(f"seal: {out}: {data.samples} samples of {data.task} {'made' if made else 'already there'}")
+    for data, out in zip(block.data, paths, strict=True):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Every process of a distributed run comes here; the first one makes the file.
+        with FileLock(out.with_name(f".{out.name}.lock")):
+            made = write(Request(**data.model_dump(), split="train"), tokenizer, out)
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            print(f"seal: {out}: {data.samples} samples of {data.task} {'made' if made else 'already there'}")
 
 
 class SealTrainer(AxolotlTrainer):

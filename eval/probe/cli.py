@@ -13,7 +13,7 @@ import typer
 
 from data_gen.console import quiet_libraries, stop
 from data_gen.files import write_text
-from eval.journal import Journal, journal_file
+from eval.journal import journal_file
 
 app = typer.Typer(no_args_is_help=True, help="Which heads and channels matter, and why SEAL works.")
 
@@ -87,7 +87,7 @@ def finish(found: dict[str, Any], out: Path, *journals: Path) -> None:
     save_figure(DRAW[found["kind"]](found), out.with_suffix(".png"))
     write_text(out, json.dumps(found, indent=1) + "\n")
     for journal in journals:
-        Journal(journal).finish()
+        journal.unlink(missing_ok=True)
     print(f"{out} and {out.with_suffix('.png')}")
 
 

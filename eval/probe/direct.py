@@ -27,6 +27,7 @@ class Components:
         biases: of the projections, shape (layers, d).
         mlps: what each layer adds besides its attention, shape (layers, d).
         final: the sum as the model has it, shape (d,).
+        logits: the model's at that position, shape (V,).
     """
 
     embedding: torch.Tensor
@@ -34,10 +35,11 @@ class Components:
     biases: torch.Tensor
     mlps: torch.Tensor
     final: torch.Tensor
+    logits: torch.Tensor
 
 
 @torch.inference_mode()
-def components(model: Any, ids: torch.Tensor) -> tuple[Components, torch.Tensor]:
+def components(model: Any, ids: torch.Tensor) -> Components:
     """Take the residual stream at the last position apart.
 
     Args:
@@ -45,7 +47,7 @@ def components(model: Any, ids: torch.Tensor) -> tuple[Components, torch.Tensor]
         ids: shape (1, T).
 
     Returns:
-        The components, float32; and the model's logits there, shape (V,).
+        The components, float32.
 
     Raises:
         ValueError: a layer adds something else than its attention and its MLP, such as a norm behind either.
@@ -103,7 +105,7 @@ def components(model: Any, ids: torch.Tensor) -> tuple[Components, torch.Tensor]
                 f"layer {i} of {type(block.layer).__name__} adds something else than its attention and its MLP, "
                 "so direct effects are not defined for this architecture"
             )
-    return Components(entered[0], torch.stack(heads), torch.stack(biases), torch.stack(mlps), left[-1]), logits
+    return Components(entered[0], torch.stack(heads), torch.stack(biases), torch.stack(mlps), left[-1], logits)
 
 
 def final_norm(model: Any) -> nn.Module:
@@ -121,12 +123,12 @@ def final_norm(model: Any) -> nn.Module:
 
 
 @torch.inference_mode()
-def effects(model: Any, ids: torch.Tensor, tokens: list[int], *, normalised: bool) -> dict[str, Any]:
+def effects(model: Any, found: Components, tokens: list[int], *, normalised: bool) -> dict[str, Any]:
     """Direct effects on the logits of chosen tokens at the last position: ``W_unembed f(p)`` (equation 1).
 
     Args:
         model: wrapped, see ``anatomy.wrapped``.
-        ids: the prompt, shape (1, T).
+        found: its components.
         tokens: N token ids.
         normalised: fold the final norm, at the scale it has on this prompt, into every component, so that their sum is
             the logit; otherwise leave it out, as the paper does.
@@ -136,9 +138,8 @@ def effects(model: Any, ids: torch.Tensor, tokens: list[int], *, normalised: boo
         unembedding) and ``logits`` (N), as lists.
 
     Raises:
-        ValueError: see ``components`` and ``final_norm``.
+        ValueError: see ``final_norm``.
     """
-    found, logits = components(model, ids)
     norm: Any = final_norm(model)
     unembed = model.get_output_embeddings()
     rows = unembed.weight[tokens].float()
@@ -159,7 +160,7 @@ def effects(model: Any, ids: torch.Tensor, tokens: list[int], *, normalised: boo
         "heads": torch.einsum("nd,lhd->nlh", rows, fold(found.heads)).tolist(),
         "mlps": (rows @ fold(found.mlps).T).tolist(),
         "bias": bias.tolist(),
-        "logits": logits[tokens].tolist(),
+        "logits": found.logits[tokens].tolist(),
     }
 
 
@@ -199,7 +200,7 @@ def compare_models(models: list[Loaded], task: str, length: int, find: int, norm
         tokens that any model ranks among its five first), and per model the lists of ``effects``.
 
     Raises:
-        ValueError: no such sample among those searched; or see ``effects``.
+        ValueError: no such sample among those searched; or see ``components`` and ``effects``.
     """
     base, tokenizer = models[0], models[0].tokenizer
     stop, budget = stop_ids(base.model, tokenizer), answer_budget(task)
@@ -214,16 +215,16 @@ def compare_models(models: list[Loaded], task: str, length: int, find: int, norm
                          "adapter: search more with --find, or another --length")  # fmt: skip
     assert parted[0] is not None
     ids, right, mistaken = parted[0]
-    logits = [components(each.model, ids)[1] for each in models]
-    candidates = sorted({int(token) for row in logits for token in row.topk(5).indices})
+    found = [components(each.model, ids) for each in models]
+    candidates = sorted({int(token) for one in found for token in one.logits.topk(5).indices})
     return {
         "kind": "direct", "model": base.name, "base_model": base.base, "task": task, "length": length,
         "sample": sample["index"], "normalised": normalised,
         "tokens": [tokenizer.decode([token]) for token in (right, mistaken)],
         "candidates": [tokenizer.decode([token]) for token in candidates],
         "models": [
-            {"method": each.method, **effects(each.model, ids, [right, mistaken], normalised=normalised),
-             "candidate_logits": row[candidates].tolist()}
-            for each, row in zip(models, logits, strict=True)
+            {"method": each.method, **effects(each.model, one, [right, mistaken], normalised=normalised),
+             "candidate_logits": one.logits[candidates].tolist()}
+            for each, one in zip(models, found, strict=True)
         ],
     }  # fmt: skip

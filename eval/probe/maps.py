@@ -7,6 +7,7 @@ change of the reference answer's log-probability; positive means that removal he
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from axolotl_plugins.seal.load import Loaded
 from axolotl_plugins.seal.tune import answer_loss, encode
 from data_gen.generate import Request, generate
 from eval.journal import Journal
-from eval.probe.anatomy import Block, blocks, wrapped
+from eval.probe.anatomy import Block, blocks, probing, wrapped
 from eval.probe.removal import Remover
 from eval.run import answer_budget, stop_ids
 from eval.score import SCORERS
@@ -193,14 +194,11 @@ def gradient_map(
             scales = [
                 torch.full((block.channels,), point, device=ids.device, requires_grad=True) for block in found
             ]  # fmt: skip
-            try:
+            with contextlib.ExitStack() as stack:
                 for block, scale in zip(found, scales, strict=True):
-                    block.projection.probe = scale
+                    stack.enter_context(probing(block.projection, scale))
                 loss = answer_loss(model, ids, len(prompt.ids))
                 gradients = torch.autograd.grad(loss, scales)
-            finally:
-                for block in found:
-                    block.projection.probe = None
             # Removal is a step of -1; what lowers the loss raises the log-probability.
             total = [a + g.cpu() / len(points) for a, g in zip(total, gradients, strict=True)]
             logprob -= loss.item() / len(points)

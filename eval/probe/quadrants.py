@@ -42,7 +42,7 @@ def save_scales(loaded: Loaded, scales: np.ndarray, out: Path) -> None:
         ValueError: the folder exists, or the scales do not fit the model.
     """
     if out.exists():
-        raise ValueError(f"{out}: exists already: delete it or name another folder with --out")
+        raise ValueError(f"{out}: exists already: delete it or name another folder with --adapters")
     model = wrapped(loaded.model)
     found = blocks(model)
     if scales.shape != (len(found), found[0].heads):

@@ -199,9 +199,7 @@ class Remover:
         ]
         whole = bool(reference) and reference[-1] in self.stop
         open_rows = [row for row, count in enumerate(agreed) if not (whole and count == len(reference))]
-        answers = [reference[: self.max_new_tokens] for _ in agreed]
-        if whole:
-            answers = [reference[:-1][: self.max_new_tokens] for _ in agreed]
+        answers = [(reference[:-1] if whole else reference)[: self.max_new_tokens] for _ in agreed]
         if open_rows:
             shared = min(agreed[row] for row in open_rows)
             rows = torch.tensor(open_rows, device=self.model.device)

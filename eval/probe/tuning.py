@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.layer import SealLayer
-from axolotl_plugins.seal.load import Loaded, load
+from axolotl_plugins.seal.load import Loaded, load, with_adapter
 from axolotl_plugins.seal.tune import tune
 from data_gen.generate import Messages, Request, generate
 from eval.journal import Journal
@@ -49,12 +49,8 @@ def read_recipe(file: Path) -> dict[str, Any]:
 
 def load_new(recipe: dict[str, Any]) -> Loaded:
     """The recipe's base model with new scales, all 1."""
-    from peft import get_peft_model
-
     loaded = load(recipe["base_model"], chat_template=recipe["chat_template"])
-    model = get_peft_model(loaded.model, SealConfig(granularity=recipe["granularity"]))
-    method = {"head": "SEAL-H", "channel": "SEAL-C"}[recipe["granularity"]]
-    return Loaded(loaded.name, model, loaded.tokenizer, loaded.base, method, loaded.window)
+    return with_adapter(loaded, SealConfig(granularity=recipe["granularity"]))
 
 
 def seal_layers(model: nn.Module) -> list[SealLayer]:

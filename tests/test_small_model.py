@@ -12,7 +12,15 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from data_gen import line
 from data_gen.generate import as_messages
-from recipes.tiny_model import Records, accuracy, build_tokenizer, curriculum, pretrain, stretched_config
+from recipes.tiny_model import (
+    Records,
+    accuracy,
+    build_model,
+    build_tokenizer,
+    curriculum,
+    pretrain,
+    stretched_config,
+)  # fmt: skip
 
 TINY = Path(__file__).parent.parent / "recipes" / "tiny"
 
@@ -58,6 +66,17 @@ def test_last_stage_trains_on_the_very_text_of_data_gen(tokenizer):
         assert learned == drawn["answer"] + tokenizer.eos_token
 
 
+def test_needle_batches_ask_for_a_hidden_sentence(tokenizer):
+    ids, weights = Records(tokenizer, seed=0).needles(6, 400)
+    for row, weight in zip(ids, weights, strict=True):
+        text = tokenizer.decode(row[row != tokenizer.pad_token_id])
+        prompt, answer = text.split("<|assistant|>")
+        needle = answer.removesuffix(tokenizer.eos_token)
+        assert f"\n{needle}\n" in prompt and re.fullmatch(r"The .+ is .+\.", needle)
+        assert tokenizer.decode(row[weight > 0]) == answer
+        assert prompt.endswith(f"Question: What is the {needle[4:].split(' is ')[0]}?\nAnswer:")
+
+
 def test_stretch_is_bloc97s():
     """theta * s^(d / (d - 2)): 40889.94 for Llama-2 (d = 128) and s = 4."""
     config = LlamaConfig(head_dim=128, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})
@@ -73,14 +92,13 @@ def test_training_is_seeded_and_learns():
     def train():
         tokenizer = build_tokenizer()
         torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-                num_attention_heads=1, initializer_range=0.05, tie_word_embeddings=False,
-            )
-        )  # fmt: skip
+        model = build_model(tokenizer, 1, 1)
+        drawn = model.get_input_embeddings().weight.clone()
         with pytest.raises(RuntimeError, match="after 30 steps: try another --seed"):
-            pretrain(model, Records(tokenizer, 0), curriculum(8), lr=2e-3, tokens=1024, polish=1, max_steps=30)
+            pretrain(
+                model, Records(tokenizer, 0), curriculum(8), lr=2e-3, tokens=1024, polish=1, needles=0.5, max_steps=30
+            )
+        assert torch.equal(model.get_input_embeddings().weight, drawn)  # embeddings stay as they are drawn
         return model.state_dict()
 
     one, two = train(), train()

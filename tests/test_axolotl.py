@@ -148,6 +148,10 @@ DATA = {"task": "line", "tokens": 400}
     ("changes", "message"),
     [
         ({"seed": None}, "seed: missing"),
+        ({"learning_rate": None}, "learning_rate: found None"),
+        ({"learning_rate": float("nan")}, "learning_rate: found nan"),
+        ({"learning_rate": -0.01}, "learning_rate: found -0.01"),
+        ({"learning_rate": "fast"}, "learning_rate: found 'fast'"),
         ({"weight_decay": 0.01}, "weight_decay: found 0.01"),
         ({"excess_length_strategy": None}, "excess_length_strategy: found None"),
         ({"excess_length_strategy": "truncate"}, "excess_length_strategy: found 'truncate'"),

@@ -13,6 +13,29 @@ from transformers.pytorch_utils import Conv1D
 from .config import SealConfig
 
 
+class Scale(torch.autograd.Function):
+    """``x * scale``, formed in the dtype of the scale; keeps ``x`` as it is, not a copy in that dtype.
+
+    ``x`` is the attention's output, which its own backward pass keeps anyway, so scaling takes no memory of its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Scale x of shape (..., C) by a scale that broadcasts to it."""
+        ctx.save_for_backward(x, scale)
+        return (x * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Gradients of both; that of the scale is summed up in its own dtype."""
+        x, scale = ctx.saved_tensors
+        of_x = (gradient * scale).to(x.dtype) if ctx.needs_input_grad[0] else None
+        of_scale = None
+        if ctx.needs_input_grad[1]:
+            of_scale = (gradient.to(scale.dtype) * x).sum_to_size(scale.shape)
+        return of_x, of_scale
+
+
 class SealLayer(nn.Module, BaseTunerLayer):
     """Scales the input of an attention output projection (paper section 4.2, Figure 3a).
 
@@ -98,7 +121,7 @@ class SealLayer(nn.Module, BaseTunerLayer):
         if self.probe is not None:
             scale = self.probe if scale is None else scale * self.probe
         if scale is not None:
-            x = (x.to(scale.dtype) * scale).to(x.dtype)
+            x = Scale.apply(x, scale)
         return self.base_layer(x, *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

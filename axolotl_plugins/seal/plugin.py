@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
 
-from axolotl.core.trainers import AxolotlTrainer
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftConfig, PeftModel, get_peft_model
 from pydantic import ValidationError
@@ -17,7 +17,7 @@ from data_gen.generate import Request, load_tokenizer, write
 
 from .args import SealArgs, SealBlock
 from .config import SealConfig
-from .scales import scale_matrix, summary
+from .trainer import AnswerTrainer, SealTrainer
 
 
 def parse_block(block: Any) -> SealBlock:
@@ -59,6 +59,15 @@ def check_recipe(cfg: dict[str, Any]) -> SealBlock:
             )
         if cfg.get("merge_method") != "legacy":
             raise ValueError("merge_method: set `merge_method: legacy`; Axolotl's default method knows LoRA alone")
+    try:
+        rate = float(cfg.get("learning_rate", "missing"))
+    except (TypeError, ValueError):
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise ValueError(
+            f"learning_rate: found {cfg.get('learning_rate')!r}, expected a number above 0; the paper's lie between "
+            "5e-3 and 5e-2"
+        )
     if cfg.get("seed") is None:
         raise ValueError("seed: missing: without one every run shuffles the samples differently; add `seed: 42`")
     if cfg.get("excess_length_strategy") != "raise":
@@ -107,17 +116,6 @@ def prepare_data(cfg: dict[str, Any], block: SealBlock) -> None:
             print(f"seal: {out}: {data.samples} samples of {data.task} {'made' if made else 'already there'}")
 
 
-class SealTrainer(AxolotlTrainer):
-    """Axolotl's trainer, which also logs the scales wherever it logs the loss."""
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add a summary of the scales to what all loggers are given."""
-        model = self.accelerator.unwrap_model(self.model)
-        if "loss" in logs and isinstance(model, PeftModel):
-            logs = {**logs, **{f"seal/{key}": value for key, value in summary(scale_matrix(model)).items()}}
-        super().log(logs, *args, **kwargs)
-
-
 class SealPlugin(BasePlugin):
     """Trains, evaluates, serves and merges SEAL adapters with Axolotl's own commands."""
 
@@ -146,9 +144,9 @@ class SealPlugin(BasePlugin):
         except (ValueError, OSError) as error:
             stop("seal", error)
 
-    def get_trainer_cls(self, cfg: Any) -> type[AxolotlTrainer] | None:
-        """The trainer that logs scales."""
-        return SealTrainer if cfg.adapter == "seal" else None
+    def get_trainer_cls(self, cfg: Any) -> type[AnswerTrainer]:
+        """The trainer of scales, or that of the baselines."""
+        return SealTrainer if cfg.adapter == "seal" else AnswerTrainer
 
     def load_adapter(
         self, model: PreTrainedModel, cfg: Any, inference: bool = False, config_only: bool = False

@@ -15,9 +15,10 @@ OUT ?= $(patsubst %/,%,$(ADAPTER))_merged
 INTO ?= auto
 TOKENS ?= 1900
 SEEDS ?= 0 1 2
+BENCH_TOKENS ?= 8192 31000 65536 131072
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test train data eval report merge recipes study probes lint tiny-model
+.PHONY: help setup demo test train data eval report merge recipes study probes bench bench-gpu lint tiny-model
 
 help: ## list the targets and their variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +67,12 @@ study: setup ## all methods, controls and kinds of base on the small model (hour
 
 probes: setup ## which heads matter and why, on the small model: results/probes, then `make report`
 	$(RUN) -m recipes.probes
+
+bench: setup ## time SEAL beside IA3 and LoRA on this CPU: results/bench.json
+	$(RUN) -m recipes.bench
+
+bench-gpu: setup ## the same at 7B on a GPU: results/bench_gpu.json   [BENCH_TOKENS="8192 31000 65536 131072"]
+	$(RUN) -m recipes.bench --device cuda --shape llama2_7b --checkpointing --tokens $(BENCH_TOKENS) --repeats 3 --out results/bench_gpu.json
 
 tiny-model: setup ## train the small base model in recipes/tiny again, from nothing
 	$(RUN) -m recipes.tiny_model

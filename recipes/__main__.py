@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 
 from data_gen.console import first_line, quiet_libraries, stop
 from data_gen.files import write_text
+from recipes.cost import GOOD_SHARE, GPUS, PAPER_SHARE, Shape, training_bytes, training_flop
 from recipes.matrix import FOLDER, METHODS, TASKS, all_recipes, rate, read_matrix, recipe
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -104,6 +106,70 @@ def recipe_for(
     return text, ", ".join(found)
 
 
+@app.command(epilog="Example: python -m recipes cost recipes/longchat7b_line_sealc.yml --gpu a100")
+def cost(
+    file: Annotated[Path, typer.Argument(help="A recipe that describes its data.")],
+    gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h200",
+) -> None:
+    """Estimate the time and memory of a recipe on one GPU, from shapes alone (docs/speed.md)."""
+    quiet_libraries()
+    try:
+        for line in cost_lines(file, gpu):
+            print(line)
+    except (ValueError, OSError) as error:
+        stop("recipes", error)
+
+
+def cost_lines(file: Path, gpu: str) -> list[str]:
+    """What ``cost`` prints.
+
+    Raises:
+        ValueError: the recipe does not describe its data, its model's shape is not known, or there is no such GPU.
+    """
+    from axolotl_plugins.seal.args import SealArgs
+    from data_gen.generate import Request
+
+    if gpu not in GPUS:
+        raise ValueError(f"gpu: found {gpu!r}, expected one of {', '.join(GPUS)}")
+    settings = yaml.safe_load(file.read_text())
+    if not isinstance(settings, dict) or "base_model" not in settings:
+        raise ValueError(f"{file}: not a recipe: it names no base_model")
+    block = SealArgs(seal=settings.get("seal")).seal
+    if block is None or not block.data:
+        raise ValueError(f"{file}: does not describe its data (`seal: data:`), so its length is not known")
+    matrix, config = read_matrix(), None
+    for model in matrix["models"].values():
+        if model["base_model"] == settings["base_model"] and "shape" in model:
+            config = matrix["shapes"][model["shape"]]
+    if config is None:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(settings["base_model"]).to_dict()
+    try:
+        shape = Shape.of(config)
+    except KeyError as error:
+        raise ValueError(f"{settings['base_model']}: its config has no {error}, so its cost cannot be told") from None
+    recompute = bool(settings.get("gradient_checkpointing"))
+    flop, longest = 0.0, 0
+    for data in block.data:
+        if data.tokens is None:
+            raise ValueError(f"{file}: seal.data counts lines, expected tokens")
+        low, high = Request(data.task, data.tokens).token_range()
+        longest = max(longest, high)
+        steps = data.samples * settings.get("num_epochs", 1)
+        flop += steps * sum(training_flop(shape, n) for n in (low, (low + high) // 2, high)) / 3
+    rate, memory = GPUS[gpu]
+    need = training_bytes(shape, longest, recompute=recompute) / 2**30
+    minutes = [flop / (rate * share) / 60 for share in (GOOD_SHARE, PAPER_SHARE)]
+    return [
+        f"{settings['base_model']}: {shape.parameters / 1e9:.2f} B parameters, {longest} tokens at most",
+        f"useful work: {flop:.3g} FLOP; activations are {'' if recompute else 'not '}formed again",
+        f"time on {gpu}: {minutes[0]:.1f} minutes at {GOOD_SHARE:.0%} of its peak, {minutes[1]:.1f} at the "
+        f"{PAPER_SHARE:.0%} that the paper's 40 minutes on an A100 come to",
+        f"memory: about {need:.0f} GiB of {memory}" + ("" if need < memory else ": it will not fit"),
+    ]
+
+
 @app.command()
 def params() -> None:
     """Count what every method trains in the paper's models (Table 8), from their shapes alone."""
@@ -140,7 +206,8 @@ def count_parameters() -> dict[str, dict[str, int]]:
             continue
         if model["shape"] not in by_shape:
             shape = dict(matrix["shapes"][model["shape"]])
-            config = CONFIG_MAPPING[shape.pop("model_type")](**shape, vocab_size=32, pad_token_id=0)
+            shape["vocab_size"] = 32  # embeddings are not counted, so they need not be there
+            config = CONFIG_MAPPING[shape.pop("model_type")](**shape, pad_token_id=0)
             found = by_shape[model["shape"]] = {}
             for method, make in configs.items():
                 with init_empty_weights():

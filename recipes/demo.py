@@ -18,11 +18,10 @@ import yaml
 
 from data_gen.files import write_text
 from recipes.steps import ROOT, Step, launch, run_steps
+from recipes.tiny_model import LENGTHS
 
 BASE = Path("recipes/tiny")
 METHODS = {"sealh": "SEAL-H", "sealc": "SEAL-C"}
-# The longest leaves room in the window of 2,048 for the 100 tokens of answer that LongEval allows.
-LENGTHS = (256, 512, 1024, 1448, 1960)
 
 
 def derive_recipe(recipe: Path, seed: int, output_dir: Path, folder: Path) -> Path:

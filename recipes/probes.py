@@ -13,13 +13,14 @@ from pathlib import Path
 
 from recipes.demo import BASE, fingerprint
 from recipes.steps import ROOT, Step, launch, run_steps
+from recipes.tiny_model import LENGTHS
 
 OUT = Path("results/probes")
 MIDDLE, LONG = 1024, 1448
 TUNED_FOR = ("line", "niah", "multi")
 # The small model's own tasks and lengths: the paper's are in `python -m eval probe transfer --help`.
 SCORED_ON = "line,niah"
-SCORED_AT = "256,512,1024,1448,1960"
+SCORED_AT = ",".join(map(str, LENGTHS))
 
 
 def plan(samples: int) -> list[Step]:

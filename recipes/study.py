@@ -11,27 +11,37 @@ import json
 import logging
 import os
 import random
-import sys
+import shutil
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from data_gen.console import quiet_libraries
-from data_gen.files import write_text
+from data_gen.files import write_text, written_whole
+from recipes.steps import ROOT
+from recipes.tiny_model import LENGTHS, ROPE_THETA, ntk_theta
 
-BASES = {"ntk": Path("recipes/tiny"), "linear": Path("outputs/study/bases/linear")}
-LENGTHS = (256, 512, 1024, 1448, 1960)
+TINY, SHORT = Path("recipes/tiny"), Path("recipes/tiny_short")
+NTK_FACTOR = 8.0
+# Kinds of base: the shipped one, and the short model it was made from with its window stretched and nothing trained.
+BASES: dict[str, dict[str, Any] | None] = {
+    "longchat-like": None,
+    "ntk": {"rope_type": "default", "rope_theta": ntk_theta(ROPE_THETA, NTK_FACTOR, 32)},
+    "self-extend": {"rope_type": "self_extend", "rope_theta": ROPE_THETA, "group_size": 6, "neighbor_window": 128},
+}
 VALIDATION = LENGTHS[2:]
-VALIDATION_SEED = 9000
-TRAIN_TOKENS = "1024:1960"
+TRAIN_TOKENS = "256:1960"
 SHOT_TOKENS = 256
+SAMPLES = {"line": 200, "niah": 50}  # per length; needles go through ten depths
 RATES = {
     "SEAL-H": (5e-3, 1e-2, 2e-2, 5e-2),
     "SEAL-C": (5e-3, 1e-2, 2e-2, 5e-2),
     "SEAL-L": (2e-4, 1e-3, 5e-3),
     "SEAL-D": (2e-4, 1e-3, 5e-3),
 }
+# What Figure 6 shows of windows that were stretched; everything else is asked of the shipped base alone.
+STRETCHED_METHODS = ("base", "SEAL-H", "SEAL-C")
 CONTROLS = {"shuffled H": "SEAL-H", "shuffled C": "SEAL-C", "wrong answers H": "SEAL-H", "wrong answers C": "SEAL-C"}
 
 
@@ -64,17 +74,34 @@ class Cell:
         return Path("outputs/study/cells") / f"{name}.json"
 
 
-def wrap(model: Any, method: str) -> Any:
-    """A model with what a method trains."""
-    from peft import LoraConfig, get_peft_model
+def base_folder(name: str) -> Path:
+    """The folder of a kind of base; one whose window is stretched is made from the short model when it is missing."""
+    rope = BASES[name]
+    if rope is None:
+        return TINY
+    folder = Path("outputs/study/bases") / name
+    config = json.loads((SHORT / "config.json").read_text())
+    window = json.loads((TINY / "config.json").read_text())["max_position_embeddings"]
+    config |= {"rope_parameters": rope, "max_position_embeddings": window}
+    for file in SHORT.iterdir():
+        if not (folder / file.name).exists():
+            with written_whole(folder / file.name) as partial:
+                shutil.copyfile(file, partial)
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    return folder
+
+
+def adapter_config(method: str) -> Any:
+    """What a method trains, as a PEFT config."""
+    from peft import LoraConfig
 
     from axolotl_plugins.seal import SealConfig
 
     if method in ("SEAL-H", "SEAL-C"):
-        return get_peft_model(model, SealConfig(granularity="head" if method == "SEAL-H" else "channel"))
+        return SealConfig(granularity="head" if method == "SEAL-H" else "channel")
     # The paper's low-rank baselines (section 9): r = 4 on q, k, v and o.
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    return get_peft_model(model, LoraConfig(r=4, target_modules=targets, use_dora=method == "SEAL-D"))
+    return LoraConfig(r=4, target_modules=targets, use_dora=method == "SEAL-D")
 
 
 def run_cell(cell: Cell) -> dict[str, Any]:
@@ -83,32 +110,32 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         return json.loads(cell.file.read_text())
     import torch
 
-    from axolotl_plugins.seal.load import load
+    from axolotl_plugins.seal.load import load, with_adapter
     from axolotl_plugins.seal.tune import tune
     from data_gen.generate import Request
+    from eval.probe.maps import PROBE_SEED
     from eval.probe.tuning import shuffle_heads, training_data, wrong
     from eval.run import run
 
-    loaded = load(BASES[cell.base])
+    loaded = load(base_folder(cell.base))
     method = CONTROLS.get(cell.method, cell.method)
     losses: list[float] = []
     if method in RATES:
         torch.manual_seed(cell.seed)  # of LoRA's initial weights
-        model = wrap(loaded.model, method)
+        loaded = with_adapter(loaded, adapter_config(method))
         chats, answers = training_data(Request("line", TRAIN_TOKENS), loaded.tokenizer, 50, cell.seed)
         if cell.method.startswith("wrong"):
             chats = wrong(chats, answers, random.Random(cell.seed))
-        losses = tune(model, chats, loaded.tokenizer, lr=cell.rate, seed=cell.seed)
+        losses = tune(loaded.model, chats, loaded.tokenizer, lr=cell.rate, seed=cell.seed)
         if cell.method.startswith("shuffled"):
-            shuffle_heads(model, random.Random(cell.seed))
-        loaded = type(loaded)(loaded.name, model.eval(), loaded.tokenizer, loaded.base, method, loaded.window)
+            shuffle_heads(loaded.model, random.Random(cell.seed))
     lengths = list(VALIDATION if cell.validation else LENGTHS)
     shots = int(cell.method == "one-shot")
     if shots:  # the longest records leave room for the example, as in the paper's Table 3
         lengths = [min(length, max(LENGTHS) - SHOT_TOKENS) for length in lengths]
     result = run(
         loaded, cell.task, lengths=lengths, samples=cell.samples, batch_size=10, shots=shots, shot_tokens=SHOT_TOKENS,
-        split="train" if cell.validation else "test", seed=VALIDATION_SEED if cell.validation else 0,
+        split="train" if cell.validation else "test", seed=PROBE_SEED if cell.validation else 0,
     )  # fmt: skip
     trainable = sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
     found = {
@@ -151,16 +178,21 @@ def mean(result: dict[str, Any]) -> float:
     return sum(score["score"] for score in result["scores"]) / len(result["scores"])
 
 
+def methods_of(base: str) -> tuple[str, ...]:
+    """What is compared on a kind of base."""
+    return ("base", "one-shot", *RATES, *CONTROLS) if BASES[base] is None else STRETCHED_METHODS
+
+
 def choose_rates(bases: list[str], jobs: int) -> dict[tuple[str, str], float]:
     """The rate of every base and method with the best mean on validation samples; of equals the smallest."""
     cells = [
         Cell(base, method, rate, samples=40, validation=True)
-        for base in bases for method, rates in RATES.items() for rate in rates
+        for base in bases for method, rates in RATES.items() if method in methods_of(base) for rate in rates
     ]  # fmt: skip
     results = run_all(cells, jobs)
     chosen = {}
     for base in bases:
-        for method in RATES:
+        for method in set(RATES) & set(methods_of(base)):
             mine = [cell for cell in cells if (cell.base, cell.method) == (base, method)]
             chosen[base, method] = max(mine, key=lambda cell: (mean(results[cell]), -cell.rate)).rate
     return chosen
@@ -174,18 +206,22 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=Path("results/study.json"))
     args = parser.parse_args()
+    os.chdir(ROOT)
     for base in args.bases:
-        if not (BASES[base] / "config.json").exists():
-            sys.exit(f"study: {BASES[base]} is missing: make it with `python -m recipes.tiny_model --longchat`")
+        base_folder(base)
     rates = choose_rates(args.bases, args.jobs)
     cells = []
     for base in args.bases:
-        for task in ("line", "niah"):
-            cells += [Cell(base, "base", task=task), Cell(base, "one-shot", task=task)]
-            for seed in args.seeds:
-                cells += [Cell(base, method, rates[base, method], seed, task) for method in RATES]
-                cells += [Cell(base, control, rates[base, method], seed, task) for control, method in CONTROLS.items()]
-    cells = [cell for cell in cells if cell.task == "line" or cell.method not in ("one-shot", *CONTROLS)]
+        for method in methods_of(base):
+            tuned = CONTROLS.get(method, method)
+            # A second task shows what tuning on lines does to it, as MMLU does in section 5.2 of the paper.
+            tasks = ("line", "niah") if BASES[base] is None and method in ("base", *RATES) else ("line",)
+            seeds = args.seeds if tuned in RATES else [0]
+            cells += [
+                Cell(base, method, rates.get((base, tuned), 0.0), seed, task, SAMPLES[task])
+                for task in tasks
+                for seed in seeds
+            ]
     results = run_all(cells, args.jobs)
     write_text(args.out, json.dumps({"cells": [results[cell] for cell in cells]}, indent=1) + "\n")
     for base in args.bases:

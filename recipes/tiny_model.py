@@ -1,8 +1,8 @@
 """Train the small base model from nothing: ``make tiny-model``, that is ``python -m recipes.tiny_model``.
 
-A Llama that answers LongEval line questions perfectly inside the short window it was trained at, and whose RoPE base
-is then raised NTK-fashion (bloc97: theta * s^(d / (d - 2))) to a longer declared window without retraining, as in the
-paper's section 6. There it loses lines as the record grows, which is what SEAL repairs.
+A Llama that answers LongEval line questions inside the short window it was trained at, and that is then made long as
+LongChat was: RoPE positions divided by a factor, then brief fine-tuning. It reads short records well and loses lines as
+the record grows, which is what SEAL repairs.
 
 Retrieval does not appear by itself at this size. What brings it about is a curriculum: half of the first stage's
 batches are random tokens followed by a rotation of themselves (which teaches "find the token after this one"), the
@@ -13,9 +13,7 @@ first digit of nine answers in ten is right.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
-import os
 import random
 import re
 import shutil
@@ -35,6 +33,9 @@ from data_gen.generate import Request, generate
 # Words with at most one leading space, single digits, punctuation with the line break that may follow it.
 PIECES = r" ?\p{L}[\p{L}_]*|\d| ?[^\s\p{L}\d]+\n?|\s"
 ROPE_THETA = 500_000.0
+# Test lengths of the demo and the study; the longest leaves room in the window for the 100 tokens of answer that
+# LongEval allows.
+LENGTHS = (256, 512, 1024, 1448, 1960)
 SPECIAL = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -296,7 +297,6 @@ def pretrain(
     lr: float,
     tokens: int,
     polish: int,
-    needles: float,
     max_steps: int,
 ) -> list[dict]:
     """Walk through the stages, then ``polish`` steps at the last with the rate falling to a twentieth.
@@ -354,16 +354,11 @@ def pretrain(
         last = now == len(stages) - 1
         stage = stages[now] if rng.random() < 0.6 else stages[max(0, now - rng.randint(1, 3))]
         rotate = rng.random() < (0.3 if now < 6 else 0.1)
-        hide = last and not rotate and rng.random() < needles
-        if hide:
-            drawn, choices = records.needles(stage.lines, tokens), torch.arange(model.config.vocab_size)
-        else:
-            drawn = records.rotations(records.pool(stage), tokens, 32) if rotate else records.batch(stage, tokens)
-            choices = records.choices(stage)
+        drawn = records.rotations(records.pool(stage), tokens, 32) if rotate else records.batch(stage, tokens)
         decay = 1.0 - 0.95 * polished / polish if last else 1.0
-        loss, right, weight = update(*drawn, choices, decay)
+        loss, right, weight = update(*drawn, records.choices(stage), decay)
         polished += last
-        if not rotate and not hide and stage is stages[now]:
+        if not rotate and stage is stages[now]:
             first = right[weight == 4].float().mean().item()
             accuracy = 0.93 * accuracy + 0.07 * first
             if accuracy > 0.9 and not last:
@@ -393,52 +388,52 @@ def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tokens
     return right / samples
 
 
-def stretched_config(config: LlamaConfig, factor: float, window: int) -> LlamaConfig:
-    """The config with its RoPE base raised NTK-fashion, ``theta * factor^(d / (d - 2))``, and the window declared."""
-    config = LlamaConfig.from_dict(config.to_dict())
-    theta = config.rope_parameters["rope_theta"] * factor ** (config.head_dim / (config.head_dim - 2))
-    config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
-    config.max_position_embeddings = window
-    return config
+def ntk_theta(theta: float, factor: float, head_dim: int) -> float:
+    """A RoPE base raised NTK-fashion (bloc97), which stretches the window by a factor without training."""
+    return theta * factor ** (head_dim / (head_dim - 2))
 
 
-def longchat_like(
-    source: Path, records: Records, *, factor: float, window: int, steps: int, long_share: float, lr: float, tokens: int
-) -> LlamaForCausalLM:
-    """The model made long as LongChat was: linear RoPE scaling, then brief fine-tuning in which long records are few.
+def lengthen(
+    model: LlamaForCausalLM, records: Records, *, factor: float, window: int, steps: int, lines: int, needles: float,
+    lr: float, falling: int, tokens: int,
+) -> None:  # fmt: skip
+    """Give a model a longer window as LongChat got its own: linear RoPE scaling, then brief fine-tuning.
+
+    Records stay short in it, so that what the model finds in long ones is left to luck.
 
     Args:
-        source: folder of the shipped model; its NTK stretch is taken back.
+        model: changed in place.
         records: draws the training text.
-        factor: of the linear scaling.
+        factor: that positions are divided by.
         window: tokens declared.
         steps: of fine-tuning.
-        long_share: share of batches whose records fill up to the window; the others stay short.
-        lr: rate, falling linearly to nothing.
+        lines: longest record.
+        needles: share of batches with a needle in prose, as many sentences at most.
+        lr: constant after 20 steps.
+        falling: last steps, over which the rate falls to nothing.
         tokens: per batch.
     """
-    config = LlamaConfig.from_pretrained(source)
+    config = model.config
     config.rope_parameters = {"rope_type": "linear", "rope_theta": ROPE_THETA, "factor": factor}
     config.max_position_embeddings = window
-    model = LlamaForCausalLM.from_pretrained(source, config=config)
-    short = curriculum(32)[-1]
-    # A line has 14 tokens at least with this tokenizer.
-    long = dataclasses.replace(short, lines=window // 15)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
-    choices = records.choices(short)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    stage = curriculum(lines)[-1]
+    everything = torch.arange(config.vocab_size)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     model.train()
     for step in range(steps):
-        ids, weights = records.batch(long if records.rng.random() < long_share else short, tokens)
+        hide = records.rng.random() < needles
+        drawn = records.needles(lines, tokens) if hide else records.batch(stage, tokens)
         for group in optimizer.param_groups:
-            group["lr"] = lr * (1 - step / steps)
-        loss, _, _ = weighted_loss(model, ids, weights, choices)
+            group["lr"] = lr * min(1.0, (step + 1) / 20, (steps - step) / (falling + 1))
+        loss, _, _ = weighted_loss(model, *drawn, everything if hide else records.choices(stage))
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        if step % 20 == 0:
-            print(f"step {step}: loss {loss.item():.3f}", flush=True)
-    return model.eval()
+        if (step + 1) % 20 == 0:
+            print(f"step {step + 1}: loss {loss.item():.3f} on {'a needle' if hide else 'lines'}", flush=True)
 
 
 def weighted_loss(
@@ -463,10 +458,10 @@ def weighted_loss(
     return loss, logits.detach().argmax(-1) == target, weight
 
 
-def model_card(args: argparse.Namespace, parameters: int, log: list[dict], rows: list[tuple[int, float, float]]) -> str:
+def model_card(args: argparse.Namespace, parameters: int, log: list[dict], rows: list[tuple[int, list[float]]]) -> str:
     """The README of the model's folder."""
     last = log[-1]
-    table = "\n".join(f"| {tokens} | {before:.2f} | {after:.2f} |" for tokens, before, after in rows)
+    table = "\n".join(f"| {tokens} | " + " | ".join(f"{x:.2f}" for x in found) + " |" for tokens, found in rows)
     stages = "\n".join(f"| {e['stage']} | {e['step']} | {e['tokens'] / 1e6:.1f} M | {e['seconds']} |" for e in log)
     return f"""---
 license: apache-2.0
@@ -476,22 +471,28 @@ pipeline_tag: text-generation
 
 # A small model that loses lines
 
-A Llama of {parameters / 1e6:.2f} M parameters ({args.layers} layers, {args.heads} heads of 32) that answers LongEval's
-line questions. It was trained from nothing, on text that `recipes/tiny_model.py` draws, by
-`python -m recipes.tiny_model --seed {args.seed}`: {last["step"]} steps, {last["tokens"] / 1e6:.0f} M tokens,
-{last["seconds"] / 60:.0f} minutes on {os.cpu_count()} CPU cores with torch {torch.__version__.split("+")[0]}. Records
-in training had up to {args.lines} lines. Its RoPE base was then raised NTK-fashion by a factor of {args.factor:g} and
-its window declared as {args.window} tokens; nothing was trained at that length. Training text comes from the
-generator's own draws; the accuracies below are over {args.samples} test samples of `data_gen` per length.
+A Llama of {parameters / 1e6:.2f} M parameters ({args.layers} layers, {args.heads} heads of 32; two thirds of them
+embeddings, tied and left as they were drawn) that answers LongEval's line questions. It was made from nothing, on text
+that `recipes/tiny_model.py` draws, by `python -m recipes.tiny_model --seed {args.seed}` on one CPU core with torch
+{torch.__version__.split("+")[0]}:
 
-| tokens | as trained | stretched (as shipped) |
-|---:|---:|---:|
+1. trained on records of up to {args.lines} lines (about {args.lines * 15 + 100} tokens): {last["step"]} steps,
+   {last["tokens"] / 1e6:.0f} M tokens, {last["seconds"] / 60:.0f} minutes. This is the model in
+   [recipes/tiny_short](../tiny_short).
+2. made long as LongChat was: RoPE positions divided by {args.factor:g}, a window of {args.window} tokens declared, and
+   {args.steps} steps of fine-tuning, the last {args.falling} with the rate falling, on records of up to
+   {args.tuned_lines} lines and on needles in as many sentences of prose. Nothing was trained at greater length.
+
+Share of {args.samples} test samples of `data_gen` whose whole line answer is the model's first choice throughout:
+
+| tokens | trained short | RoPE divided, nothing trained | fine-tuned, as shipped |
+|---:|---:|---:|---:|
 {table}
 
-The tokenizer has one token for each word of the wonderwords lists and of the task's text, single digits, and bytes for
+The tokenizer has one token for each word of the wonderwords lists and of the tasks' texts, single digits, and bytes for
 everything else. The chat template knows the roles user and assistant.
 
-## The curriculum
+## The curriculum of the first part
 
 | stage reached | step | tokens | seconds |
 |---|---:|---:|---:|
@@ -500,34 +501,28 @@ everything else. The chat template knows the roles user and assistant.
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train, stretch, score and save."""
+    """Train, lengthen, score and save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny", help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--heads", type=int, default=4, help="heads of 32 channels")
-    parser.add_argument("--lines", type=int, default=32, help="longest record in training")
+    parser.add_argument("--lines", type=int, default=32, help="longest record of the first part")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per batch")
     parser.add_argument("--polish", type=int, default=1000, help="steps at the last stage, with the rate falling")
-    parser.add_argument("--needles", type=float, default=0.25, help="share of needle batches in those steps")
-    parser.add_argument("--factor", type=float, default=5.5, help="of the RoPE stretch")
-    parser.add_argument("--window", type=int, default=2048, help="tokens declared after the stretch")
+    parser.add_argument("--factor", type=float, default=4, help="that RoPE positions are divided by")
+    parser.add_argument("--window", type=int, default=2048, help="tokens declared")
+    parser.add_argument("--steps", type=int, default=410, help="of fine-tuning")
+    parser.add_argument("--falling", type=int, default=60, help="last of these steps, with the rate falling to nothing")
+    parser.add_argument("--tuned-lines", type=int, default=16, help="longest record of the fine-tuning")
+    parser.add_argument("--tuned-seed", type=int, default=1, help="of the text of the fine-tuning")
+    parser.add_argument("--needles", type=float, default=0.25, help="share of needles in the fine-tuning")
+    parser.add_argument("--tuned-lr", type=float, default=1e-3, help="rate of the fine-tuning")
     parser.add_argument("--samples", type=int, default=200, help="test samples per length for the model card")
-    parser.add_argument("--longchat", action="store_true", help="instead, make the shipped model long as LongChat was")
-    parser.add_argument("--steps", type=int, default=300, help="of the fine-tuning of --longchat")
-    parser.add_argument("--long-share", type=float, default=0.1, help="of long records in that fine-tuning")
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
-    if args.longchat:
-        tokenizer = build_tokenizer()
-        model = longchat_like(
-            Path(__file__).parent / "tiny", Records(tokenizer, args.seed + 1), factor=args.factor, window=args.window,
-            steps=args.steps, long_share=args.long_share, lr=args.lr, tokens=args.tokens,
-        )  # fmt: skip
-        model.save_pretrained(args.out)
-        tokenizer.save_pretrained(args.out)
-        return
+    torch.set_num_threads(1)  # sums are formed in another order on more
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, args.layers, args.heads)
     log = pretrain(
@@ -537,32 +532,40 @@ def main(argv: list[str] | None = None) -> None:
         lr=args.lr,
         tokens=args.tokens,
         polish=args.polish,
-        needles=args.needles,
         max_steps=30_000,
     )
-    save(args, model, tokenizer, log)
-
-
-def save(
-    args: argparse.Namespace, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, log: list[dict]
-) -> None:
-    """Stretch, score, and write the folder with its card; the folder is replaced as a whole."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    partial = args.out.with_name(f".{args.out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    config = stretched_config(model.config, args.factor, args.window)
-    model.save_pretrained(partial)
-    config.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    stretched = LlamaForCausalLM.from_pretrained(partial)
+    folders = {name: args.out.with_name(f".{args.out.name}{name}.partial") for name in ("_short", "_divided", "")}
+    for folder in folders.values():
+        shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folders["_short"])
+    lengthen(
+        model,
+        Records(tokenizer, args.tuned_seed),
+        factor=args.factor,
+        window=args.window,
+        steps=args.steps,
+        lines=args.tuned_lines,
+        needles=args.needles,
+        lr=args.tuned_lr,
+        falling=args.falling,
+        tokens=args.tokens,
+    )
+    model.save_pretrained(folders[""])
+    shutil.copytree(folders["_short"], folders["_divided"])
+    model.config.save_pretrained(folders["_divided"])
+    models = [LlamaForCausalLM.from_pretrained(folder) for folder in folders.values()]
     rows = []
-    for tokens in (256, 512, 768, 1024, 1448, 1960):
-        before, after = (accuracy(each, tokenizer, tokens, args.samples) for each in (model, stretched))
-        rows.append((tokens, before, after))
-        print(f"{tokens} tokens: as trained {before:.3f}, stretched {after:.3f}", flush=True)
-    (partial / "README.md").write_text(model_card(args, parameters, log, rows))
-    shutil.rmtree(args.out, ignore_errors=True)
-    partial.rename(args.out)
+    for tokens in LENGTHS:
+        rows.append((tokens, [accuracy(each, tokenizer, tokens, args.samples) for each in models]))
+        print(*rows[-1], flush=True)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    (folders[""] / "README.md").write_text(model_card(args, parameters, log, rows))
+    shutil.rmtree(folders.pop("_divided"))
+    for name, folder in folders.items():
+        tokenizer.save_pretrained(folder)
+        out = args.out.with_name(args.out.name + name)
+        shutil.rmtree(out, ignore_errors=True)
+        folder.rename(out)
 
 
 if __name__ == "__main__":

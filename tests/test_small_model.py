@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from data_gen import line
 from data_gen.generate import as_messages
@@ -18,8 +18,9 @@ from recipes.tiny_model import (
     build_model,
     build_tokenizer,
     curriculum,
+    lengthen,
+    ntk_theta,
     pretrain,
-    stretched_config,
 )  # fmt: skip
 
 TINY = Path(__file__).parent.parent / "recipes" / "tiny"
@@ -77,13 +78,9 @@ def test_needle_batches_ask_for_a_hidden_sentence(tokenizer):
         assert prompt.endswith(f"Question: What is the {needle[4:].split(' is ')[0]}?\nAnswer:")
 
 
-def test_stretch_is_bloc97s():
-    """theta * s^(d / (d - 2)): 40889.94 for Llama-2 (d = 128) and s = 4."""
-    config = LlamaConfig(head_dim=128, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})
-    stretched = stretched_config(config, 4, 16_384)
-    assert stretched.rope_parameters["rope_theta"] == pytest.approx(40889.94, abs=0.01)
-    assert stretched.max_position_embeddings == 16_384
-    assert config.rope_parameters["rope_theta"] == 10_000
+def test_ntk_is_bloc97s():
+    """theta * s^(d / (d - 2)): 40889.94 for Llama-2 (d = 128) and s = 4, as in the recipes."""
+    assert ntk_theta(10_000.0, 4, 128) == pytest.approx(40889.94, abs=0.01)
 
 
 def test_training_is_seeded_and_learns():
@@ -95,9 +92,9 @@ def test_training_is_seeded_and_learns():
         model = build_model(tokenizer, 1, 1)
         drawn = model.get_input_embeddings().weight.clone()
         with pytest.raises(RuntimeError, match="after 30 steps: try another --seed"):
-            pretrain(
-                model, Records(tokenizer, 0), curriculum(8), lr=2e-3, tokens=1024, polish=1, needles=0.5, max_steps=30
-            )
+            pretrain(model, Records(tokenizer, 0), curriculum(8), lr=2e-3, tokens=1024, polish=1, max_steps=30)
+        lengthen(model, Records(tokenizer, 1), factor=4, window=512, steps=4, lines=4, needles=0.5, lr=1e-3, tokens=256)
+        assert model.config.rope_parameters["factor"] == 4 and model.config.max_position_embeddings == 512
         assert torch.equal(model.get_input_embeddings().weight, drawn)  # embeddings stay as they are drawn
         return model.state_dict()
 
@@ -108,6 +105,15 @@ def test_training_is_seeded_and_learns():
 def test_shipped_model_knows_short_records_and_loses_long_ones(tokenizer):
     model = LlamaForCausalLM.from_pretrained(TINY)
     assert model.config.max_position_embeddings == 2048
-    assert sum(path.stat().st_size for path in TINY.iterdir()) <= 20e6
-    assert accuracy(model, tokenizer, 256, 30) >= 0.8
-    assert accuracy(model, tokenizer, 1900, 30) <= 0.75
+    folders = (TINY, TINY.with_name("tiny_short"))
+    assert sum(path.stat().st_size for folder in folders for path in folder.iterdir()) <= 20e6
+    assert accuracy(model, tokenizer, 256, 30) >= 0.9
+    assert accuracy(model, tokenizer, 1900, 30) <= 0.6
+
+
+def test_the_short_model_is_the_one_that_was_lengthened():
+    """Same embeddings, left as they were drawn; nothing of it was trained beyond its window."""
+    short, long = (LlamaForCausalLM.from_pretrained(folder) for folder in (TINY.with_name("tiny_short"), TINY))
+    assert torch.equal(short.get_input_embeddings().weight, long.get_input_embeddings().weight)
+    assert not torch.equal(short.model.layers[0].self_attn.q_proj.weight, long.model.layers[0].self_attn.q_proj.weight)
+    assert short.config.rope_parameters["rope_type"] == "default" and short.config.max_position_embeddings == 1024

@@ -1,0 +1,93 @@
+"""The cost model against the arithmetic it states, and the bench end to end at toy size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from recipes import bench
+from recipes.__main__ import cost_lines
+from recipes.cost import Shape, training_bytes, training_flop
+from recipes.matrix import read_matrix
+
+ROOT = Path(__file__).parent.parent
+
+
+def shape(name: str) -> Shape:
+    return Shape.of(read_matrix()["shapes"][name])
+
+
+def test_the_papers_main_run():
+    """LongChat-7B, 50 samples of 31K tokens: 8.4e16 FLOP, 1.17e17 with activations formed again."""
+    assert shape("llama2_7b").parameters == pytest.approx(6.74e9, rel=1e-3)
+    assert 50 * training_flop(shape("llama2_7b"), 31_000) == pytest.approx(8.4e16, rel=0.01)
+    assert 50 * training_flop(shape("llama2_7b"), 31_000, recompute=True) == pytest.approx(1.17e17, rel=0.01)
+
+
+def test_grouped_heads_and_tied_embeddings_are_counted():
+    assert shape("llama31_8b").parameters == pytest.approx(8.03e9, rel=1e-3)
+    config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, head_dim=32, vocab_size=100, tie_word_embeddings=True)  # fmt: skip
+    model = LlamaForCausalLM(config)
+    weights = sum(p.numel() for name, p in model.named_parameters() if "norm" not in name)
+    assert Shape.of(config.to_dict()).parameters == weights
+
+
+@pytest.mark.parametrize("tokens", [128, 256, 512])
+def test_flop_are_those_that_a_step_performs(tokens):
+    """Counted by PyTorch, attention written out in full there, which is twice causal attention forward and back."""
+    settings = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
+                "num_key_value_heads": 4, "vocab_size": 300, "model_type": "llama"}  # fmt: skip
+    model = bench.build(settings, "SEAL-C", tokens, "cpu", checkpointing=False)
+    model.set_attn_implementation("eager")
+    ids = torch.randint(1, 300, (1, tokens))
+    with FlopCounterMode(display=False) as counter:
+        bench.answer_loss(model, ids, tokens - bench.ANSWER).backward()
+    one = Shape.of(settings)
+    attention = 2 * tokens**2 * one.attention * one.layers
+    # Eager attention multiplies the whole square, 2 x forward and 2 x 2 x backward, where 1 and 2.5 are counted.
+    expected = training_flop(one, tokens, answer=bench.ANSWER) + (2 + 4 - 3.5) * attention
+    # Nothing goes back below the lowest scale: not through the first layer's attention, queries, keys and values.
+    expected -= 4 * attention / one.layers + 2 * one.hidden * (one.attention + 2 * one.shared) * tokens
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.05)
+
+
+def test_memory_grows_linearly():
+    one, two, four = (training_bytes(shape("llama2_7b"), 1000 * n) for n in (10, 20, 40))
+    assert four - two == pytest.approx(2 * (two - one))
+
+
+def test_cost_of_a_recipe():
+    lines = cost_lines(ROOT / "recipes" / "longchat7b_line_sealc.yml", "a100")
+    assert "6.74 B parameters, 31000 tokens" in lines[0] and "40.9 at the 11%" in lines[2]
+    assert cost_lines(ROOT / "recipes" / "tiny_line_sealc.yml", "h100")
+    with pytest.raises(ValueError, match="gpu: found 'b17'"):
+        cost_lines(ROOT / "recipes" / "tiny_line_sealc.yml", "b17")
+    with pytest.raises(ValueError, match="not a recipe"):
+        cost_lines(ROOT / "recipes" / "matrix.yml", "h100")
+
+
+def test_bench_runs_end_to_end(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    bench.main(["--layers", "1", "--tokens", "64", "96", "--repeats", "2", "--device", "cpu", "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert [(row["tokens"], row["method"]) for row in found["rows"]] == [
+        (tokens, method) for tokens in (64, 96) for method in bench.METHODS
+    ]
+    assert all(row["seconds"] > 0 and 0 < row["share"] < 1 and row["ratio"][0] > 0 for row in found["rows"])
+    assert "matrix products" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--shape", "huge"], "shape: found 'huge'"), (["--tokens", "30"], "expected more than the answer's 40")],
+)
+def test_bench_refuses(arguments, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        bench.main([*arguments, "--device", "cpu", "--out", str(tmp_path / "x.json")])
+    assert not list(tmp_path.iterdir())

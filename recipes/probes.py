@@ -62,10 +62,10 @@ def plan(samples: int) -> list[Step]:
         probe("gradient", *model, *lengths, *some, "--compare", heads, needs=("heads",)),
         probe("quadrants", *model, "--from", heads, "--lengths", SCORED_AT, *some, "--batch-size", "10",
               needs=("heads",)),
-        probe("channels", *model, "--heads", "L2H1", "--lengths", str(LONG), "--samples", str(max(1, samples // 5))),
+        probe("channels", *model, "--heads", "L1H0,L2H2", "--lengths", str(LONG), "--samples", str(max(1, samples // 5))),
         probe("direct", *model, *both, "--length", str(LONG), needs=tuned),
         probe("sweep", "--recipe", "recipes/tiny_line_sealh.yml", "--lengths", f"{MIDDLE},{LONG}", "--rates",
-              "0.005,0.01,0.02,0.05", "--samples", "10,25,50", "--validation", str(samples), "--batch-size", "10"),
+              "0.002,0.004,0.01,0.02", "--samples", "10,25,50", "--validation", str(samples), "--batch-size", "10"),
     ]  # fmt: skip
     return steps
 

@@ -395,7 +395,7 @@ def ntk_theta(theta: float, factor: float, head_dim: int) -> float:
 
 def lengthen(
     model: LlamaForCausalLM, records: Records, *, factor: float, window: int, steps: int, lines: int, needles: float,
-    lr: float, falling: int, tokens: int,
+    lr: float, tokens: int,
 ) -> None:  # fmt: skip
     """Give a model a longer window as LongChat got its own: linear RoPE scaling, then brief fine-tuning.
 
@@ -410,7 +410,6 @@ def lengthen(
         lines: longest record.
         needles: share of batches with a needle in prose, as many sentences at most.
         lr: constant after 20 steps.
-        falling: last steps, over which the rate falls to nothing.
         tokens: per batch.
     """
     config = model.config
@@ -426,7 +425,7 @@ def lengthen(
         hide = records.rng.random() < needles
         drawn = records.needles(lines, tokens) if hide else records.batch(stage, tokens)
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 20, (steps - step) / (falling + 1))
+            group["lr"] = lr * min(1.0, (step + 1) / 20)
         loss, _, _ = weighted_loss(model, *drawn, everything if hide else records.choices(stage))
         optimizer.zero_grad()
         loss.backward()
@@ -480,8 +479,8 @@ that `recipes/tiny_model.py` draws, by `python -m recipes.tiny_model --seed {arg
    {last["tokens"] / 1e6:.0f} M tokens, {last["seconds"] / 60:.0f} minutes. This is the model in
    [recipes/tiny_short](../tiny_short).
 2. made long as LongChat was: RoPE positions divided by {args.factor:g}, a window of {args.window} tokens declared, and
-   {args.steps} steps of fine-tuning, the last {args.falling} with the rate falling, on records of up to
-   {args.tuned_lines} lines and on needles in as many sentences of prose. Nothing was trained at greater length.
+   {args.steps} steps of fine-tuning at a constant rate, on records of up to {args.tuned_lines} lines and on needles in
+   as many sentences of prose. Nothing was trained at greater length.
 
 Share of {args.samples} test samples of `data_gen` whose whole line answer is the model's first choice throughout:
 
@@ -513,8 +512,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--polish", type=int, default=1000, help="steps at the last stage, with the rate falling")
     parser.add_argument("--factor", type=float, default=4, help="that RoPE positions are divided by")
     parser.add_argument("--window", type=int, default=2048, help="tokens declared")
-    parser.add_argument("--steps", type=int, default=410, help="of fine-tuning")
-    parser.add_argument("--falling", type=int, default=60, help="last of these steps, with the rate falling to nothing")
+    parser.add_argument("--steps", type=int, default=350, help="of fine-tuning")
     parser.add_argument("--tuned-lines", type=int, default=16, help="longest record of the fine-tuning")
     parser.add_argument("--tuned-seed", type=int, default=1, help="of the text of the fine-tuning")
     parser.add_argument("--needles", type=float, default=0.25, help="share of needles in the fine-tuning")
@@ -547,7 +545,6 @@ def main(argv: list[str] | None = None) -> None:
         lines=args.tuned_lines,
         needles=args.needles,
         lr=args.tuned_lr,
-        falling=args.falling,
         tokens=args.tokens,
     )
     model.save_pretrained(folders[""])

@@ -93,7 +93,17 @@ def test_training_is_seeded_and_learns():
         drawn = model.get_input_embeddings().weight.clone()
         with pytest.raises(RuntimeError, match="after 30 steps: try another --seed"):
             pretrain(model, Records(tokenizer, 0), curriculum(8), lr=2e-3, tokens=1024, polish=1, max_steps=30)
-        lengthen(model, Records(tokenizer, 1), factor=4, window=512, steps=4, lines=4, needles=0.5, lr=1e-3, tokens=256)
+        lengthen(
+            model,
+            Records(tokenizer, 1),
+            factor=4,
+            window=512,
+            steps=4,
+            lines=4,
+            needles=0.5,
+            lr=1e-3,
+            tokens=256,
+        )
         assert model.config.rope_parameters["factor"] == 4 and model.config.max_position_embeddings == 512
         assert torch.equal(model.get_input_embeddings().weight, drawn)  # embeddings stay as they are drawn
         return model.state_dict()
@@ -107,8 +117,8 @@ def test_shipped_model_knows_short_records_and_loses_long_ones(tokenizer):
     assert model.config.max_position_embeddings == 2048
     folders = (TINY, TINY.with_name("tiny_short"))
     assert sum(path.stat().st_size for folder in folders for path in folder.iterdir()) <= 20e6
-    assert accuracy(model, tokenizer, 256, 30) >= 0.9
-    assert accuracy(model, tokenizer, 1900, 30) <= 0.6
+    assert accuracy(model, tokenizer, 256, 30) >= 0.8
+    assert accuracy(model, tokenizer, 1900, 30) <= 0.3
 
 
 def test_the_short_model_is_the_one_that_was_lengthened():

@@ -17,6 +17,7 @@ from recipes.tiny_model import LENGTHS
 
 OUT = Path("results/probes")
 MIDDLE, LONG = 1024, 1448
+RAISED_AND_LOWERED = "L1H0,L2H2"  # the heads that SEAL-H moves most
 TUNED_FOR = ("line", "niah", "multi")
 # The small model's own tasks and lengths: the paper's are in `python -m eval probe transfer --help`.
 SCORED_ON = "line,niah"
@@ -62,7 +63,8 @@ def plan(samples: int) -> list[Step]:
         probe("gradient", *model, *lengths, *some, "--compare", heads, needs=("heads",)),
         probe("quadrants", *model, "--from", heads, "--lengths", SCORED_AT, *some, "--batch-size", "10",
               needs=("heads",)),
-        probe("channels", *model, "--heads", "L1H0,L2H2", "--lengths", str(LONG), "--samples", str(max(1, samples // 5))),
+        probe("channels", *model, "--heads", RAISED_AND_LOWERED, "--lengths", str(LONG), "--samples",
+              str(max(1, samples // 5))),
         probe("direct", *model, *both, "--length", str(LONG), needs=tuned),
         probe("sweep", "--recipe", "recipes/tiny_line_sealh.yml", "--lengths", f"{MIDDLE},{LONG}", "--rates",
               "0.002,0.004,0.01,0.02", "--samples", "10,25,50", "--validation", str(samples), "--batch-size", "10"),

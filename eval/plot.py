@@ -56,9 +56,14 @@ def draw_scales(figure: Figure, axes: Axes, scales: np.ndarray, title: str) -> N
             dark = abs(value - 1) > 0.6 * spread
             axes.text(head, layer, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black")
     axes.set(xlabel="head", ylabel="layer", title=title)
-    for axis, size in ((axes.xaxis, scales.shape[1]), (axes.yaxis, scales.shape[0])):
-        axis.set_ticks(range(0, size, max(1, size // 16)))
+    whole_ticks(axes, scales.shape)
     figure.colorbar(image, ax=axes, fraction=0.046)
+
+
+def whole_ticks(axes: Axes, shape: tuple[int, ...]) -> None:
+    """Ticks at whole numbers on a map of shape (layers, heads), sixteen at most on either side."""
+    for axis, size in ((axes.xaxis, shape[1]), (axes.yaxis, shape[0])):
+        axis.set_ticks(range(0, size, max(1, size // 16)))
 
 
 def draw_grid(

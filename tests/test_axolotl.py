@@ -119,7 +119,10 @@ def test_inference_applies_the_adapter_or_says_what_is_missing(trained):
     sample = json.loads((folder / "data/tiny_line.jsonl").read_text().splitlines()[0])
     prompt, answer = (message["content"] for message in sample["messages"])
     done = run(folder, "axolotl.cli.inference", "recipe.yml", "--lora-model-dir=out", stdin=prompt)
-    assert answer.split(" is ")[0] in done.stdout, done.stderr[-3000:]
+    # Axolotl samples at a temperature of 0.9, so the words that every answer begins with are all that is sure.
+    begins = "The <REGISTER_CONTENT> in line"
+    assert answer.startswith(begins) and begins not in prompt
+    assert begins in done.stdout, done.stderr[-3000:]
     missing = run(folder, "axolotl.cli.inference", "recipe.yml", stdin=prompt)
     assert "add --lora-model-dir=FOLDER" in refusal(missing)
 

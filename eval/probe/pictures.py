@@ -10,10 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval.plot import COLOURS, draw_scales
+from eval.plot import COLOURS, draw_scales, whole_ticks
 from eval.probe.maps import changes
 
-LABELLED = 6  # heads whose names stand in a scatter plot
+LABELLED = 12  # heads whose names stand in a scatter plot
 
 
 def removal(found: dict[str, Any]) -> Figure:
@@ -39,12 +39,11 @@ def scatter(found: dict[str, Any]) -> Figure:
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.scatter(mid, long, s=18, color="#333333", zorder=3)
     order = np.argsort(-(np.abs(mid / reach[0]) + np.abs(long / reach[1])).ravel())[:LABELLED]
-    for place, flat in enumerate(order):
-        layer, head = np.unravel_index(flat, mid.shape)
-        at = (mid[layer, head], long[layer, head])
-        axes.annotate(
-            f"L{layer}H{head}", at, xytext=(5, 5 if place % 2 else -11), textcoords="offset points", fontsize=8
-        )
+    names: dict[tuple[float, float], list[str]] = {}  # heads that do the same share a label
+    for layer, head in (np.unravel_index(flat, mid.shape) for flat in order):
+        names.setdefault((float(mid[layer, head]), float(long[layer, head])), []).append(f"L{layer}H{head}")
+    for place, (at, heads) in enumerate(names.items()):
+        axes.annotate(" ".join(heads), at, xytext=(5, 5 if place % 2 else -11), textcoords="offset points", fontsize=8)
     what = "score" if measure == "score" else "log-probability of the answer"
     how = "removing one head" if found["kind"] == "removal" else "removing one head, predicted from the gradient"
     axes.set(xlim=(-reach[0], reach[0]), ylim=(-reach[1], reach[1]), xlabel=f"change of {what} at {first} tokens",
@@ -112,15 +111,18 @@ def direct(found: dict[str, Any]) -> Figure:
         for axes, token, values in zip(row, tokens, np.array(model["heads"]), strict=False):
             image = axes.imshow(values, cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto")
             axes.set(xlabel="head", ylabel="layer", title=f"{model['method']}: heads on {token!r}")
+            whole_ticks(axes, values.shape)
             figure.colorbar(image, ax=axes, fraction=0.046)
         mlps = np.array(model["mlps"])
         width = 0.8 / len(tokens)
         for place, token in enumerate(tokens):
             row[-2].bar(np.arange(mlps.shape[1]) + place * width, mlps[place], width, label=repr(token))
         row[-2].set(xlabel="layer", ylabel="direct effect", title=f"{model['method']}: MLPs")
+        row[-2].xaxis.get_major_locator().set_params(integer=True)
         row[-2].legend()
         row[-1].bar([repr(token) for token in found["candidates"]], model["candidate_logits"], color="#555555")
         row[-1].set(ylabel="logit", title=f"{model['method']}: final logits")
+        row[-1].tick_params(axis="x", rotation=90)
         row[-1].set_ylim(min(0, min(model["candidate_logits"])), None)
     return figure
 
@@ -174,6 +176,7 @@ def scales(found: dict[str, Any]) -> Figure:
     if wide:
         image = grid[0, 1].imshow(spread, cmap="viridis", aspect="auto")
         grid[0, 1].set(xlabel="head", ylabel="layer", title="standard deviation over its channels")
+        whole_ticks(grid[0, 1], spread.shape)
         figure.colorbar(image, ax=grid[0, 1], fraction=0.046)
     return figure
 

@@ -114,7 +114,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     from axolotl_plugins.seal.tune import tune
     from data_gen.generate import Request
     from eval.probe.maps import PROBE_SEED
-    from eval.probe.tuning import shuffle_heads, training_data, wrong
+    from eval.probe.tuning import shuffle_heads, training_data, wrong_answers
     from eval.run import run
 
     loaded = load(base_folder(cell.base))
@@ -123,9 +123,9 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     if method in RATES:
         torch.manual_seed(cell.seed)  # of LoRA's initial weights
         loaded = with_adapter(loaded, adapter_config(method))
-        chats, answers = training_data(Request("line", TRAIN_TOKENS), loaded.tokenizer, 50, cell.seed)
+        chats, _ = training_data(Request("line", TRAIN_TOKENS), loaded.tokenizer, 50, cell.seed)
         if cell.method.startswith("wrong"):
-            chats = wrong(chats, answers, random.Random(cell.seed))
+            chats = wrong_answers(chats, random.Random(cell.seed))
         losses = tune(loaded.model, chats, loaded.tokenizer, lr=cell.rate, seed=cell.seed)
         if cell.method.startswith("shuffled"):
             shuffle_heads(loaded.model, random.Random(cell.seed))

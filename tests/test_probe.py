@@ -14,6 +14,7 @@ import pytest
 import torch
 from miniatures import MINIATURES, build, token_ids
 from peft import get_peft_model
+from scipy.stats import spearmanr
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -26,7 +27,17 @@ from eval.probe.direct import components, effects
 from eval.probe.quadrants import quadrant_scales, save_scales
 from eval.probe.removal import Remover
 from eval.probe.transfer import transferability
-from eval.probe.tuning import controls, load_new, read_recipe, reset, seal_layers, shuffle_heads, sweep, wrong
+from eval.probe.tuning import (
+    controls,
+    load_new,
+    read_recipe,
+    reset,
+    seal_layers,
+    shuffle_heads,
+    sweep,
+    wrong_answers,
+    wrong_facts,
+)
 from eval.run import run
 
 ROOT = Path(__file__).parent.parent
@@ -223,7 +234,13 @@ def test_gradient_is_the_slope_of_the_answers_log_probability():
     slope = (values[1] - values[0]) / 0.02
     assert maps.changes(only, 256)[1, 2] == pytest.approx(-slope, rel=0.05, abs=1e-4)
     assert np.array(found["change"]["logprob"]["256"]).shape == (len(blocks(loaded.model)), block.heads)
-    assert maps.agreement(found, found, "logprob")["256"] == pytest.approx(1)
+    one = maps.changes(only, 256, "logprob")
+    assert maps.changes(only, 256, "importance") == pytest.approx(-np.abs(one))  # of a single prompt
+    found = maps.agreement(only, only)
+    assert found["logprob"]["logprob"]["256"] == found["importance"]["importance"]["256"] == pytest.approx(1)
+    assert found["importance"]["logprob"]["256"] == pytest.approx(
+        spearmanr(-np.abs(one).ravel(), one.ravel()).statistic
+    )
 
 
 def test_removal_map_goes_on_where_it_was_and_quadrants_make_an_adapter(tmp_path):
@@ -284,7 +301,7 @@ def test_sweep_and_controls_tune_for_real_and_resume(tmp_path, monkeypatch):
     monkeypatch.undo()
     shown = controls(recipe, seeds=[1], lengths=[200], validation=2)
     assert {name: len(runs) for name, runs in shown["scores"].items()} == {
-        "base": 1, "tuned": 1, "shuffled": 1, "wrong answers": 1,
+        "base": 1, "tuned": 1, "shuffled": 1, "wrong facts": 1, "wrong answers": 1,
     }  # fmt: skip
     with pytest.raises(ValueError, match="not a recipe"):
         read_recipe(ROOT / "pyproject.toml")
@@ -304,8 +321,12 @@ def test_controls_change_what_they_say(tmp_path):
     reset(loaded.model)
     assert all(bool((layer.seal_scale["default"] == 1).all()) for layer in seal_layers(loaded.model))
     chats = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": f"is {n}."}] for n in (11, 22, 33)]
-    mixed = wrong(chats, ["11", "22", "33"], random.Random(0))
-    assert all(a[1] != b[1] and a[0] == b[0] for a, b in zip(chats, mixed, strict=True))
+    chats[0][1]["content"] = "was 11."
+    facts = wrong_facts(chats, ["11", "22", "33"], random.Random(0))
+    whole = wrong_answers(chats, random.Random(0))
+    for mixed in (facts, whole):
+        assert all(a[1] != b[1] and a[0] == b[0] for a, b in zip(chats, mixed, strict=True))
+    assert facts[0][1]["content"] in ("was 22.", "was 33.") and whole[0][1] in (chats[1][1], chats[2][1])
 
 
 def command(*arguments, cwd):
@@ -328,7 +349,7 @@ def test_commands_write_results_with_pictures(tmp_path):
         out = tmp_path / arguments[-1]
         assert json.loads(out.read_text())["kind"] and out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
         assert not list(tmp_path.glob(".*.partial")), arguments
-    assert set(json.loads((tmp_path / "g.json").read_text())["spearman"]["score"]) == {"200", "256"}
+    assert set(json.loads((tmp_path / "g.json").read_text())["spearman"]["importance"]["score"]) == {"200", "256"}
     assert len(json.loads((tmp_path / "c.json").read_text())["change"]["score"]["200"]["L0H0"]) == 32
 
 

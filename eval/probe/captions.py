@@ -46,11 +46,11 @@ def gradient(found: dict[str, Any]) -> str:
     """How well gradients predict, where that was compared."""
     text = f"{found['model']}, {found['task']}, {found['samples']} samples per length, {found['seconds']:.0f} s. "
     if "spearman" in found:
-        score, logprob = (by_length(found["spearman"][measure]) for measure in ("score", "logprob"))
-        text += (
-            f"Spearman's correlation with the exact map: of the score {score}; of the log-probability {logprob}; "
-            f"{found['speedup']:.0f} times faster."
-        )
+        parts = "; ".join(
+            f"{mine} with the exact {theirs} {by_length(rows)}"
+            for mine, by in found["spearman"].items() for theirs, rows in by.items()
+        )  # fmt: skip
+        text += f"Spearman's correlation over heads: {parts}. {found['speedup']:.0f} times faster."
     return text
 
 

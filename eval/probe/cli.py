@@ -150,7 +150,7 @@ def gradient(
         loaded = load(model, chat_template=chat_template)
         found = gradient_map(loaded, task, wanted, samples=samples, points=tuple(at), journal=journal)
         if exact is not None:
-            found["spearman"] = {what: agreement(exact, found, what) for what in ("score", "logprob")}
+            found["spearman"] = agreement(exact, found)
             found["speedup"] = exact["seconds"] / max(found["seconds"], 1e-9)
             print(f"Spearman's correlation with {compare}: {found['spearman']}; {found['speedup']:.0f} times faster")
         print_extremes(

@@ -164,7 +164,9 @@ def gradient_map(
     """Predict what removing every head does from the gradient of the answer's loss with respect to all scales.
 
     Removing head h is the step from s_h = 1 to 0, so to first order the log-probability changes by minus its gradient
-    times 1. A head's gradient is the sum of its channels'.
+    times 1. A head's gradient is the sum of its channels'. Slopes of prompts cancel in a mean where removal breaks
+    every one of them, so the map also holds their mean size (Michel et al. 2019, equation 2): how much a head matters,
+    not whether its removal helps.
 
     Args:
         loaded: the model; an adapter stays applied.
@@ -177,7 +179,8 @@ def gradient_map(
         journal: file that keeps results while they come in.
 
     Returns:
-        See ``result``; it has no ``score``, but ``channels`` beside ``change``: the same by channel.
+        See ``result``; its measures are ``logprob`` and ``importance`` (minus the mean size of a head's gradient), and
+        beside ``change`` it has ``channels``: the change of ``logprob`` by channel.
     """
     start = time.perf_counter()
     model = wrapped(loaded.model)
@@ -204,14 +207,16 @@ def gradient_map(
             logprob -= loss.item() / len(points)
         kept.add(prompt.key, [logprob, [one.tolist() for one in total]])
     base: dict[str, Any] = {"logprob": {}}
-    heads: dict[str, Any] = {"logprob": {}}
+    heads: dict[str, Any] = {"logprob": {}, "importance": {}}
     channels: dict[str, Any] = {"logprob": {}}
     for length in lengths:
         rows = [kept.values[prompt.key] for prompt in every if prompt.length == length]
         base["logprob"][length] = float(np.mean([row[0] for row in rows]))
-        mean = np.mean([row[1] for row in rows], axis=0)
-        channels["logprob"][length] = mean.tolist()
-        heads["logprob"][length] = mean.reshape(len(found), found[0].heads, -1).sum(-1).tolist()
+        slopes = np.array([row[1] for row in rows])
+        by_prompt = slopes.reshape(len(rows), len(found), found[0].heads, -1).sum(-1)
+        channels["logprob"][length] = slopes.mean(0).tolist()
+        heads["logprob"][length] = by_prompt.mean(0).tolist()
+        heads["importance"][length] = (-np.abs(by_prompt).mean(0)).tolist()
     seconds = time.perf_counter() - start
     out = result(loaded, task, lengths, samples, seed, "gradient", "head", base, heads, seconds)
     return {**out, "points": list(points), "channels": channels}
@@ -225,7 +230,7 @@ def result(
 
     Returns:
         ``kind`` (removal or gradient), ``unit`` (head or channel), what was probed, ``base`` and ``change``: by measure
-        (score, logprob) and length; a change has the shape (layers, heads), or for channels one list per head.
+        and length; a change has the shape (layers, heads), or for channels one list per head.
     """
     text = lambda values: {  # noqa: E731 - keys as JSON has them
         what: {str(length): found for length, found in by_length.items()} for what, by_length in values.items()
@@ -252,13 +257,25 @@ def changes(found: dict[str, Any], length: int, measure: str | None = None) -> n
     return np.array(by_length[str(length)])
 
 
-def agreement(one: dict[str, Any], two: dict[str, Any], measure: str) -> dict[str, float]:
-    """Spearman's correlation over all heads between two maps, by length; ``two`` is read in its own measure."""
+def agreement(exact: dict[str, Any], predicted: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """Spearman's correlation over all heads between an exact map and a predicted one.
+
+    Returns:
+        Measure of the predicted map -> measure of the exact one -> length -> correlation.
+    """
     from scipy.stats import spearmanr
 
     return {
-        str(length): float(spearmanr(changes(one, length, measure).ravel(), changes(two, length).ravel()).statistic)
-        for length in one["lengths"]
+        mine: {
+            theirs: {
+                str(n): float(
+                    spearmanr(changes(exact, n, theirs).ravel(), changes(predicted, n, mine).ravel()).statistic
+                )
+                for n in exact["lengths"]
+            }
+            for theirs in exact["change"]
+        }
+        for mine in predicted["change"]
     }
 
 

@@ -77,14 +77,24 @@ def shuffle_heads(model: nn.Module, rng: random.Random) -> None:
         scale.copy_(rows[picked].view(scale.shape))
 
 
-def wrong(chats: list[Messages], answers: list[str], rng: random.Random) -> list[Messages]:
+def of_others(items: list[Any], rng: random.Random) -> list[Any]:
+    """The same items, each in another's place."""
+    turn = rng.randrange(1, len(items))
+    return items[turn:] + items[:turn]
+
+
+def wrong_facts(chats: list[Messages], facts: list[str], rng: random.Random) -> list[Messages]:
     """The same chats, each with the key fact of another sample's answer in its own."""
-    turn = rng.randrange(1, len(chats))
-    others = answers[turn:] + answers[:turn]
     return [
-        [chat[0], {**chat[1], "content": chat[1]["content"].replace(mine, other)}]
-        for chat, mine, other in zip(chats, answers, others, strict=True)
+        [*chat[:-1], {**chat[-1], "content": chat[-1]["content"].replace(mine, other)}]
+        for chat, mine, other in zip(chats, facts, of_others(facts, rng), strict=True)
     ]
+
+
+def wrong_answers(chats: list[Messages], rng: random.Random) -> list[Messages]:
+    """The same questions, each with another sample's whole answer."""
+    answers = of_others([chat[-1] for chat in chats], rng)
+    return [[*chat[:-1], answer] for chat, answer in zip(chats, answers, strict=True)]
 
 
 def training_data(request: Request, tokenizer: Any, samples: int, seed: int) -> tuple[list[Messages], list[str]]:
@@ -156,9 +166,10 @@ def controls(
     recipe: dict[str, Any], *, seeds: list[int], lengths: list[int], validation: int = 50, batch_size: int = 1,
     journal: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Base, tuned, tuned with the heads' scales shuffled, and tuned on other samples' answers, on validation samples.
+    """Base and tuned beside three controls, on validation samples.
 
-    If the gain came from anything but the right heads and the right answers, the last two would show it too.
+    Controls: the tuned scales shuffled over heads, and scales tuned with the key fact, or the whole answer, of another
+    sample. If the gain came from anything but the right heads and the right answers, they would show it too.
 
     Args:
         recipe: see ``read_recipe``.
@@ -169,8 +180,8 @@ def controls(
         journal: file that keeps results while they come in.
 
     Returns:
-        ``scores``: by name (``base``, ``tuned``, ``shuffled``, ``wrong answers``) a list of scores by length, one entry
-        per seed (one for base).
+        ``scores``: by name (``base``, ``tuned``, ``shuffled``, ``wrong facts``, ``wrong answers``) a list of scores by
+        length, one entry per seed (one for base).
     """
     kept = Journal(journal)
     loaded = load_new(recipe)
@@ -184,21 +195,26 @@ def controls(
         "base": [scored("base")],
         "tuned": [],
         "shuffled": [],
+        "wrong facts": [],
         "wrong answers": [],
     }
     settings = {"lr": recipe["rate"], "epochs": recipe["epochs"]}
     for seed in tqdm(seeds, desc="controls"):
         if f"{seed}/wrong answers" not in kept:
             request = recipe["request"]
-            chats, answers = training_data(request, loaded.tokenizer, request.samples, request.seed + seed)
+            chats, facts = training_data(request, loaded.tokenizer, request.samples, request.seed + seed)
             reset(loaded.model)
             tune(loaded.model, chats, loaded.tokenizer, seed=seed, **settings)
             scored(f"{seed}/tuned")
             shuffle_heads(loaded.model, random.Random(seed))
             scored(f"{seed}/shuffled")
-            reset(loaded.model)
-            tune(loaded.model, wrong(chats, answers, random.Random(seed)), loaded.tokenizer, seed=seed, **settings)
-            scored(f"{seed}/wrong answers")
+            for name, taught in (
+                ("wrong facts", wrong_facts(chats, facts, random.Random(seed))),
+                ("wrong answers", wrong_answers(chats, random.Random(seed))),
+            ):
+                reset(loaded.model)
+                tune(loaded.model, taught, loaded.tokenizer, seed=seed, **settings)
+                scored(f"{seed}/{name}")
         for name in list(scores)[1:]:
             scores[name].append(kept.values[f"{seed}/{name}"])
     return {

@@ -152,11 +152,10 @@ def start() -> None:
     """What every worker does first."""
     quiet_libraries()
     import torch
-    from lm_eval import utils
 
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    utils.eval_logger.setLevel(logging.ERROR)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 def run_all(cells: list[Cell], jobs: int) -> dict[Cell, dict[str, Any]]:

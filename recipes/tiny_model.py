@@ -195,7 +195,6 @@ class Records:
         self.answer_end = [*ids(self.answer_end), tokenizer.eos_token_id]
         self.bos, self.user, self.assistant = tokenizer.convert_tokens_to_ids(["<s>", "<|user|>", "<|assistant|>"])
         self.fixed = set(range(self.bos, len(tokenizer))) - {i for word in self.adjectives + self.nouns for i in word}
-        self.allowed: dict[Stage, torch.Tensor] = {}
         self.tokenizer = tokenizer
         texts = (tokenizer.decode([id_]) for id_ in range(len(tokenizer)))
         self.words = [text for text in texts if re.fullmatch(r" [A-Za-z]{2,}", text)]
@@ -210,10 +209,7 @@ class Records:
         while len(pairs) < lines:
             pairs[rng.randrange(stage.adjectives), rng.randrange(stage.nouns)] = None
         keys = [self.adjectives[a] + self.nouns[n] for a, n in pairs]
-        if max_digits:
-            values = [[rng.choice(self.digit) for _ in range(max_digits)] for _ in keys]
-        else:
-            values = [[self.digit[int(d)] for d in str(rng.randint(1, line.MAX_NUMBER))] for _ in keys]
+        values = [[self.digit[int(d)] for d in self.number(max_digits)] for _ in keys]
         ids = [self.bos, self.user, *(self.header if stage.wording > 3 else [])]
         for key, value in zip(keys, values, strict=True):
             ids += self.line_start + key + self.filler[: stage.filler] + value + self.line_end
@@ -234,6 +230,19 @@ class Records:
             weights += [0.0] * len(ask) + [1.0] * len(say) + [4.0] + [1.0] * (len(value) - 1 + len(end))
         return ids, weights
 
+    def number(self, digits: int) -> str:
+        """A value of so many digits; 0 = of the task's own range, but half of them made of two or three digits alone.
+
+        What comes after a digit that occurs twice can only be told from its place, which is learned last.
+        """
+        rng = self.rng
+        if digits:
+            return "".join(rng.choices("0123456789", k=digits))
+        drawn = str(rng.randint(1, line.MAX_NUMBER))
+        if rng.random() < 0.5:
+            return drawn
+        return "".join(rng.choices(rng.sample("0123456789", rng.randint(2, 3)), k=len(drawn)))
+
     def batch(self, stage: Stage, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """About ``tokens`` tokens of records of one size: ids and weights, each of shape (B, T), right-padded."""
         rng = self.rng
@@ -244,12 +253,11 @@ class Records:
         rows += [self.record(stage, lines, digits) for _ in range(tokens // len(rows[0][0]))]
         return padded(rows)
 
-    def choices(self, stage: Stage) -> torch.Tensor:
-        """Sorted ids, shape (V',), that a stage's text is made of: its softmax runs over these alone, for speed."""
-        if stage not in self.allowed:
-            words = self.adjectives[: stage.adjectives] + self.nouns[: stage.nouns]
-            self.allowed[stage] = torch.tensor(sorted(self.fixed | {i for word in words for i in word}))
-        return self.allowed[stage]
+    def choices(self, stage: Stage, ids: torch.Tensor) -> torch.Tensor:
+        """Sorted ids, shape (V',), that a batch's softmax runs over, for speed: its own and 2,000 of its stage's."""
+        words = self.adjectives[: stage.adjectives] + self.nouns[: stage.nouns]
+        words = self.rng.sample(words, min(len(words), 2000))
+        return torch.tensor(sorted(self.fixed | set(ids.unique().tolist()) | {i for word in words for i in word}))
 
     def rotations(self, pool: list[int], tokens: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Distinct tokens of ``pool``, then a rotation of themselves; loss on the copy. Shapes as in ``batch``."""
@@ -356,7 +364,7 @@ def pretrain(
         rotate = rng.random() < (0.3 if now < 6 else 0.1)
         drawn = records.rotations(records.pool(stage), tokens, 32) if rotate else records.batch(stage, tokens)
         decay = 1.0 - 0.95 * polished / polish if last else 1.0
-        loss, right, weight = update(*drawn, records.choices(stage), decay)
+        loss, right, weight = update(*drawn, records.choices(stage, drawn[0]), decay)
         polished += last
         if not rotate and stage is stages[now]:
             first = right[weight == 4].float().mean().item()
@@ -426,7 +434,7 @@ def lengthen(
         drawn = records.needles(lines, tokens) if hide else records.batch(stage, tokens)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 20)
-        loss, _, _ = weighted_loss(model, *drawn, everything if hide else records.choices(stage))
+        loss, _, _ = weighted_loss(model, *drawn, everything if hide else records.choices(stage, drawn[0]))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -15,7 +15,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader
 
 from data_gen.console import first_line
-from data_gen.files import write_text
+from data_gen.files import check_output, write_text
 from eval.plot import draw_accuracy, draw_grid, draw_scales
 
 HERE = Path(__file__).parent
@@ -184,6 +184,7 @@ def write_report(folder: Path, out: Path) -> int:
     Raises:
         ValueError: see ``read_json``; or there is no result at all.
     """
+    check_output(out)
     results, paper = read_results(folder), paper_scores()
     probes = [found for found in read_json(folder / "probes") if "kind" in found]
     if not results + probes:

@@ -11,6 +11,9 @@ from peft import IA3Config
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from data_gen.files import check_output
+
+from . import provenance
 from .config import SealConfig
 from .scales import saved_scales
 
@@ -26,8 +29,7 @@ def export_ia3(adapter: Path, out: Path) -> None:
         ValueError: the folder is not a SEAL adapter, or ``out`` exists.
     """
     saved_scales(adapter)  # raises where the folder is not what it should be
-    if out.exists():
-        raise ValueError(f"{out}: exists already: name another folder or remove it")
+    check_output(out, folder=True)
     config = SealConfig.from_pretrained(str(adapter))
     tensors = {}
     for name, scale in load_file(adapter / "adapter_model.safetensors").items():
@@ -44,6 +46,7 @@ def export_ia3(adapter: Path, out: Path) -> None:
         partial.mkdir(parents=True)
         stock.save_pretrained(str(partial))
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        provenance.copy(adapter, partial)
         os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

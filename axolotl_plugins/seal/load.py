@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import axolotl_plugins.self_extend  # noqa: F401 - its RoPE type
-from data_gen.generate import read_template
+from data_gen.generate import check_template, read_template
+
+from .provenance import seen_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +33,7 @@ class Loaded:
         base: hub id or folder of the base model.
         method: ``base``, ``SEAL-H``, ``SEAL-C`` or the adapter's PEFT type.
         window: most tokens the model declares to take.
+        trained_on: hashes of the texts it was tuned on, see ``provenance``; None where they are not known.
     """
 
     name: str
@@ -37,6 +42,7 @@ class Loaded:
     base: str
     method: str
     window: int
+    trained_on: frozenset[str] | None = None
 
 
 def is_adapter(name: str | Path) -> bool:
@@ -47,6 +53,21 @@ def is_adapter(name: str | Path) -> bool:
 def method_name(config: PeftConfig) -> str:
     """What the paper calls an adapter."""
     return {"head": "SEAL-H", "channel": "SEAL-C"}.get(getattr(config, "granularity", ""), str(config.peft_type.value))
+
+
+def check_adapter(model: PeftModel, folder: Path) -> None:
+    """See that an adapter's file holds its tensors, all of them and no others, and numbers in them; PEFT does not look.
+
+    Raises:
+        ValueError: it does not; the message names the tensor.
+    """
+    file = folder / "adapter_model.safetensors"
+    saved, expected = load_file(file), get_peft_model_state_dict(model)
+    for what, names in (("lacks", expected.keys() - saved.keys()), ("also holds", saved.keys() - expected.keys())):
+        if names:
+            raise ValueError(f"{file}: {what} {min(names)}: it is not whole, or of another model or configuration")
+    if bad := [name for name, tensor in saved.items() if not torch.isfinite(tensor).all()]:
+        raise ValueError(f"{file}: {bad[0]} holds values that are no numbers: tune again at a lower learning rate")
 
 
 def with_adapter(loaded: Loaded, config: PeftConfig) -> Loaded:
@@ -88,16 +109,21 @@ def load(
         model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype, use_safetensors=True, **trust)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, name)
+            check_adapter(model, Path(name))
         own = adapter is None or (Path(name) / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(name if own else base, **trust)
-    except (OSError, ValueError, RuntimeError, KeyError, StrictDataclassError) as error:
+    # Broken files make the libraries raise almost anything, ImportError where a quantised model lacks its library.
+    except (
+        OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, StrictDataclassError,
+        SafetensorError,
+    ) as error:  # fmt: skip
         text = " ".join(str(error).split())
         raise ValueError(f"cannot load {name}: {text[:400] or type(error).__name__}") from error
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
-    if not tokenizer.chat_template:
-        raise ValueError(f"{name}: its tokenizer has no chat template: name one with --chat-template")
+    check_template(tokenizer, name)
     window = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not window:
         raise ValueError(f"{name}: its config does not say how long a context it takes (max_position_embeddings)")
-    return Loaded(name, model.eval(), tokenizer, base, method_name(adapter) if adapter else "base", window)
+    method = method_name(adapter) if adapter else "base"
+    return Loaded(name, model.eval(), tokenizer, base, method, window, seen_texts(Path(name)))

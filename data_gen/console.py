@@ -29,10 +29,16 @@ def run(app: Typer, program: str, arguments: list[str] | None = None) -> None:
         program: as it is called, such as ``python -m eval``.
         arguments: None takes those of the process.
     """
-    from click import ClickException
+    from click import Abort, ClickException
+    from click.exceptions import NoArgsIsHelpError
 
     try:
         code = app(arguments, prog_name=program, standalone_mode=False)
+    except NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except Abort:
+        sys.exit(f"{program.split()[-1]}: interrupted")
     except ClickException as error:
         stop(program.split()[-1], ValueError(f"{error.format_message()} (see `{program} --help`)"))
     if isinstance(code, int) and code:

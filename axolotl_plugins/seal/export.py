@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -11,7 +9,7 @@ from peft import IA3Config
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from data_gen.files import check_output
+from data_gen.files import check_output, written_whole
 
 from . import provenance
 from .config import SealConfig
@@ -41,15 +39,11 @@ def export_ia3(adapter: Path, out: Path) -> None:
         base_model_name_or_path=config.base_model_name_or_path, task_type="CAUSAL_LM", inference_mode=True,
         target_modules=modules, feedforward_modules=modules,
     )  # fmt: skip
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
+    with written_whole(out) as partial:
+        partial.mkdir()
         stock.save_pretrained(str(partial))
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         provenance.copy(adapter, partial)
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def head_dim(config: SealConfig) -> int:

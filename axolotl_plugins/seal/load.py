@@ -55,19 +55,23 @@ def method_name(config: PeftConfig) -> str:
     return {"head": "SEAL-H", "channel": "SEAL-C"}.get(getattr(config, "granularity", ""), str(config.peft_type.value))
 
 
-def check_adapter(model: PeftModel, folder: Path) -> None:
-    """See that an adapter's file holds its tensors, all of them and no others, and numbers in them; PEFT does not look.
+def apply_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
+    """Wrap a model with a saved adapter, whose file must hold all its tensors and no others: PEFT does not look.
 
     Raises:
-        ValueError: it does not; the message names the tensor.
+        ValueError: a tensor is missing, not known, or holds values that are no numbers; the message names it.
     """
     file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ValueError(f"{folder}: holds no {file.name}")
+    model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     saved, expected = load_file(file), get_peft_model_state_dict(model)
     for what, names in (("lacks", expected.keys() - saved.keys()), ("also holds", saved.keys() - expected.keys())):
         if names:
             raise ValueError(f"{file}: {what} {min(names)}: it is not whole, or of another model or configuration")
     if bad := [name for name, tensor in saved.items() if not torch.isfinite(tensor).all()]:
         raise ValueError(f"{file}: {bad[0]} holds values that are no numbers: tune again at a lower learning rate")
+    return model
 
 
 def with_adapter(loaded: Loaded, config: PeftConfig) -> Loaded:
@@ -106,10 +110,15 @@ def load(
                 raise ValueError("adapter_config.json does not say what its base model is")
         source = name if adapter is not None and (Path(name) / "config.json").is_file() else base
         config = AutoConfig.from_pretrained(source, **trust)
-        model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype, use_safetensors=True, **trust)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            base, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **trust
+        )
+        if found["missing_keys"]:
+            raise ValueError(f"{base} lacks {min(found['missing_keys'])}: it is not whole, or its config is another's")
+        if getattr(config, "quantization_config", None) and getattr(model, "hf_quantizer", None) is None:
+            raise ValueError(f"{base} says that it is quantised in a way that is not known: its weights are no model's")
         if adapter is not None:
-            model = PeftModel.from_pretrained(model, name)
-            check_adapter(model, Path(name))
+            model = apply_adapter(model, Path(name))
         own = adapter is None or (Path(name) / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(name if own else base, **trust)
     # Broken files make the libraries raise almost anything, ImportError where a quantised model lacks its library.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from data_gen.console import first_line
-from data_gen.files import check_output, file_hash
+from data_gen.files import check_output, file_hash, load_json, written_whole
 
 from . import provenance
 from .layer import SealLayer, scale_columns
@@ -262,9 +260,7 @@ def merge(
     folded = fold(loaded, into)
     report(f"float32: the merge changes no logit by more than {folded.difference:.1e}")
     folded.plain.to(folded.dtype)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
+    with written_whole(out) as partial:
         folded.plain.save_pretrained(partial)
         loaded.tokenizer.save_pretrained(partial)
         write_older_rope_keys(partial)
@@ -283,9 +279,6 @@ def merge(
             "files": {file.name: file_hash(file) for file in sorted(partial.iterdir())},
         }
         (partial / RECORD).write_text(json.dumps(found, indent=1) + "\n")
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     kinds = {name.split(".")[-2] for name in folded.changed}
     report(f"{out}: {len(folded.changed)} tensors changed ({', '.join(sorted(kinds))}), all others as they were")
     if folded.dtype != torch.float32:
@@ -305,7 +298,7 @@ def verify(folder: Path, adapter: Path | None = None, *, report: Callable[[str],
         ValueError: the folder, adapter or base model is not what was merged, or the proof fails; one line.
     """
     try:
-        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        found = load_json(folder / RECORD)
         adapter, base, into = Path(adapter or found["adapter"]), found["base"], found["into"]
         files, changed = found["files"], found["changed"]
         before = {adapter: found["adapter_files"], base: found["base_files"]}

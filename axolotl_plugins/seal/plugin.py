@@ -15,11 +15,13 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from data_gen.console import stop
+from data_gen.files import check_output
 from data_gen.generate import Request, load_tokenizer, write
 
 from . import provenance
 from .args import SealArgs, SealBlock, parse_block
 from .config import SealConfig
+from .load import apply_adapter
 from .trainer import AnswerTrainer, SealTrainer
 
 
@@ -130,6 +132,7 @@ def prepare_data(cfg: dict[str, Any], block: SealBlock) -> None:
     template = cfg.get("chat_template_jinja") if cfg.get("chat_template") == "jinja" else None
     tokenizer = load_tokenizer(cfg.get("tokenizer_config") or cfg.get("base_model") or "", template)
     for data, out in zip(block.data, paths, strict=True):
+        check_output(out)
         request = Request(**data.model_dump(), split="train")
         if request.tokens and (longest := request.token_range()[1]) > cfg["sequence_len"]:
             raise ValueError(
@@ -222,6 +225,6 @@ class SealPlugin(BasePlugin):
                 raise ValueError(
                     f"{cfg.lora_model_dir}: its granularity is {saved.granularity}, the recipe's {block.granularity}"
                 )
-            peft_model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not self.serving)
+            peft_model = apply_adapter(model, Path(cfg.lora_model_dir), trainable=not self.serving)
         peft_model.print_trainable_parameters()
         return peft_model, config

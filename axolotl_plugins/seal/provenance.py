@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_gen.console import first_line
-from data_gen.files import file_hash, write_text
+from data_gen.files import file_hash, load_json, write_text
 from data_gen.generate import manifest_path
 
 FILE = "training_data.json"
@@ -122,7 +122,7 @@ def seen_texts(folder: Path) -> frozenset[str] | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = load_json(file)
         return None if found["unread"] else frozenset(found["texts"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not a record of training data ({first_line(error)}): tune again") from None

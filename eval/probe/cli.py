@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from data_gen.console import quiet_libraries, stop
-from data_gen.files import check_output, write_text
+from data_gen.files import check_output, load_json, write_text
 from eval.journal import journal_file
 
 app = typer.Typer(no_args_is_help=True, help="Which heads and channels matter, and why SEAL works.")
@@ -72,7 +72,7 @@ def read_map(file: Path) -> dict[str, Any]:
         ValueError: it is none.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = load_json(file)
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: cannot be read as a map ({error})") from None
     if not isinstance(found, dict) or found.get("kind") not in ("removal", "gradient") or found.get("unit") != "head":

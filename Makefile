@@ -15,10 +15,11 @@ OUT ?= $(patsubst %/,%,$(ADAPTER))_merged
 INTO ?= auto
 TOKENS ?= 1900
 SEEDS ?= 0 1 2
+KILLS ?= 50
 BENCH_TOKENS ?= 8192 31000 65536 131072
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test train data eval report merge recipes study probes bench bench-gpu lint tiny-model
+.PHONY: help setup demo test train data eval report merge recipes study probes bench bench-gpu chaos lock lint tiny-model
 
 help: ## list the targets and their variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +54,13 @@ report: setup ## gather results/*.json into results/report.html
 
 merge: setup ## fold an adapter into its model's weights   [ADAPTER=... OUT=ADAPTER_merged INTO=auto|o_proj|v_proj]
 	$(RUN) -m axolotl_plugins.seal merge $(ADAPTER) $(OUT) --into $(INTO)
+
+chaos: setup ## kill every command at random moments; the next run must end the same   [KILLS=50]
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) tests/chaos.py --full --kills $(KILLS)
+
+lock: setup ## write down the versions that are installed: pip install -c requirements.lock -e '.[dev]'
+	@{ echo "# The packages that the tests ran with, $$($(BIN)/python -V) on $$(uname -sm): make lock"; \
+	  $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > requirements.lock
 
 lint: setup ## check style and types
 	$(BIN)/ruff check .

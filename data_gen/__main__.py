@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 import typer
 
 from data_gen.console import quiet_libraries, stop
+from data_gen.console import run as run_app
+from data_gen.files import check_output
 from data_gen.generate import TASKS, Request, load_tokenizer, write
 from data_gen.needles import KEY, collect
 from data_gen.needles import write as write_needles
@@ -50,6 +52,7 @@ def main(
 
     quiet_libraries()
     try:
+        check_output(out)
         with Progress(transient=True) as progress:
             bar = progress.add_task(task, total=samples)
             tell = lambda done: progress.update(bar, completed=done)  # noqa: E731
@@ -68,7 +71,9 @@ def main(
     print(f"{out}: {samples} samples of {task}" + ("" if written else " (already there)"))
 
 
+app = typer.Typer(add_completion=False)
+app.command(epilog=f"Example: {EXAMPLE}")(main)
+
+
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False)
-    app.command(epilog=f"Example: {EXAMPLE}")(main)
-    app(prog_name="python -m data_gen")
+    run_app(app, "python -m data_gen")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from typer import Typer
 
 
 def first_line(error: BaseException) -> str:
@@ -16,6 +19,30 @@ def first_line(error: BaseException) -> str:
 def stop(program: str, error: BaseException) -> NoReturn:
     """Exit with status 1 and one line that says what is wrong."""
     sys.exit(f"{program}: {first_line(error)}")
+
+
+def run(app: Typer, program: str, arguments: list[str] | None = None) -> None:
+    """Run a command line; what is wrong with its options is one line too.
+
+    Args:
+        app: the commands.
+        program: as it is called, such as ``python -m eval``.
+        arguments: None takes those of the process.
+    """
+    from click import Abort, ClickException
+    from click.exceptions import NoArgsIsHelpError
+
+    try:
+        code = app(arguments, prog_name=program, standalone_mode=False)
+    except NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except Abort:
+        sys.exit(f"{program.split()[-1]}: interrupted")
+    except ClickException as error:
+        stop(program.split()[-1], ValueError(f"{error.format_message()} (see `{program} --help`)"))
+    if isinstance(code, int) and code:
+        sys.exit(code)
 
 
 def quiet_libraries() -> None:

@@ -2,22 +2,102 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from data_gen.console import first_line
+
+LARGEST_JSON = 1 << 28  # bytes; results of long runs have a hundredth of it
+
+
+def check_output(path: Path, *, folder: bool = False) -> None:
+    """See that a file, or a new folder, can be written, before time is spent on what is to be in it.
+
+    Raises:
+        ValueError: it cannot; the message names what is in the way.
+    """
+    if folder and path.exists():
+        raise ValueError(f"{path}: exists already: name another folder or remove it")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, expected the name of a file to write")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise ValueError(f"{path}: cannot be written, for {above} is a file: name another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: cannot be written, for {above} is read-only: name another place")
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def running(process: int) -> bool:
+    """Whether a process of this machine is there."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a temporary file beside ``path`` to write; it takes the name of ``path`` if all went well, else it goes."""
+    """Gives a temporary name beside ``path`` for a file or folder, which becomes ``path`` if all went well, else goes.
+
+    What a process that was killed left there goes as well.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    start, end = f".{path.name}.pid", ".partial"
+    for old in path.parent.iterdir():
+        if old.name.startswith(start) and old.name.endswith(end):
+            process = old.name[len(start) : -len(end)]
+            if process.isdecimal() and not running(int(process)):
+                remove(old)
+    partial = path.with_name(f"{start}{os.getpid()}{end}")
     try:
         yield partial
         os.replace(partial, path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # what failed in writing does not say where
     finally:
-        partial.unlink(missing_ok=True)
+        remove(partial)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, read piece by piece."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def load_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: it is not JSON, or larger than ``LARGEST_JSON``.
+    """
+    if (size := path.stat().st_size) > LARGEST_JSON:
+        raise ValueError(f"{path}: has {size} bytes, expected at most {LARGEST_JSON}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({first_line(error)}): mend it or move it away") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -127,11 +127,7 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTok
         raise ValueError(f"tokenizer: cannot load {name!r} as a folder or hub id ({first_line(error)})") from error
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"tokenizer: {name!r} has no chat template: name one with --chat-template, in a recipe as "
-            "`chat_template: jinja` with `chat_template_jinja`"
-        )
+    check_template(tokenizer, name)
     return tokenizer
 
 
@@ -147,6 +143,25 @@ def read_template(template: str) -> str:
         return Path(template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"chat-template: cannot read {template} ({first_line(error)})") from error
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """See that a tokenizer can write a chat.
+
+    Raises:
+        ValueError: it has no chat template, or one that is none.
+    """
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"tokenizer: {name!r} has no chat template: name one with --chat-template, in a recipe as "
+            "`chat_template: jinja` with `chat_template_jinja`"
+        )
+    try:
+        tokenizer.apply_chat_template(as_messages("a", "b"), tokenize=False)
+    except TemplateError as error:
+        raise ValueError(f"chat-template: that of {name!r} writes no chat ({first_line(error)}): mend it") from None
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> int:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from data_gen.console import quiet_libraries, stop
+from data_gen.console import run as run_app
 from data_gen.files import write_text
 from eval.journal import journal_file
 from eval.probe.cli import app as probe
@@ -25,6 +26,8 @@ def main() -> None:
 
 OURS = ("line", "niah", "vt", "cwe", "fwe")
 KNOWN = ("longbench", "mmlu")
+# Options that only some tasks know.
+OPTIONS = {"cases": ("line",), "haystack": ("niah",), "data": KNOWN, "lengths": OURS, "shots": OURS}
 GROUPS = {"ruler": ("vt", "cwe", "fwe"), "all": (*OURS, *KNOWN)}
 
 
@@ -58,6 +61,9 @@ def run(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts generated together.")] = 1,
     out: Annotated[str, typer.Option(help="Result file; default results/TASK_MODEL.json. A PNG lies beside it.")] = "",
+    allow_contamination: Annotated[
+        bool, typer.Option(help="Also score samples that the model was tuned on; the result says how many.")
+    ] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
 ) -> None:
     """Score a model, and write a table, a JSON file and a picture."""
@@ -72,6 +78,14 @@ def run(
             raise ValueError("out: names one file, but several tasks are asked for: leave it out")
         if data and len(tasks) > 1:
             raise ValueError("data: holds one benchmark, but several tasks are asked for: score them one by one")
+        given = {"cases": cases, "haystack": haystack, "data": data, "lengths": lengths, "shots": shots}
+        for option, knows in OPTIONS.items():
+            if given[option] and not set(knows) & set(tasks):
+                raise ValueError(f"{option}: {task} has no such option, only {' and '.join(knows)}")
+        counts = (("shots", shots, 0), ("shot-tokens", shot_tokens, 1), ("batch-size", batch_size, 1))
+        for option, count, least in counts:
+            if count < least:
+                raise ValueError(f"{option}: found {count}, expected at least {least}")
         wanted = numbers(lengths, "lengths") if lengths else None
         from axolotl_plugins.seal.load import load
         from eval import known
@@ -92,6 +106,7 @@ def run(
                     loaded, name, lengths=wanted, samples=samples or 50, seed=seed, shots=shots,
                     shot_tokens=shot_tokens, haystack=haystack if name == "niah" else None,
                     cases=cases if name == "line" else None, batch_size=batch_size, journal=journal,
+                    allow_contamination=allow_contamination,
                 )  # fmt: skip
                 ours.save(result, path)
                 print_scores([result])
@@ -120,4 +135,4 @@ def report(
 
 
 if __name__ == "__main__":
-    app(prog_name="python -m eval")
+    run_app(app, "python -m eval")

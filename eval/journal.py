@@ -7,9 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data_gen.files import check_output
+
 
 def journal_file(out: Path, model: str, *settings: object) -> Path:
-    """Where results are kept until all are there: beside ``out``, another file for other weights or settings."""
+    """Where results are kept until all are there: beside ``out``, another file for other weights or settings.
+
+    Raises:
+        ValueError: ``out`` cannot be written.
+    """
+    check_output(out)
     weights = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
     identity = [model, *settings, *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights)]
     return out.with_name(f".{out.name}.{hashlib.sha256(repr(identity).encode()).hexdigest()[:12]}.partial")

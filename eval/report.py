@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ import numpy as np
 import yaml
 from jinja2 import Environment, FileSystemLoader
 
-from data_gen.console import first_line
-from data_gen.files import write_text
+from data_gen.files import check_output, load_json, write_text
 from eval.plot import draw_accuracy, draw_grid, draw_scales
 
 HERE = Path(__file__).parent
@@ -31,14 +29,11 @@ def read_json(folder: Path) -> list[dict[str, Any]]:
     """All JSON objects in the files of a folder, in the order of their names.
 
     Raises:
-        ValueError: a file is not JSON.
+        ValueError: a file is not JSON, or too large.
     """
     found = []
     for file in sorted(folder.glob("*.json")):
-        try:
-            found.append(json.loads(file.read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file}: not JSON ({first_line(error)}): mend it or move it away") from None
+        found.append(load_json(file))
     return [one for one in found if isinstance(one, dict)]
 
 
@@ -184,6 +179,7 @@ def write_report(folder: Path, out: Path) -> int:
     Raises:
         ValueError: see ``read_json``; or there is no result at all.
     """
+    check_output(out)
     results, paper = read_results(folder), paper_scores()
     probes = [found for found in read_json(folder / "probes") if "kind" in found]
     if not results + probes:

@@ -17,6 +17,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from axolotl_plugins.seal.load import Loaded
+from axolotl_plugins.seal.provenance import text_hash
 from data_gen.files import write_text
 from data_gen.generate import Request, Split
 from eval.journal import Journal
@@ -49,17 +50,24 @@ class Responses(Journal):
 class Harness(HFLM):
     """lm-eval's Hugging Face model, which refuses prompts that do not fit instead of cutting them.
 
-    It also computes what prompts share once, see ``eval.prefix``, and keeps responses in its ``journal``.
+    It also computes what prompts share once, see ``eval.prefix``, and keeps responses in its ``journal``. Samples in
+    ``refused`` (hashes of prompts) are not answered.
     """
 
     journal: Responses
+    refused: frozenset[str] = frozenset()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Check every prompt, then answer those that the journal has no answer to.
 
         Raises:
-            ValueError: a prompt and its answer do not fit into the window.
+            ValueError: a prompt and its answer do not fit into the window, or the model was tuned on the sample.
         """
+        if self.refused and (count := sum(was_seen(request.doc, self.refused) for request in requests)):
+            raise ValueError(
+                f"{count} of {len(requests)} samples are in the model's training data: score it on others (--seed), or "
+                "add --allow-contamination, which the result will say"
+            )
         for request in requests:
             length, room = len(self.tok_encode(request.args[0])), request.args[1]["max_gen_toks"]
             if length + room > self.max_length:
@@ -114,6 +122,11 @@ class Harness(HFLM):
             answer(self.model, prompts, requests[0].args[1]["max_gen_toks"], stop, done)
 
 
+def was_seen(document: dict[str, Any], texts: frozenset[str]) -> bool:
+    """Whether a sample's prompt is among texts, given by their hashes."""
+    return text_hash(document["messages"][0]["content"]) in texts
+
+
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Token ids that end an answer."""
     ends = model.generation_config.eos_token_id
@@ -133,7 +146,7 @@ def default_lengths(window: int, answer: int = 128) -> list[int]:
 def run(
     loaded: Loaded, task: str, *, lengths: list[int] | None = None, samples: int = 50, seed: int = 0,
     split: Split = "test", shots: int = 0, shot_tokens: int = 1000, haystack: str | None = None,
-    cases: str | None = None, batch_size: int = 1, journal: Path | None = None,
+    cases: str | None = None, batch_size: int = 1, journal: Path | None = None, allow_contamination: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Score a model.
 
@@ -150,9 +163,11 @@ def run(
         cases: folder of LongEval's published line cases, scored instead of samples of ours; ``samples`` of each file.
         batch_size: prompts generated together.
         journal: file that keeps responses while they come in; a run that was cut off goes on from it.
+        allow_contamination: also score samples that the model was tuned on.
 
     Returns:
-        ``model``, ``base``, ``method``, ``task``, ``window``, ``seed``, ``shots``; ``scores``, one entry per length
+        ``model``, ``base``, ``method``, ``task``, ``window``, ``seed``, ``shots``; ``contaminated``, how many samples
+        the model was tuned on, None where that is not known; ``scores``, one entry per length
         with ``length``, ``tokens`` (mean), ``count``, ``score`` (mean) and its 95 % interval ``low``, ``high``; and
         ``responses``, one entry per sample.
 
@@ -177,7 +192,8 @@ def run(
         "examples": example,
         "cases": {"folder": cases, "samples": samples} if cases else None,
     }
-    responses = generate_responses(loaded, task, metadata, batch_size, journal)
+    responses = generate_responses(loaded, task, metadata, batch_size, journal, allow_contamination)
+    seen = [row.pop("seen") for row in responses]
     lengths = list(dict.fromkeys(row["length"] for row in responses))
     return {
         "model": loaded.name,
@@ -187,6 +203,7 @@ def run(
         "window": loaded.window,
         "seed": seed,
         "shots": shots,
+        "contaminated": None if loaded.trained_on is None else sum(seen),
         "scores": [summary([row for row in responses if row["length"] == length]) for length in lengths],
         "responses": responses,
     }
@@ -207,9 +224,10 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def generate_responses(
-    loaded: Loaded, task: str, metadata: dict[str, Any], batch_size: int, journal: Path | None
-) -> list[dict[str, Any]]:
-    """Run lm-eval and keep, for each sample, what identifies it, the response and its score.
+    loaded: Loaded, task: str, metadata: dict[str, Any], batch_size: int, journal: Path | None,
+    allow_contamination: bool = False,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Run lm-eval and keep, for each sample, what identifies it, the response, its score and whether it was ``seen``.
 
     Args:
         loaded: the model.
@@ -217,6 +235,7 @@ def generate_responses(
         metadata: arguments of ``eval.tasks.documents.documents``.
         batch_size: prompts generated together.
         journal: see ``run``.
+        allow_contamination: see ``run``.
     """
     name = f"seal_{task}"
     manager = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False, metadata=metadata)
@@ -229,6 +248,8 @@ def generate_responses(
         add_bos_token=False,  # the chat template says whether there is one, as in training
     )
     harness.journal = Responses(journal)
+    trained_on = loaded.trained_on or frozenset()
+    harness.refused = frozenset() if allow_contamination else trained_on
     results = simple_evaluate(
         model=harness, tasks=[name], apply_chat_template=True, task_manager=manager, bootstrap_iters=0,
         log_samples=True, metadata=metadata,
@@ -238,6 +259,7 @@ def generate_responses(
             **{key: row["doc"][key] for key in KEPT if key in row["doc"]},
             "response": row["filtered_resps"][0],
             "score": row["score"],
+            "seen": was_seen(row["doc"], trained_on),
         }
         for row in sorted(results["samples"][name], key=lambda row: row["doc_id"])
     ]

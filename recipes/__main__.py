@@ -10,7 +10,8 @@ import typer
 import yaml
 
 from data_gen.console import first_line, quiet_libraries, stop
-from data_gen.files import write_text
+from data_gen.console import run as run_app
+from data_gen.files import check_output, write_text
 from recipes.cost import GOOD_SHARE, GPUS, PAPER_SHARE, Shape, training_bytes, training_flop
 from recipes.matrix import FOLDER, METHODS, TASKS, all_recipes, rate, read_matrix, recipe
 
@@ -48,6 +49,8 @@ def new(
     """Make a recipe for any model that SEAL can wrap."""
     quiet_libraries()
     try:
+        if out is not None:
+            check_output(out)
         text, found = recipe_for(base, task, method, tokens, chat_template, out.stem if out else None)
     except (ValueError, OSError) as error:
         stop("recipes", error)
@@ -92,6 +95,8 @@ def recipe_for(
     if not window:
         raise ValueError(f"{base}: its config does not say how long a context it takes (max_position_embeddings)")
     longest = tokens or window * 31 // 32
+    if longest < 1:
+        raise ValueError(f"tokens: found {longest}, expected at least 1")
     if longest >= window:
         raise ValueError(f"tokens: {longest} do not fit into the window of {window}: ask for at most {window - 1}")
     entry: dict[str, Any] = {"name": base, "base_model": base, "window": window, "tokens": longest,
@@ -126,16 +131,19 @@ def cost_lines(file: Path, gpu: str) -> list[str]:
     Raises:
         ValueError: the recipe does not describe its data, its model's shape is not known, or there is no such GPU.
     """
-    from axolotl_plugins.seal.args import SealArgs
+    from axolotl_plugins.seal.args import parse_block
     from data_gen.generate import Request
 
     if gpu not in GPUS:
         raise ValueError(f"gpu: found {gpu!r}, expected one of {', '.join(GPUS)}")
-    settings = yaml.safe_load(file.read_text())
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(settings, dict) or "base_model" not in settings:
         raise ValueError(f"{file}: not a recipe: it names no base_model")
-    block = SealArgs(seal=settings.get("seal")).seal
-    if block is None or not block.data:
+    block = parse_block(settings.get("seal"))
+    if not block.data:
         raise ValueError(f"{file}: does not describe its data (`seal: data:`), so its length is not known")
     matrix, config = read_matrix(), None
     for model in matrix["models"].values():
@@ -218,4 +226,4 @@ def count_parameters() -> dict[str, dict[str, int]]:
 
 
 if __name__ == "__main__":
-    app(prog_name="python -m recipes")
+    run_app(app, "python -m recipes")

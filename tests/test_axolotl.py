@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_plugins.seal.load import load
+from axolotl_plugins.seal.provenance import text_hash
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "recipes" / "tiny"
@@ -78,6 +79,16 @@ def test_training_moves_only_scales_and_logs_them(trained):
     step = next(entry for entry in log if "loss" in entry)
     assert {"seal/mean", "seal/min", "seal/max", "seal/raised_layer", "seal/lowered_head"} <= step.keys()
     assert step["seal/min"] < 1 < step["seal/max"]
+
+
+def test_adapters_and_checkpoints_say_what_they_were_trained_on(trained):
+    folder, _ = trained
+    rows = [json.loads(row) for row in (folder / "data/tiny_line.jsonl").read_text().splitlines()]
+    for adapter in (folder / "out", folder / "out" / f"checkpoint-{STEPS // 2}"):
+        known = load(adapter).trained_on
+        assert all(text_hash(message["content"]) in known for row in rows for message in row["messages"])
+    manifest = json.loads((folder / "data/tiny_line.jsonl.manifest.json").read_text())
+    assert json.loads((folder / "out/training_data.json").read_text())["files"][0]["manifest"] == manifest
 
 
 def test_resumed_training_ends_with_the_same_bits(trained):

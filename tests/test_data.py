@@ -176,28 +176,6 @@ def test_a_file_that_is_not_what_is_asked_for_is_an_error(tmp_path, tokenizer):
         write(Request("line", "400", samples=3), tokenizer, out)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["lines", "--tokens", "400"], "expected one of line"),
-        (["line", "--tokens", "400", "--samples", "0"], "samples: found 0"),
-        (["line", "--tokens", "40"], "40 is too short"),
-        (["line", "--tokens", "400:300"], "tokens: found '400:300'"),
-        (["line", "--tokens", "4k"], "tokens: found '4k'"),
-        (["line"], "either as tokens or as lines"),
-        (["line", "--tokens", "400", "--lines", "4"], "either as tokens or as lines"),
-        (["line", "--tokens", "400", "--tokenizer", "no/such/folder"], "cannot load 'no/such/folder'"),
-    ],
-)
-def test_bad_input_is_one_line(arguments, message, tmp_path):
-    if "--tokenizer" not in arguments:
-        arguments = [*arguments, "--tokenizer", str(TINY)]
-    done = data_gen(*arguments, "--out", "x.jsonl", cwd=tmp_path)
-    lines = [text for text in done.stderr.splitlines() if text.startswith("data_gen: ")]
-    assert done.returncode == 1 and len(lines) == 1 and message in lines[0], done.stderr
-    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
-
-
 def test_a_tokenizer_without_template_is_refused(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()

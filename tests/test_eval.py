@@ -164,24 +164,6 @@ def test_an_example_with_its_answer_comes_before_the_prompt():
         assert prompt(row) == f"{first[0]['content']}\n{first[1]['content']}\n\n{prompt(bare)}"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model", "no/such/model"], "cannot load no/such/model"),
-        (["--model", str(TINY), "--task", "lines"], "task: found 'lines', expected one of line, niah, vt, cwe, fwe"),
-        (["--model", str(TINY), "--lengths", "4k"], "lengths: found '4k'"),
-        (["--model", str(TINY), "--lengths", "99999"], "99999 tokens do not fit into the model's window"),
-        (["--model", str(TINY), "--lengths", "2040", "--samples", "1"], "do not fit into the model's window of 2048"),
-        (["--model", str(TINY), "--samples", "0"], "samples: found 0"),
-    ],
-)
-def test_bad_input_is_one_line(arguments, message, tmp_path):
-    done = run_eval(*arguments, cwd=tmp_path)
-    lines = [text for text in done.stderr.splitlines() if text.startswith("eval: ")]
-    assert done.returncode == 1 and len(lines) == 1 and message in lines[0], done.stderr[-3000:]
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(tmp_path, monkeypatch):
     journal, loaded = tmp_path / "journal", load(TINY)
     options = {"lengths": [260, 400], "samples": 3, "journal": journal}

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
 from miniatures import MINIATURES, build, token_ids
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from axolotl_plugins.seal import SealConfig
+from axolotl_plugins.seal import SealConfig, provenance
 from axolotl_plugins.seal.export import export_ia3
-from axolotl_plugins.seal.merge import merge, merged_tensors
+from axolotl_plugins.seal.merge import RECORD, merge, merged_tensors, verify
+from axolotl_plugins.seal.provenance import seen_texts
+from data_gen.files import file_hash
 from recipes.tiny_model import build_tokenizer
 
 
@@ -95,8 +100,8 @@ def test_merged_folder_is_a_plain_model_with_the_adapters_logits(base_folder, dt
     model.save_pretrained(tmp_path / "adapter")
     result = merge(tmp_path / "adapter", tmp_path / "merged", into, report=lambda _: None)
     assert result["difference"] <= 1e-4
-    assert result["changed"] == 2
-    assert result["into"] == ("v_proj" if into == "auto" else into)
+    changed = "v_proj" if into == "auto" else into
+    assert len(result["changed"]) == 2 and all(f".{changed}." in name for name in result["changed"])
     assert (result["rounded_difference"] > 1e-4) == (dtype == torch.bfloat16)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     wanted, unchanged = logits(model), logits(AutoModelForCausalLM.from_pretrained(base_folder[dtype]))
@@ -147,6 +152,74 @@ def test_a_merge_that_cannot_be_proved_leaves_nothing(base_folder, tmp_path, mon
     with pytest.raises(ValueError, match="would change logits"):
         merge(tmp_path / "adapter", tmp_path / "merged", "o_proj", report=lambda _: None)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.fixture(scope="module")
+def merged_once(base_folder, tmp_path_factory):
+    """A folder with a base model, an adapter and the merged model, all in bfloat16."""
+    folder = tmp_path_factory.mktemp("once")
+    shutil.copytree(base_folder[torch.bfloat16], folder / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    model = get_peft_model(base, SealConfig(granularity="head", base_model_name_or_path=str(folder / "base")))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "seal_scale" in key:
+                parameter += torch.tensor([0.5, -0.5, 0.25, 0.1])
+    model.save_pretrained(folder / "adapter")
+    provenance.save({"files": [], "unread": [], "texts": ["0123456789abcdef"]}, folder / "adapter")
+    merge(folder / "adapter", folder / "merged", report=lambda _: None)
+    return folder
+
+
+def change_weights(file, name, factor=2.0):
+    tensors = load_file(file)
+    tensors[name] = tensors[name] * factor
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_verify_repeats_the_proof(merged_once):
+    said = []
+    verify(merged_once / "merged", report=said.append)
+    assert "2 tensors changed, all others the base model's" in said[0]
+    assert seen_texts(merged_once / "merged") == {"0123456789abcdef"}
+
+
+@pytest.mark.parametrize("forged", [False, True])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.self_attn.v_proj.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight"]
+)
+def test_verify_finds_a_changed_tensor(merged_once, tmp_path, name, forged):
+    shutil.copytree(merged_once / "merged", tmp_path / "merged")
+    weights = tmp_path / "merged/model.safetensors"
+    change_weights(weights, name)
+    message = r"model\.safetensors: is not the file that was written"
+    if forged:  # the record as well
+        record = json.loads((tmp_path / "merged" / RECORD).read_text())
+        record["files"][weights.name] = file_hash(weights)
+        (tmp_path / "merged" / RECORD).write_text(json.dumps(record))
+        message = f"{re.escape(name)} is not what merging makes"
+    with pytest.raises(ValueError, match=message):
+        verify(tmp_path / "merged", report=lambda _: None)
+
+
+def test_verify_knows_what_was_merged(merged_once, tmp_path):
+    shutil.copytree(merged_once / "merged", tmp_path / "merged")
+    shutil.copytree(merged_once / "adapter", tmp_path / "adapter")
+    verify(tmp_path / "merged", tmp_path / "adapter", report=lambda _: None)
+    change_weights(
+        tmp_path / "adapter/adapter_model.safetensors", "base_model.model.model.layers.0.self_attn.o_proj.seal_scale"
+    )
+    with pytest.raises(ValueError, match=r"adapter: its weights are not there, or not those that were merged"):
+        verify(tmp_path / "merged", tmp_path / "adapter")
+    (tmp_path / "merged/generation_config.json").unlink()
+    with pytest.raises(ValueError, match=r"generation_config\.json: is not the file that was written"):
+        verify(tmp_path / "merged")
+    for content in (None, "{", "[]"):
+        (tmp_path / "merged" / RECORD).unlink(missing_ok=True)
+        if content:
+            (tmp_path / "merged" / RECORD).write_text(content)
+        with pytest.raises(ValueError, match=r"holds no seal_merge\.json as `merge` writes it"):
+            verify(tmp_path / "merged")
 
 
 def test_not_an_adapter(base_folder, tmp_path):

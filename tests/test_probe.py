@@ -353,29 +353,6 @@ def test_commands_write_results_with_pictures(tmp_path):
     assert len(json.loads((tmp_path / "c.json").read_text())["change"]["score"]["200"]["L0H0"]) == 32
 
 
-BAD = [
-    (("heads", "--model", str(TINY), "--lengths", "many"), "lengths: found 'many'"),
-    (("heads", "--model", str(TINY), "--lengths", "256,9000"), "9000 tokens do not fit"),
-    (("heads", "--model", str(TINY), "--lengths", "256", "--task", "chess"), "task: found 'chess'"),
-    (("heads", "--model", "nowhere", "--lengths", "256"), "cannot load nowhere"),
-    (("channels", "--model", str(TINY), "--heads", "L9H9", "--lengths", "256"), "L9H9 is not in"),
-    (("channels", "--model", str(TINY), "--heads", "9", "--lengths", "256"), "heads: found '9'"),
-    (("quadrants", "--model", str(TINY), "--from", "missing.json"), "cannot be read as a map"),
-    (("gradient", "--model", str(TINY), "--lengths", "256", "--points", "-1"), "above 0"),
-    (("sweep", "--recipe", "missing.yml", "--lengths", "256"), "missing.yml"),
-    (("transfer", "--model", str(TINY), "--adapter", "x"), "expected NAME=FOLDER"),
-    (("inspect", "--adapter", str(TINY)), "not an adapter folder"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda value: str(value)[:40])
-def test_bad_input_gives_one_line(arguments, message, tmp_path):
-    done = command(*arguments, cwd=tmp_path)
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and last.startswith("probe: ") and message in last, done.stderr[-2000:]
-    assert not list(tmp_path.rglob("*.json"))
-
-
 def test_the_journal_of_a_run_is_that_of_its_model(tmp_path):
     """A second run over other weights must not find the first one's answers."""
     from eval.journal import journal_file

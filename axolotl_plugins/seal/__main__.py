@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from safetensors import SafetensorError
 
 from data_gen.console import quiet_libraries, stop
+from data_gen.console import run as run_app
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -34,8 +36,23 @@ def merge(
 
     try:
         fold(adapter, out, into)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         stop("merge", error)
+
+
+@app.command(epilog="Example: python -m axolotl_plugins.seal verify outputs/tiny_line_sealc_merged")
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder that `merge` wrote.")],
+    adapter: Annotated[Path | None, typer.Option(help="Where the adapter is now, if it was moved.")] = None,
+) -> None:
+    """Repeat the proof of a merge: the files are untouched, only scaled tensors differ, and logits agree."""
+    quiet_libraries()
+    from .merge import verify as repeat
+
+    try:
+        repeat(folder, adapter)
+    except (ValueError, OSError, SafetensorError) as error:
+        stop("verify", error)
 
 
 @app.command(epilog="Example: python -m axolotl_plugins.seal export outputs/tiny_line_sealc outputs/tiny_line_ia3")
@@ -49,7 +66,7 @@ def export(
 
     try:
         export_ia3(adapter, out)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         stop("export", error)
 
 
@@ -64,4 +81,4 @@ def settings() -> None:
 
 
 if __name__ == "__main__":
-    app(prog_name="python -m axolotl_plugins.seal")
+    run_app(app, "python -m axolotl_plugins.seal")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .config import Granularity
 
@@ -47,3 +47,20 @@ class SealArgs(BaseModel):
     """What the plugin adds to Axolotl's schema."""
 
     seal: SealBlock | None = Field(default=None, description="SEAL: learnable scales on attention outputs.")
+
+
+def parse_block(block: Any) -> SealBlock:
+    """The recipe's ``seal:`` block, checked.
+
+    Raises:
+        ValueError: a key or value in it has no meaning; the message is one line.
+    """
+    try:
+        return SealArgs(seal=block).seal or SealBlock()
+    except ValidationError as error:
+        found = error.errors()[0]
+        single = isinstance(block, dict) and isinstance(block.get("data"), dict)
+        place = ".".join(str(part) for part in found["loc"] if not (single and part == 0))
+        if found["type"] == "extra_forbidden":
+            raise ValueError(f"{place}: no such setting; see `python -m axolotl_plugins.seal settings`") from error
+        raise ValueError(f"{place}: found {found['input']!r}: {found['msg']}") from error

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -11,6 +9,9 @@ from peft import IA3Config
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from data_gen.files import check_output, written_whole
+
+from . import provenance
 from .config import SealConfig
 from .scales import saved_scales
 
@@ -26,8 +27,7 @@ def export_ia3(adapter: Path, out: Path) -> None:
         ValueError: the folder is not a SEAL adapter, or ``out`` exists.
     """
     saved_scales(adapter)  # raises where the folder is not what it should be
-    if out.exists():
-        raise ValueError(f"{out}: exists already: name another folder or remove it")
+    check_output(out, folder=True)
     config = SealConfig.from_pretrained(str(adapter))
     tensors = {}
     for name, scale in load_file(adapter / "adapter_model.safetensors").items():
@@ -39,14 +39,11 @@ def export_ia3(adapter: Path, out: Path) -> None:
         base_model_name_or_path=config.base_model_name_or_path, task_type="CAUSAL_LM", inference_mode=True,
         target_modules=modules, feedforward_modules=modules,
     )  # fmt: skip
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
+    with written_whole(out) as partial:
+        partial.mkdir()
         stock.save_pretrained(str(partial))
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        provenance.copy(adapter, partial)
 
 
 def head_dim(config: SealConfig) -> int:

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import axolotl_plugins.self_extend  # noqa: F401 - its RoPE type
-from data_gen.generate import read_template
+from data_gen.generate import check_template, read_template
+
+from .provenance import seen_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +33,7 @@ class Loaded:
         base: hub id or folder of the base model.
         method: ``base``, ``SEAL-H``, ``SEAL-C`` or the adapter's PEFT type.
         window: most tokens the model declares to take.
+        trained_on: hashes of the texts it was tuned on, see ``provenance``; None where they are not known.
     """
 
     name: str
@@ -37,6 +42,7 @@ class Loaded:
     base: str
     method: str
     window: int
+    trained_on: frozenset[str] | None = None
 
 
 def is_adapter(name: str | Path) -> bool:
@@ -47,6 +53,25 @@ def is_adapter(name: str | Path) -> bool:
 def method_name(config: PeftConfig) -> str:
     """What the paper calls an adapter."""
     return {"head": "SEAL-H", "channel": "SEAL-C"}.get(getattr(config, "granularity", ""), str(config.peft_type.value))
+
+
+def apply_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
+    """Wrap a model with a saved adapter, whose file must hold all its tensors and no others: PEFT does not look.
+
+    Raises:
+        ValueError: a tensor is missing, not known, or holds values that are no numbers; the message names it.
+    """
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ValueError(f"{folder}: holds no {file.name}")
+    model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    saved, expected = load_file(file), get_peft_model_state_dict(model)
+    for what, names in (("lacks", expected.keys() - saved.keys()), ("also holds", saved.keys() - expected.keys())):
+        if names:
+            raise ValueError(f"{file}: {what} {min(names)}: it is not whole, or of another model or configuration")
+    if bad := [name for name, tensor in saved.items() if not torch.isfinite(tensor).all()]:
+        raise ValueError(f"{file}: {bad[0]} holds values that are no numbers: tune again at a lower learning rate")
+    return model
 
 
 def with_adapter(loaded: Loaded, config: PeftConfig) -> Loaded:
@@ -85,19 +110,29 @@ def load(
                 raise ValueError("adapter_config.json does not say what its base model is")
         source = name if adapter is not None and (Path(name) / "config.json").is_file() else base
         config = AutoConfig.from_pretrained(source, **trust)
-        model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype, use_safetensors=True, **trust)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            base, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **trust
+        )
+        if found["missing_keys"]:
+            raise ValueError(f"{base} lacks {min(found['missing_keys'])}: it is not whole, or its config is another's")
+        if getattr(config, "quantization_config", None) and getattr(model, "hf_quantizer", None) is None:
+            raise ValueError(f"{base} says that it is quantised in a way that is not known: its weights are no model's")
         if adapter is not None:
-            model = PeftModel.from_pretrained(model, name)
+            model = apply_adapter(model, Path(name))
         own = adapter is None or (Path(name) / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(name if own else base, **trust)
-    except (OSError, ValueError, RuntimeError, KeyError, StrictDataclassError) as error:
+    # Broken files make the libraries raise almost anything, ImportError where a quantised model lacks its library.
+    except (
+        OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, StrictDataclassError,
+        SafetensorError,
+    ) as error:  # fmt: skip
         text = " ".join(str(error).split())
         raise ValueError(f"cannot load {name}: {text[:400] or type(error).__name__}") from error
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
-    if not tokenizer.chat_template:
-        raise ValueError(f"{name}: its tokenizer has no chat template: name one with --chat-template")
+    check_template(tokenizer, name)
     window = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not window:
         raise ValueError(f"{name}: its config does not say how long a context it takes (max_position_embeddings)")
-    return Loaded(name, model.eval(), tokenizer, base, method_name(adapter) if adapter else "base", window)
+    method = method_name(adapter) if adapter else "base"
+    return Loaded(name, model.eval(), tokenizer, base, method, window, seen_texts(Path(name)))

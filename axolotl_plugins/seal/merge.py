@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +13,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from data_gen.console import first_line
+from data_gen.files import check_output, file_hash, load_json, written_whole
+
+from . import provenance
 from .layer import SealLayer, scale_columns
 from .load import Loaded, is_adapter, load
 
@@ -21,6 +24,7 @@ Into = Literal["auto", "o_proj", "v_proj"]
 # In float32; logits of 30 carry rounding errors of 1e-4 themselves, hence the second, a share of the largest logit.
 MAX_LOGIT_DIFFERENCE = 1e-4
 MAX_LOGIT_SHARE = 1e-5
+RECORD = "seal_merge.json"  # in a merged folder: what ``merge`` returns
 
 
 def value_rows(parent: nn.Module, num_heads: int, head_dim: int) -> tuple[str, torch.Tensor]:
@@ -134,39 +138,54 @@ def prompts_for(loaded: Loaded, longest: int = 512) -> list[torch.Tensor]:
     ]
 
 
-def merge(
-    adapter: str | Path, out: Path, into: Into = "auto", *, report: Callable[[str], object] = print
-) -> dict[str, Any]:
-    """Write a plain Hugging Face folder with a SEAL adapter's scales in its weights.
-
-    The folder gets its name only after it was loaded again and proved: in float32 its logits on real prompts are those
-    of the unmerged model, and no tensor differs from the base model's but those scaled. Nothing is left otherwise.
-
-    Args:
-        adapter: folder of a SEAL adapter.
-        out: the folder to write; must not exist.
-        into: see ``merged_tensors``.
-        report: told what is being done.
-
-    Returns:
-        ``into`` (what ``auto`` chose), ``changed`` (number of tensors), ``difference`` (greatest change of any logit
-        by the merge, in float32) and ``rounded_difference`` (the same after rounding to the base's dtype ``dtype``).
+def load_adapter(adapter: Path) -> Loaded:
+    """A SEAL adapter on its base model, which must not be quantised.
 
     Raises:
-        ValueError: bad input, or the proof failed; the message is one line.
+        ValueError: it is none, or its base is quantised.
     """
     if not is_adapter(adapter):
         raise ValueError(f"{adapter}: not an adapter folder (it has no adapter_config.json)")
-    if out.exists():
-        raise ValueError(f"{out}: exists already: name another folder or remove it")
     loaded = load(adapter)
     if not loaded.method.startswith("SEAL"):
         raise ValueError(f"{adapter}: found a {loaded.method} adapter; use `axolotl merge-lora` for it")
-    dtype = loaded.model.dtype
     if not all(parameter.is_floating_point() for parameter in loaded.model.parameters()):
         raise ValueError(f"{loaded.base}: is quantised: merge into the full-precision model it was made from")
-    report(f"{loaded.method} on {loaded.base} ({str(dtype).removeprefix('torch.')})")
-    prompts = prompts_for(loaded)
+    return loaded
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A merge in memory, proved in float32.
+
+    Attributes:
+        plain: the merged model, float32.
+        changed: name -> tensor that the merge changed, float32.
+        dtype: of the base's weights.
+        prompts: what logits were compared on, see ``prompts_for``.
+        unmerged: logits of the model with its adapter, see ``last_logits``.
+        difference: greatest change of any logit.
+    """
+
+    plain: PreTrainedModel
+    changed: dict[str, torch.Tensor]
+    dtype: torch.dtype
+    prompts: list[torch.Tensor]
+    unmerged: list[torch.Tensor]
+    difference: float
+
+
+def fold(loaded: Loaded, into: Into) -> Folded:
+    """Merge in memory, and compare the logits on real prompts.
+
+    Args:
+        loaded: see ``load_adapter``; not to be used afterwards.
+        into: see ``merged_tensors``.
+
+    Raises:
+        ValueError: ``into`` does not fit, or a logit changes by more than float32 rounds.
+    """
+    dtype, prompts = loaded.model.dtype, prompts_for(loaded)
     # Wrapped names lose PEFT's prefix and the wrapper's level, and become those of the base model.
     exact = loaded.model.float()
     unmerged = last_logits(exact, prompts)
@@ -176,36 +195,127 @@ def merge(
     for name, tensor in changed.items():
         parameters[name].data = tensor
     gap = difference(last_logits(plain, prompts), unmerged)
-    largest = max(logits.abs().max().item() for logits in unmerged)
-    allowed = max(MAX_LOGIT_DIFFERENCE, MAX_LOGIT_SHARE * largest)
+    allowed = max(MAX_LOGIT_DIFFERENCE, MAX_LOGIT_SHARE * max(logits.abs().max().item() for logits in unmerged))
     if not gap <= allowed:
         raise ValueError(f"merging would change logits by {gap:.1e} in float32, more than {allowed:.1e}")
-    report(f"float32: the merge changes no logit (up to {largest:.0f} in size) by more than {gap:.1e}")
-    plain.to(dtype)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        plain.save_pretrained(partial)
+    return Folded(plain, changed, dtype, prompts, unmerged, gap)
+
+
+def check_saved(folder: Path, base: str, folded: Folded) -> float:
+    """Load a merged folder and compare it, tensor by tensor, with its base model and the merge in memory.
+
+    Returns:
+        Greatest difference of its logits from the unmerged model's, which is that of rounding to the base's dtype.
+
+    Raises:
+        ValueError: a tensor is not what it should be; the message names it.
+    """
+    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=folded.dtype, use_safetensors=True).eval()
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=folded.dtype, use_safetensors=True)
+    for (name, ours), theirs in zip(saved.named_parameters(), plain.parameters(), strict=True):
+        if not torch.equal(ours, folded.changed[name].to(folded.dtype) if name in folded.changed else theirs):
+            raise ValueError(f"{folder}: {name} is not what merging makes of {base}: merge again")
+    del plain
+    return difference(last_logits(saved.float(), folded.prompts), folded.unmerged)
+
+
+def weight_hashes(name: str | Path) -> dict[str, str]:
+    """SHA-256 of the safetensors files of a model folder, or of a hub id that was fetched."""
+    from huggingface_hub import snapshot_download
+
+    weights = "*.safetensors"
+    if not Path(name).is_dir():
+        name = snapshot_download(str(name), allow_patterns=weights, local_files_only=True)
+    return {file.name: file_hash(file) for file in sorted(Path(name).glob(weights))}
+
+
+def merge(
+    adapter: str | Path, out: Path, into: Into = "auto", *, report: Callable[[str], object] = print
+) -> dict[str, Any]:
+    """Write a plain Hugging Face folder with a SEAL adapter's scales in its weights.
+
+    The folder gets its name only after it was loaded again and proved: in float32 its logits on real prompts are those
+    of the unmerged model, and no tensor differs from the base model's but those scaled. Nothing is left otherwise. What
+    was merged is kept in it, see ``RECORD``, so that ``verify`` can repeat the proof.
+
+    Args:
+        adapter: folder of a SEAL adapter.
+        out: the folder to write; must not exist.
+        into: see ``merged_tensors``.
+        report: told what is being done.
+
+    Returns:
+        ``adapter`` and ``base`` (names), ``into`` (as asked for), ``changed`` (names of tensors), ``dtype``,
+        ``difference`` (greatest change of any logit by the merge, in float32), ``rounded_difference`` (the same after
+        rounding to ``dtype``), and ``adapter_files``, ``base_files`` and ``files`` (file name -> SHA-256; the last are
+        the merged folder's).
+
+    Raises:
+        ValueError: bad input, or the proof failed; the message is one line.
+    """
+    check_output(out, folder=True)
+    adapter = Path(adapter)
+    loaded = load_adapter(adapter)
+    report(f"{loaded.method} on {loaded.base} ({str(loaded.model.dtype).removeprefix('torch.')})")
+    folded = fold(loaded, into)
+    report(f"float32: the merge changes no logit by more than {folded.difference:.1e}")
+    folded.plain.to(folded.dtype)
+    with written_whole(out) as partial:
+        folded.plain.save_pretrained(partial)
         loaded.tokenizer.save_pretrained(partial)
         write_older_rope_keys(partial)
-        saved = AutoModelForCausalLM.from_pretrained(partial, dtype=dtype).eval()
-        base = AutoModelForCausalLM.from_pretrained(loaded.base, dtype=dtype)
-        for (name, ours), theirs in zip(saved.named_parameters(), base.parameters(), strict=True):
-            if not torch.equal(ours, changed[name].to(dtype) if name in changed else theirs):
-                raise ValueError(f"{name} was not saved as it should be; nothing was written")
-        del base
-        rounded = difference(last_logits(saved.float(), prompts), unmerged)
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    kinds = {name.split(".")[-2] for name in changed}
-    report(f"{out}: {len(changed)} tensors changed ({', '.join(sorted(kinds))}), all others as they were")
-    if dtype != torch.float32:
-        report(f"rounded to {str(dtype).removeprefix('torch.')}, logits differ by up to {rounded:.1e}")
-    return {
-        "into": ", ".join(sorted(kinds)),
-        "changed": len(changed),
-        "difference": gap,
-        "dtype": str(dtype).removeprefix("torch."),
-        "rounded_difference": rounded,
-    }
+        provenance.copy(adapter, partial)
+        rounded = check_saved(partial, loaded.base, folded)
+        found = {
+            "adapter": str(adapter),
+            "base": loaded.base,
+            "into": into,
+            "changed": sorted(folded.changed),
+            "dtype": str(folded.dtype).removeprefix("torch."),
+            "difference": folded.difference,
+            "rounded_difference": rounded,
+            "adapter_files": weight_hashes(adapter),
+            "base_files": weight_hashes(loaded.base),
+            "files": {file.name: file_hash(file) for file in sorted(partial.iterdir())},
+        }
+        (partial / RECORD).write_text(json.dumps(found, indent=1) + "\n")
+    kinds = {name.split(".")[-2] for name in folded.changed}
+    report(f"{out}: {len(folded.changed)} tensors changed ({', '.join(sorted(kinds))}), all others as they were")
+    if folded.dtype != torch.float32:
+        report(f"rounded to {found['dtype']}, logits differ by up to {rounded:.1e}")
+    return found
+
+
+def verify(folder: Path, adapter: Path | None = None, *, report: Callable[[str], object] = print) -> None:
+    """Repeat the proof that ``merge`` gave for a folder.
+
+    Args:
+        folder: that ``merge`` wrote.
+        adapter: where the adapter is now; None means where it was.
+        report: told what was found.
+
+    Raises:
+        ValueError: the folder, adapter or base model is not what was merged, or the proof fails; one line.
+    """
+    try:
+        found = load_json(folder / RECORD)
+        adapter, base, into = Path(adapter or found["adapter"]), found["base"], found["into"]
+        files, changed = found["files"], found["changed"]
+        before = {adapter: found["adapter_files"], base: found["base_files"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: holds no {RECORD} as `merge` writes it ({first_line(error)})") from None
+    now = {file.name: file_hash(file) for file in folder.iterdir() if file.is_file() and file.name != RECORD}
+    if different := sorted(name for name in now.keys() | files.keys() if now.get(name) != files.get(name)):
+        raise ValueError(f"{folder / different[0]}: is not the file that was written: merge again")
+    for name, hashes in before.items():
+        if weight_hashes(name) != hashes:
+            raise ValueError(f"{name}: its weights are not there, or not those that were merged: put them back, or say "
+                             "where the adapter is by --adapter")  # fmt: skip
+    folded = fold(load_adapter(adapter), into)
+    if sorted(folded.changed) != changed:
+        raise ValueError(f"{folder}: merging changes other tensors than its {RECORD} names: merge again")
+    rounded = check_saved(folder, base, folded)
+    report(
+        f"{folder}: {len(files)} files, the adapter and the base model as they were; {len(changed)} tensors changed, "
+        f"all others the base model's; logits differ by {folded.difference:.1e} in float32, by {rounded:.1e} as saved"
+    )

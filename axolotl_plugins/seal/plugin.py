@@ -2,39 +2,60 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import yaml
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftConfig, PeftModel, get_peft_model
-from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from data_gen.console import stop
+from data_gen.files import check_output
 from data_gen.generate import Request, load_tokenizer, write
 
-from .args import SealArgs, SealBlock
+from . import provenance
+from .args import SealArgs, SealBlock, parse_block
 from .config import SealConfig
+from .load import apply_adapter
 from .trainer import AnswerTrainer, SealTrainer
 
 
-def parse_block(block: Any) -> SealBlock:
-    """The recipe's ``seal:`` block, checked.
+def check_keys(cfg: dict[str, Any]) -> None:
+    """Refuse keys that Axolotl does not know: it would drop them without a word.
+
+    Args:
+        cfg: the recipe; where it says what file it comes from, that file counts, without command line overrides.
 
     Raises:
-        ValueError: a key or value in it has no meaning; the message is one line.
+        ValueError: a key, or one of a chat dataset, is not known.
     """
-    try:
-        return SealArgs(seal=block).seal or SealBlock()
-    except ValidationError as error:
-        found = error.errors()[0]
-        single = isinstance(block, dict) and isinstance(block.get("data"), dict)
-        place = ".".join(str(part) for part in found["loc"] if not (single and part == 0))
-        if found["type"] == "extra_forbidden":
-            raise ValueError(f"{place}: no such setting; see `python -m axolotl_plugins.seal settings`") from error
-        raise ValueError(f"{place}: found {found['input']!r}: {found['msg']}") from error
+    from axolotl.integrations.base import PluginManager
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+    from axolotl.utils.schemas.datasets import SFTDataset
+
+    if file := cfg.get("axolotl_config_path"):
+        cfg = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    schemas = [AxolotlInputConfig, SealArgs]
+    for name in PluginManager.get_instance().get_input_args():
+        module, _, schema = name.rpartition(".")
+        schemas.append(getattr(import_module(module), schema))
+    names = {name for schema in schemas for name in schema.model_fields}
+    names |= {field.alias for schema in schemas for field in schema.model_fields.values() if field.alias}
+    places = [("", cfg, names)]
+    for number, dataset in enumerate(cfg.get("datasets") or []):
+        if isinstance(dataset, dict) and dataset.get("type") == "chat_template":
+            places.append((f"datasets.{number}.", dataset, set(SFTDataset.model_fields)))
+    for place, found, known in places:
+        for key in found:
+            if key not in known:
+                close = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"; is {place}{close[0]} meant?" if close else ": remove it"
+                raise ValueError(f"{place}{key}: Axolotl has no such setting{hint}")
 
 
 def check_recipe(cfg: dict[str, Any]) -> SealBlock:
@@ -75,6 +96,9 @@ def check_recipe(cfg: dict[str, Any]) -> SealBlock:
             f"excess_length_strategy: found {cfg.get('excess_length_strategy')!r}, under which samples longer than "
             "sequence_len are dropped or lose their answer without an error: set `excess_length_strategy: raise`"
         )
+    window = cfg.get("sequence_len")
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise ValueError(f"sequence_len: found {window!r}, expected a number of tokens")
     if cfg.get("sample_packing"):
         raise ValueError("sample_packing: packs samples into one sequence, so that fewer steps are made: set it false")
     if cfg.get("pad_to_sequence_len"):
@@ -108,10 +132,17 @@ def prepare_data(cfg: dict[str, Any], block: SealBlock) -> None:
     template = cfg.get("chat_template_jinja") if cfg.get("chat_template") == "jinja" else None
     tokenizer = load_tokenizer(cfg.get("tokenizer_config") or cfg.get("base_model") or "", template)
     for data, out in zip(block.data, paths, strict=True):
+        check_output(out)
+        request = Request(**data.model_dump(), split="train")
+        if request.tokens and (longest := request.token_range()[1]) > cfg["sequence_len"]:
+            raise ValueError(
+                f"seal.data.tokens: found {request.tokens!r}, expected at most {cfg['sequence_len']} (sequence_len): "
+                f"raise sequence_len to {longest}, or ask for shorter samples"
+            )
         out.parent.mkdir(parents=True, exist_ok=True)
         # Every process of a distributed run comes here; the first one makes the file.
         with FileLock(out.with_name(f".{out.name}.lock")):
-            made = write(Request(**data.model_dump(), split="train"), tokenizer, out)
+            made = write(request, tokenizer, out)
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"seal: {out}: {data.samples} samples of {data.task} {'made' if made else 'already there'}")
 
@@ -121,6 +152,7 @@ class SealPlugin(BasePlugin):
 
     # Axolotl's schema drops `inference` from the settings before the model is loaded, so it is kept from before.
     serving = False
+    training_data: dict[str, Any] | None = None
 
     def get_input_args(self) -> str:
         """The schema of the ``seal:`` block."""
@@ -137,16 +169,22 @@ class SealPlugin(BasePlugin):
             SystemExit: with one line that says what is wrong.
         """
         try:
+            check_keys(cfg)
             block = check_recipe(cfg)
             self.serving = bool(cfg.get("inference"))
             if not (cfg.get("inference") or cfg.get("merge_lora")):
                 prepare_data(cfg, block)
+                self.training_data = provenance.record(cfg.get("datasets") or [])
         except (ValueError, OSError) as error:
             stop("seal", error)
 
     def get_trainer_cls(self, cfg: Any) -> type[AnswerTrainer]:
         """The trainer of scales, or that of the baselines."""
         return SealTrainer if cfg.adapter == "seal" else AnswerTrainer
+
+    def post_trainer_create(self, cfg: Any, trainer: AnswerTrainer) -> None:
+        """Hand over what adapters are to say about their data."""
+        trainer.training_data = self.training_data
 
     def load_adapter(
         self, model: PreTrainedModel, cfg: Any, inference: bool = False, config_only: bool = False
@@ -187,6 +225,6 @@ class SealPlugin(BasePlugin):
                 raise ValueError(
                     f"{cfg.lora_model_dir}: its granularity is {saved.granularity}, the recipe's {block.granularity}"
                 )
-            peft_model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not self.serving)
+            peft_model = apply_adapter(model, Path(cfg.lora_model_dir), trainable=not self.serving)
         peft_model.print_trainable_parameters()
         return peft_model, config

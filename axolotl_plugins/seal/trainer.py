@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 from data_gen.console import stop
 
+from . import provenance
 from .layer import SealLayer
 from .scales import scale_matrix, summary
 
@@ -105,6 +107,27 @@ class AnswerTrainer(AxolotlTrainer):
 
     # Whether the model can compute some positions' logits alone; None until it was looked at.
     keeps_logits: bool | None = None
+    # What ``provenance.record`` says about the data.
+    training_data: dict[str, Any] | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; Axolotl saves the adapter next, beside the record of its data."""
+        if self.args.should_save:
+            # The configuration beside it is the new run's already: an older run's weights would pass for its result.
+            (Path(self.args.output_dir) / "adapter_model.safetensors").unlink(missing_ok=True)
+        result = super().train(*args, **kwargs)
+        self.before_saving(Path(self.args.output_dir))
+        return result
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Write a checkpoint's adapter."""
+        self.before_saving(Path(output_dir or self.args.output_dir))
+        super().save_model(output_dir, *args, **kwargs)
+
+    def before_saving(self, folder: Path) -> None:
+        """Put the record of the data where an adapter will be."""
+        if self.training_data is not None and self.args.should_save:
+            provenance.save(self.training_data, folder)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss, from the answers' logits alone where the model's forward can be asked for them."""
@@ -148,13 +171,13 @@ class SealTrainer(AnswerTrainer):
         self.checked = True
         return loss
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Write an adapter, if its scales are numbers."""
+    def before_saving(self, folder: Path) -> None:
+        """Let no adapter be written whose scales are no numbers."""
         try:
             check_scales(self.model)
         except ValueError as error:
             give_up(error)
-        super().save_model(*args, **kwargs)
+        super().before_saving(folder)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add a summary of the scales to what all loggers are given."""

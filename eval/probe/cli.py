@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from data_gen.console import quiet_libraries, stop
-from data_gen.files import write_text
+from data_gen.files import check_output, load_json, write_text
 from eval.journal import journal_file
 
 app = typer.Typer(no_args_is_help=True, help="Which heads and channels matter, and why SEAL works.")
@@ -47,7 +48,7 @@ def numbers(text: str, what: str, kind: type = int) -> list[Any]:
         found = [kind(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"{what}: found {text!r}, expected numbers with commas between") from None
-    if any(number <= 0 for number in found):
+    if not all(0 < number < math.inf for number in found):
         raise ValueError(f"{what}: found {text!r}, expected numbers above 0")
     return found
 
@@ -71,7 +72,7 @@ def read_map(file: Path) -> dict[str, Any]:
         ValueError: it is none.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = load_json(file)
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: cannot be read as a map ({error})") from None
     if not isinstance(found, dict) or found.get("kind") not in ("removal", "gradient") or found.get("unit") != "head":
@@ -177,7 +178,7 @@ def quadrants(
         from eval.probe.quadrants import KINDS, quadrant_scales, save_scales
         from eval.run import default_lengths, run
 
-        if down <= 0 or up <= 0:
+        if not (0 < down < math.inf and 0 < up < math.inf):
             raise ValueError(f"down, up: found {down:g} and {up:g}, expected scales above 0")
         found = read_map(source)
         loaded = load(model, chat_template=chat_template)
@@ -234,6 +235,7 @@ def direct(
         from eval.probe.anatomy import wrapped
         from eval.probe.direct import compare_models
 
+        check_output(out)
         models = [load(name, chat_template=chat_template) for name in (model, *adapter)]
         for each in models:
             wrapped(each.model)
@@ -344,6 +346,7 @@ def inspect(
         from axolotl_plugins.seal.scales import saved_scales
         from eval.probe.maps import quadrants as quadrants_of
 
+        check_output(out)
         values = saved_scales(adapter)
         mean, spread = values.mean(-1), values.std(-1)
         method = "SEAL-H" if values.shape[-1] == 1 else "SEAL-C"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from axolotl_plugins.seal.load import Loaded
+from data_gen.files import written_whole
 from eval.probe.anatomy import blocks, wrapped
 from eval.probe.maps import quadrants
 
@@ -52,8 +52,6 @@ def save_scales(loaded: Loaded, scales: np.ndarray, out: Path) -> None:
     with torch.no_grad():
         for block, row in zip(found, scales, strict=True):
             block.projection.seal_scale["default"].copy_(torch.tensor(row))
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    loaded.tokenizer.save_pretrained(partial)
-    partial.rename(out)
+    with written_whole(out) as partial:
+        model.save_pretrained(partial)
+        loaded.tokenizer.save_pretrained(partial)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from axolotl_plugins.seal import SealConfig
+from axolotl_plugins.seal.args import parse_block
 from axolotl_plugins.seal.layer import SealLayer
 from axolotl_plugins.seal.load import Loaded, load, with_adapter
 from axolotl_plugins.seal.tune import tune
@@ -33,12 +35,16 @@ def read_recipe(file: Path) -> dict[str, Any]:
     """
     try:
         recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-        block = recipe["seal"]
+        block = parse_block(recipe["seal"])
+        if block.data is None or len(block.data) != 1:
+            raise ValueError(f"{file}: seal.data: found {len(block.data or [])} descriptions, expected one")
+        if not 0 < float(recipe["learning_rate"]) < math.inf:
+            raise ValueError(f"{file}: learning_rate: found {recipe['learning_rate']}, expected a number above 0")
         return {
             "base_model": recipe["base_model"],
             "chat_template": recipe.get("chat_template_jinja"),
-            "granularity": block["granularity"],
-            "request": Request(**block["data"]),
+            "granularity": block.granularity,
+            "request": Request(**block.data[0].model_dump()),
             "rate": float(recipe["learning_rate"]),
             "epochs": int(recipe["num_epochs"]),
             "seed": int(recipe["seed"]),

@@ -1,0 +1,260 @@
+"""Kills commands at random moments, runs them again and compares the bytes: ``make chaos``; fills the disk.
+
+Every command runs in a fork of this process, which has imported the libraries, so that moments fall into the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from peft import get_peft_model
+
+from axolotl_plugins.seal import SealConfig
+from axolotl_plugins.seal.__main__ import app as seal
+from axolotl_plugins.seal.load import load
+from data_gen.__main__ import app as data_gen
+from data_gen.console import run
+from eval.__main__ import app as evaluate
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "recipes" / "tiny"
+TIMES = (b'"seconds": ',)  # lines of results that tell how long something took, which no two runs agree on
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command.
+
+    Attributes:
+        work: runs it in the current folder.
+        makes: files and folders that must come out equal, bit for bit.
+        whole: whether a reader may never see any of them half-written; Axolotl writes adapters in place.
+        goes_on: whether the command can be called again when it is done.
+    """
+
+    work: Callable[[], object]
+    makes: tuple[str, ...]
+    whole: bool = True
+    goes_on: bool = True
+
+
+def command(app: object, program: str, arguments: str) -> Callable[[], object]:
+    return lambda: run(app, f"python -m {program}", arguments.split())
+
+
+def train() -> None:
+    from axolotl.cli.train import do_cli
+
+    do_cli("recipe.yml")
+
+
+SCORE = f"run --model {TINY} --lengths 260,400 --samples 4 --out r.json"
+HEADS = f"probe heads --model {TINY} --lengths 260 --samples 2 --out p.json"
+DATA = f"line --tokenizer {TINY} --tokens 1500 --samples 30 --out d.jsonl"
+STAGES = {
+    "data": Stage(command(data_gen, "data_gen", DATA), ("d.jsonl", "d.jsonl.manifest.json")),
+    "merge": Stage(command(seal, "axolotl_plugins.seal", "merge adapter merged"), ("merged",), goes_on=False),
+    "score": Stage(command(evaluate, "eval", SCORE), ("r.json", "r.png")),
+    "probe": Stage(command(evaluate, "eval", HEADS), ("p.json", "p.png")),
+    "report": Stage(command(evaluate, "eval", "report --results results --out report.html"), ("report.html",)),
+    "train": Stage(
+        train,
+        ("data/d.jsonl", "data/d.jsonl.manifest.json", "out/training_data.json", "out/adapter_model.safetensors"),
+        whole=False,
+    ),
+}
+
+
+def content(folder: Path, makes: tuple[str, ...]) -> dict[str, bytes]:
+    """What a command has made: relative name -> bytes, without the times that results tell."""
+    found = {}
+    for name in makes:
+        for file in [folder / name, *(folder / name).rglob("*")]:
+            if file.is_file():
+                lines = file.read_bytes().splitlines(keepends=True)
+                found[str(file.relative_to(folder))] = b"".join(
+                    line for line in lines if not line.lstrip().startswith(TIMES)
+                )
+    return found
+
+
+def attempt(stage: Stage, folder: Path, seconds: float | None = None) -> bool:
+    """Run a command in a folder, and kill it after some seconds; returns whether it came to its end.
+
+    Raises:
+        RuntimeError: it failed by itself; the message is the end of its output.
+    """
+    sys.stdout.flush()
+    start, log = time.monotonic(), folder / "log"
+    if not (child := os.fork()):
+        code = 1
+        try:
+            os.setsid()
+            os.chdir(folder)
+            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(out, 1)
+            os.dup2(out, 2)
+            stage.work()
+            code = 0
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1 if error.code else 0
+            print(error.code, file=sys.stderr)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            if status:
+                raise RuntimeError(f"exit status {status}: " + log.read_text(errors="replace")[-1500:])
+            return True
+        if seconds is not None and time.monotonic() - start >= seconds:
+            with contextlib.suppress(ProcessLookupError):  # too early for a group of its own
+                os.killpg(child, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return False
+        time.sleep(0.001)
+
+
+def starve(name: str, stage: Stage, inputs: Path, work: Path) -> str:
+    """Let no file grow over half the largest that a command makes, as if the disk were full; returns what it says.
+
+    Raises:
+        RuntimeError: it said so in more than one line, or touched what an earlier run had left.
+    """
+    undisturbed, folder = work / name / "undisturbed", work / name / "starved"
+    shutil.copytree(inputs, folder)
+    if stage.goes_on:  # an earlier result of another kind
+        (folder / stage.makes[0]).write_text("earlier\n")
+    before, limit = content(folder, stage.makes), max(map(len, content(undisturbed, stage.makes).values())) // 2
+
+    def starved() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        stage.work()
+
+    try:
+        attempt(Stage(starved, stage.makes), folder)
+    except RuntimeError:
+        lines = (folder / "log").read_text(errors="replace").splitlines()
+        said = [line for line in lines if re.match(r"(data_gen|eval|merge|probe): ", line)]  # others say things as well
+        if len(said) != 1 or "File too large" not in said[0] or any("Traceback" in line for line in lines):
+            raise
+    else:
+        raise RuntimeError(f"it ended well although no file could be larger than {limit} bytes")
+    if content(folder, stage.makes) != before:
+        raise RuntimeError("a full disk cost an earlier result, or left a new one")
+    return f"{name}: full: {said[0]}"
+
+
+def prepare(folder: Path) -> None:
+    """What the stages need: an adapter, a result, a recipe."""
+    loaded = load(TINY)
+    model = get_peft_model(loaded.model, SealConfig(granularity="head", base_model_name_or_path=str(TINY)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += torch.linspace(-0.2, 0.2, len(parameter))
+    model.save_pretrained(folder / "adapter")
+    (folder / "results").mkdir()
+    score = {"length": 260, "tokens": 250.0, "count": 1, "score": 0.0, "low": 0.0, "high": 0.8}
+    response = {"length": 260, "index": 0, "tokens": 250, "references": ["7"], "response": "8", "score": 0.0}
+    result = {"model": "adapter", "base": "tiny", "method": "SEAL-H", "task": "line", "window": 2048, "seed": 0,
+              "shots": 0, "contaminated": None, "scores": [score], "responses": [response]}  # fmt: skip
+    (folder / "results/r.json").write_text(json.dumps(result))
+    recipe = yaml.safe_load((ROOT / "recipes/tiny_line_sealc.yml").read_text())
+    recipe |= {"base_model": str(TINY), "sequence_len": 512, "max_steps": 4, "output_dir": "out"}
+    recipe["seal"]["data"] |= {"tokens": "300:500", "samples": 8}
+    recipe["datasets"][0]["path"] = "data/d.jsonl"
+    (folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
+
+
+def torment(name: str, stage: Stage, inputs: Path, work: Path, kills: int, until: float, rng: random.Random) -> str:
+    """Kill a command at random moments, each time from the beginning; returns what happened.
+
+    Raises:
+        RuntimeError: it did not survive; the message says how.
+    """
+    undisturbed = work / name / "undisturbed"
+    shutil.copytree(inputs, undisturbed)
+    start = time.monotonic()
+    attempt(stage, undisturbed)
+    seconds = time.monotonic() - start
+    wanted = content(undisturbed, stage.makes)
+    if not wanted:
+        raise RuntimeError("it made nothing")
+    survived = 0
+    for trial in range(kills):
+        if time.monotonic() > until:
+            break
+        folder = work / name / str(trial)
+        shutil.copytree(inputs, folder)
+        moment = rng.uniform(0, seconds)
+        done = attempt(stage, folder, moment)
+        found = content(folder, stage.makes)
+        if stage.whole and any(wanted.get(file) != found[file] for file in found):
+            raise RuntimeError(f"killed after {moment:.2f} s, it left a file that is not whole")
+        if not done and (stage.goes_on or found != wanted):
+            attempt(stage, folder)
+        if content(folder, stage.makes) != wanted:
+            raise RuntimeError(f"killed after {moment:.2f} s, the next run ended otherwise than an undisturbed one")
+        if left := [str(path) for path in folder.rglob("*.partial")]:
+            raise RuntimeError(f"killed after {moment:.2f} s, the next run left {left[0]}")
+        survived += 1
+        shutil.rmtree(folder)
+    return f"{name}: {survived}/{survived} survived, {kills} asked for, {seconds:.1f} s undisturbed"
+
+
+def main() -> None:
+    """Run the stages that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--kills", type=int, default=50, help="of every stage")
+    parser.add_argument("--minutes", type=float, default=20, help="most time for a stage")
+    parser.add_argument("--full", action="store_true", help="try a full disk as well")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # a fork has but one
+    if "train" in args.stages:
+        import axolotl.cli.train  # noqa: F401
+    import eval.probe.maps
+    import eval.report  # noqa: F401
+
+    rng, failed = random.Random(args.seed), False
+    with tempfile.TemporaryDirectory() as work:
+        inputs = Path(work) / "inputs"
+        inputs.mkdir()
+        prepare(inputs)
+        for name in args.stages:
+            until = time.monotonic() + 60 * args.minutes
+            try:
+                print(torment(name, STAGES[name], inputs, Path(work), args.kills, until, rng), flush=True)
+                if args.full and STAGES[name].whole:
+                    print(starve(name, STAGES[name], inputs, Path(work)), flush=True)
+            except RuntimeError as error:
+                failed = True
+                print(f"{name}: LOST: {error}", flush=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""Bad input to every command: exit status 1, one line that says what and where, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_axolotl import write_recipe
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from axolotl_plugins.seal import SealConfig
+from axolotl_plugins.seal.__main__ import app as seal
+from data_gen.__main__ import app as data_gen
+from data_gen.console import run
+from eval.__main__ import app as evaluate
+from recipes.__main__ import app as recipes
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "recipes" / "tiny"
+PROGRAMS = {"data_gen": data_gen, "eval": evaluate, "axolotl_plugins.seal": seal, "recipes": recipes}
+
+
+def chat(prompt: str, answer: str) -> dict:
+    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+
+
+def make_adapters(folder: Path) -> None:
+    """One that is sound, and others that differ from it in one thing."""
+    model = AutoModelForCausalLM.from_pretrained(TINY)
+    get_peft_model(model, SealConfig(granularity="head")).save_pretrained(folder / "good")
+    lora = LoraConfig(r=1, target_modules=["o_proj"], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(TINY), lora).save_pretrained(folder / "lora")
+    tensors = load_file(folder / "good/adapter_model.safetensors")
+    name = min(tensors)
+
+    def variant(called: str, changed: dict[str, torch.Tensor] | None = None, **settings: object) -> Path:
+        shutil.copytree(folder / "good", folder / called)
+        config = json.loads((folder / called / "adapter_config.json").read_text()) | settings
+        (folder / called / "adapter_config.json").write_text(json.dumps(config))
+        if changed is not None:
+            save_file(changed, folder / called / "adapter_model.safetensors", metadata={"format": "pt"})
+        return folder / called / "adapter_model.safetensors"
+
+    variant("nan", tensors | {name: torch.full_like(tensors[name], float("nan"))})
+    variant("inf", tensors | {name: tensors[name] / 0})
+    variant("extra", tensors | {name.replace("layers.0", "layers.9"): tensors[name].clone()})
+    variant("missing", {key: value for key, value in tensors.items() if key != name})
+    variant("shape", tensors | {name: torch.ones(7)})
+    variant("misspelt", granularity="heads")
+    variant("unknown_key", granularty="head")
+    variant("homeless", base_model_name_or_path=None)
+    variant("moved", base_model_name_or_path=str(folder / "nowhere"))
+    variant("layer_9", layers=[9])
+    variant("wrong_target", target_modules=["out_proj"])
+    truncated = variant("truncated")
+    truncated.write_bytes(truncated.read_bytes()[:-5])
+    variant("empty").write_bytes(b"")
+    variant("no_weights").unlink()
+    pickled = variant("pickled")
+    torch.save(tensors, pickled.with_suffix(".bin"))
+    pickled.unlink()
+    shutil.copytree(folder / "good", folder / "no_json")
+    (folder / "no_json/adapter_config.json").write_text("{")
+
+
+def make_models(folder: Path) -> None:
+    """Copies of the small model, each with one thing wrong, and one with grouped queries."""
+    for called in ("no_template", "bad_template", "nonesuch", "bad_config", "cut", "lacking", "pickle", "quantised"):
+        shutil.copytree(TINY, folder / called)
+    (folder / "no_template/chat_template.jinja").unlink()
+    (folder / "bad_template/chat_template.jinja").write_text("{% if %}")
+    config = json.loads((TINY / "config.json").read_text())
+    (folder / "nonesuch/config.json").write_text(json.dumps(config | {"model_type": "nonesuch"}))
+    (folder / "bad_config/config.json").write_text('{"model_type": "llama", ')
+    weights = (TINY / "model.safetensors").read_bytes()
+    (folder / "cut/model.safetensors").write_bytes(weights[: len(weights) // 2])
+    tensors = load_file(TINY / "model.safetensors")
+    (folder / "pickle/model.safetensors").unlink()
+    torch.save(tensors, folder / "pickle/pytorch_model.bin")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "lacking/model.safetensors", metadata={"format": "pt"})
+    quantised = config | {"quantization_config": {"quant_method": "unheard_of"}}
+    (folder / "quantised/config.json").write_text(json.dumps(quantised))
+    shutil.copytree(TINY, folder / "grouped")
+    grouped = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config["vocab_size"], hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        )
+    )  # fmt: skip
+    grouped.save_pretrained(folder / "grouped")
+    grouped = AutoModelForCausalLM.from_pretrained(folder / "grouped")
+    get_peft_model(grouped, SealConfig(granularity="head")).save_pretrained(folder / "grouped_adapter")
+
+
+def make_files(folder: Path) -> None:
+    """Data, needles, recipes and results."""
+    (folder / "folder").mkdir()
+    (folder / "file").write_text("x")
+    (folder / "latin1").mkdir()
+    (folder / "latin1/a.txt").write_bytes("Café. ".encode("latin-1"))
+    (folder / "latin1.json").write_bytes('{"a": "é"}'.encode("latin-1"))
+    needle = json.dumps({"needle": "The first thing is green.", "question": "What is the first thing?"}) + "\n"
+    (folder / "needles.jsonl").write_text(needle * 2 + '{"needle": "x"}\n')
+    (folder / "triviaqa.jsonl").write_text('{"input": "a"}\n')
+    (folder / "other.jsonl").write_text("{}\n")
+    (folder / "stale.jsonl").write_text("{}\n")
+    (folder / "stale.jsonl.manifest.json").write_text("{}")
+    (folder / "map.json").write_text('{"kind": "scales"}')
+    (folder / "list.yml").write_text("- a\n")
+    (folder / "broken.yml").write_text("a: [\n")
+    (folder / "no_data.yml").write_text(f"base_model: {TINY}\nseal: {{granularity: head}}\n")
+    recipe = yaml.safe_load((ROOT / "recipes/tiny_line_sealh.yml").read_text())
+    for called, change in (
+        ("rate_nan", {"learning_rate": float("nan")}),
+        ("typo", {"seal": recipe["seal"] | {"granularty": "head"}}),
+        ("two", {"seal": recipe["seal"] | {"data": [recipe["seal"]["data"]] * 2}}),
+    ):
+        (folder / f"{called}.yml").write_text(yaml.safe_dump(recipe | change))
+    (folder / "cases").mkdir()
+    (folder / "cases/200_lines.jsonl").write_text('{"prompt": "x"}\n')
+    (folder / "results").mkdir()
+    (folder / "results/a.json").write_text("{")
+    (folder / "latin").mkdir()
+    (folder / "latin/a.json").write_bytes(b'{"a": "\xe9"}')
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with sound and broken input of every kind, and the names that cases below have for parts of it."""
+    folder = tmp_path_factory.mktemp("world")
+    for make in (make_adapters, make_models, make_files):
+        place = folder / make.__name__.removeprefix("make_")
+        place.mkdir()
+        make(place)
+    return {"tiny": TINY, "adapter": folder / "adapters", "model": folder / "models", "file": folder / "files"}
+
+
+LINE = "line --tokenizer {tiny} --tokens 400 --samples 2 --out {tmp}/o.jsonl "
+NIAH = LINE.replace("line ", "niah ", 1)
+LONGBENCH = LINE.replace("line ", "longbench ", 1)
+RUN = "run --model {tiny} --lengths 300 --samples 2 --out {tmp}/r.json "
+PROBE = "probe heads --model {tiny} --lengths 300 --samples 2 --out {tmp}/p.json "
+QUADRANTS = "probe quadrants --model {tiny} --out {tmp}/p.json --from "
+SWEEP = "probe sweep --lengths 300 --out {tmp}/p.json --recipe "
+SCORE = "run --lengths 300 --samples 2 --out {tmp}/r.json --model "
+CASES = [
+    # data_gen: what is asked for
+    ("data_gen", LINE.replace("line ", "lines ", 1), "task: found 'lines', expected one of line"),
+    ("data_gen", LINE + "--tokens 4k", "tokens: found '4k', expected N or N:M"),
+    ("data_gen", LINE + "--tokens 0", "tokens: found '0', expected"),
+    ("data_gen", LINE + "--tokens 900:400", "tokens: found '900:400'"),
+    ("data_gen", LINE + "--tokens 60", "tokens: 60 is too short for line retrieval, whose shortest sample has"),
+    ("data_gen", LINE + "--lines 5", "give the length either as tokens or as lines"),
+    ("data_gen", "line --tokenizer {tiny} --out {tmp}/o.jsonl", "give the length either as tokens or as lines"),
+    ("data_gen", "line --tokenizer {tiny} --lines 0 --out {tmp}/o.jsonl", "lines: found 0, expected at least 1"),
+    ("data_gen", LINE + "--samples 0", "samples: found 0, expected at least 1"),
+    ("data_gen", LINE + "--samples -3", "samples: found -3, expected at least 1"),
+    ("data_gen", LINE + "--samples ten", "--samples': 'ten' is not a valid integer"),
+    ("data_gen", LINE + "--seed x", "--seed': 'x' is not a valid integer"),
+    ("data_gen", LINE + "--split dev", "'dev' is not one of 'train', 'test'"),
+    ("data_gen", LINE + "--token 5", "No such option.*--token"),
+    ("data_gen", "line --tokens 400", "Missing option '--out'"),
+    ("data_gen", LINE + "--haystack prose", "haystack: line has no such option, only niah"),
+    ("data_gen", NIAH + "--lines 3", "lines: niah has no such option, only line"),
+    ("data_gen", LONGBENCH + "--split test", "split: longbench samples are for training"),
+    # data_gen: files it reads
+    ("data_gen", "line --tokens 400 --out {tmp}/o.jsonl", "tokenizer: missing: name the model"),
+    ("data_gen", LINE + "--tokenizer {tmp}/no", "tokenizer: cannot load '.*/no' as a folder or hub id"),
+    ("data_gen", LINE + "--tokenizer {model}/no_template", "has no chat template: name one with --chat-template"),
+    ("data_gen", LINE + "--tokenizer {model}/bad_template", "chat-template: that of .* writes no chat"),
+    ("data_gen", LINE + "--chat-template {tmp}/no.jinja", "chat-template: cannot read .*/no.jinja"),
+    ("data_gen", LINE + "--chat-template {file}/folder", "chat-template: cannot read .*/folder"),
+    ("data_gen", NIAH + "--haystack {file}/no", "haystack: no \\*.txt in '.*/no'"),
+    ("data_gen", NIAH + "--haystack {file}/latin1", "haystack: cannot read .*/latin1/a.txt as UTF-8 text"),
+    ("data_gen", NIAH + "--needles {file}/needles.jsonl", "needles.jsonl, line 3: expected .*needle"),
+    ("data_gen", NIAH + "--needles {file}/no.jsonl", "No such file or directory: '.*/no.jsonl'"),
+    ("data_gen", NIAH + "--needles {file}/folder", "Is a directory: '.*/folder'"),
+    ("data_gen", LONGBENCH + "--data {file}/triviaqa.jsonl", "triviaqa.jsonl, row 1: expected context, input"),
+    ("data_gen", LONGBENCH + "--data {file}/no.jsonl", "No such file or directory: '.*/no.jsonl'"),
+    # data_gen: files it writes
+    ("data_gen", LINE + "--out {file}/folder", "folder: is a folder, expected the name of a file to write"),
+    ("data_gen", LINE + "--out {file}/file/o.jsonl", "cannot be written, for .*/file is a file"),
+    ("data_gen", LINE + "--out {file}/other.jsonl", "other.jsonl: holds other data and has no"),
+    ("data_gen", LINE + "--out {file}/stale.jsonl", "stale.jsonl.manifest.json: not a manifest"),
+    ("data_gen", "needles --out {tmp}/n.jsonl", "needles: give --base-url and --model"),
+    ("data_gen", "needles --base-url nonsense --model m --out {tmp}/n.jsonl", "nonsense"),
+    # eval run
+    ("eval", RUN + "--task lines", "task: found 'lines', expected one of line, niah"),
+    ("eval", RUN + "--lengths 4k", "lengths: found '4k', expected numbers with commas between"),
+    ("eval", RUN + "--lengths -5", "lengths: found '-5', expected numbers above 0"),
+    ("eval", RUN + "--lengths 99999", "lengths: 99999 tokens do not fit into the model's window of 2048"),
+    ("eval", RUN + "--lengths 2040", "tokens of answer do not fit into the model's window of 2048: ask for shorter"),
+    ("eval", RUN + "--samples 0", "samples: found 0, expected at least 1"),
+    ("eval", RUN + "--shots -1", "shots: found -1, expected at least 0"),
+    ("eval", RUN + "--batch-size 0", "batch-size: found 0, expected at least 1"),
+    ("eval", RUN + "--task vt --cases {file}/cases", "cases: vt has no such option, only line"),
+    ("eval", RUN + "--haystack prose", "haystack: line has no such option, only niah"),
+    ("eval", RUN + "--task mmlu", "lengths: mmlu has no such option, only line and niah"),
+    ("eval", RUN + "--task ruler", "out: names one file, but several tasks are asked for"),
+    ("eval", RUN + "--cases {file}/folder", "cases: no \\*_lines.jsonl in '.*/folder'"),
+    ("eval", RUN + "--cases {file}/cases", "200_lines.jsonl, line 1: not a case of LongEval's"),
+    ("eval", RUN + "--out {file}/folder", "folder: is a folder, expected the name of a file"),
+    ("eval", "run --model {tiny} --task longbench --data {file}/folder --out {tmp}/r.json", "multifieldqa_en.jsonl is"),
+    ("eval", "run --model {tiny} --task mmlu --data {file}/folder --out {tmp}/r.json", "data: no subject of MMLU in"),
+    ("eval", "run", "Missing option '--model'"),
+    # eval run: models and adapters
+    ("eval", SCORE + "{model}/none", "cannot load .*/none"),
+    ("eval", SCORE + "{file}/file", "cannot load .*/file"),
+    ("eval", SCORE + "{model}/no_template", "has no chat template"),
+    ("eval", SCORE + "{model}/bad_config", "cannot load .*/bad_config"),
+    ("eval", SCORE + "{model}/nonesuch", "cannot load .*/nonesuch: .*nonesuch"),
+    ("eval", SCORE + "{model}/cut", "cannot load .*/cut"),
+    ("eval", SCORE + "{model}/lacking", "cannot load .*/lacking: .*model.norm.weight"),
+    ("eval", SCORE + "{model}/pickle", "cannot load .*/pickle: .*safetensors"),
+    ("eval", SCORE + "{model}/quantised", "cannot load .*/quantised: .*quantised in a way that is not known"),
+    ("eval", SCORE + "{adapter}/nan", "nan/adapter_model.safetensors: .*layers.0.* holds values that are no numbers"),
+    ("eval", SCORE + "{adapter}/inf", "inf/adapter_model.safetensors: .*layers.0.* holds values that are no numbers"),
+    ("eval", SCORE + "{adapter}/extra", "extra/adapter_model.safetensors: also holds .*layers.9"),
+    ("eval", SCORE + "{adapter}/missing", "missing/adapter_model.safetensors: lacks .*layers.0"),
+    ("eval", SCORE + "{adapter}/shape", "cannot load .*/shape: .*size mismatch"),
+    ("eval", SCORE + "{adapter}/misspelt", "granularity: found 'heads', expected 'head'"),
+    ("eval", SCORE + "{adapter}/homeless", "adapter_config.json does not say what its base model is"),
+    ("eval", SCORE + "{adapter}/moved", "cannot load .*/moved: .*nowhere"),
+    ("eval", SCORE + "{adapter}/layer_9", "cannot load .*/layer_9: no module named like .* in layers \\[9\\]"),
+    ("eval", SCORE + "{adapter}/wrong_target", "cannot load .*/wrong_target: .*out_proj"),
+    ("eval", SCORE + "{adapter}/truncated", "cannot load .*/truncated"),
+    ("eval", SCORE + "{adapter}/empty", "cannot load .*/empty"),
+    ("eval", SCORE + "{adapter}/no_weights", "cannot load .*/no_weights: .*holds no adapter_model.safetensors"),
+    ("eval", SCORE + "{adapter}/pickled", "cannot load .*/pickled: .*holds no adapter_model.safetensors"),
+    ("eval", SCORE + "{adapter}/no_json", "cannot load .*/no_json"),
+    # eval report and probes
+    ("eval", "report --results {file}/folder --out {tmp}/r.html", "folder: holds no results"),
+    ("eval", "report --results {file}/no --out {tmp}/r.html", "no: holds no results"),
+    ("eval", "report --results {file}/results --out {tmp}/r.html", "a.json: not JSON"),
+    ("eval", "report --results {file}/latin --out {tmp}/r.html", "a.json: not JSON"),
+    ("eval", "report --results {file}/folder --out {file}/folder", "is a folder, expected the name of a file"),
+    ("eval", PROBE + "--task lines", "task: found 'lines', expected one of line"),
+    ("eval", PROBE + "--lengths 0", "lengths: found '0', expected numbers above 0"),
+    ("eval", PROBE + "--lengths 5000", "lengths: 5000 tokens do not fit into the model's window"),
+    ("eval", PROBE.replace("heads", "channels", 1) + "--heads L1", "heads: found 'L1', expected names such as L1H18"),
+    ("eval", PROBE.replace("heads", "channels", 1) + "--heads L9H0", "L9H0"),
+    ("eval", PROBE.replace("heads", "gradient", 1) + "--points nan", "points: found 'nan', expected numbers above 0"),
+    ("eval", QUADRANTS + "{file}/map.json", "map.json: not a map of heads"),
+    ("eval", QUADRANTS + "{file}/no.json", "no.json: cannot be read"),
+    ("eval", QUADRANTS + "{file}/map.json --down nan", "down, up: found nan and 1.1, expected scales above 0"),
+    ("eval", "probe transfer --model {tiny} --out {tmp}/p.json --adapter x", "adapter: found 'x', expected NAME="),
+    ("eval", "probe inspect --out {tmp}/p.json --adapter {tiny}", "tiny: not an adapter folder"),
+    ("eval", "probe inspect --out {tmp}/p.json --adapter {adapter}/lora", "lora: found a LORA adapter"),
+    ("eval", SWEEP + "{file}/no.yml", "No such file or directory: '.*/no.yml'"),
+    ("eval", SWEEP + "{file}/list.yml", "list.yml: not a recipe with"),
+    ("eval", SWEEP + "{file}/broken.yml", "broken.yml: not a recipe with"),
+    ("eval", SWEEP + "{file}/rate_nan.yml", "rate_nan.yml: learning_rate: found nan"),
+    ("eval", SWEEP + "{file}/typo.yml", "seal.granularty: no such setting"),
+    ("eval", SWEEP + "{file}/two.yml", "two.yml: seal.data: found 2 descriptions, expected one"),
+    ("eval", SWEEP + "{file}/two.yml --rates inf", "rates: found 'inf', expected numbers above 0"),
+    # merge, verify, export
+    ("axolotl_plugins.seal", "merge {tiny} {tmp}/m", "tiny: not an adapter folder"),
+    ("axolotl_plugins.seal", "merge {adapter}/good {file}/folder", "folder: exists already: name another folder"),
+    ("axolotl_plugins.seal", "merge {adapter}/good {file}/file/m", "cannot be written, for .*/file is a file"),
+    ("axolotl_plugins.seal", "merge {adapter}/lora {tmp}/m", "found a LORA adapter; use `axolotl merge-lora`"),
+    ("axolotl_plugins.seal", "merge {adapter}/nan {tmp}/m", "holds values that are no numbers"),
+    ("axolotl_plugins.seal", "merge {adapter}/moved {tmp}/m", "cannot load .*/moved"),
+    ("axolotl_plugins.seal", "merge {model}/grouped_adapter {tmp}/m --into v_proj", "grouped-query attention"),
+    ("axolotl_plugins.seal", "merge {adapter}/good {tmp}/m --into q_proj", "'q_proj' is not one of 'auto'"),
+    ("axolotl_plugins.seal", "verify {tiny}", "tiny: holds no seal_merge.json"),
+    ("axolotl_plugins.seal", "verify {file}/no", "no: holds no seal_merge.json"),
+    ("axolotl_plugins.seal", "export {tiny} {tmp}/x", "tiny: not an adapter folder"),
+    ("axolotl_plugins.seal", "export {adapter}/truncated {tmp}/x", "truncated: not an adapter folder"),
+    ("axolotl_plugins.seal", "export {adapter}/shape {tmp}/x", "shape: its layers have scales of different sizes"),
+    ("axolotl_plugins.seal", "export {adapter}/good {file}/folder", "folder: exists already"),
+    ("axolotl_plugins.seal", "fold", "No such command 'fold'"),
+    # recipes
+    ("recipes", "new {tiny} --task lines --out {tmp}/r.yml", "task: found 'lines', expected one of"),
+    ("recipes", "new {tiny} --method seal --out {tmp}/r.yml", "method: found 'seal', expected one of"),
+    ("recipes", "new {tiny} --tokens 5000 --out {tmp}/r.yml", "tokens: 5000 do not fit into the window of 2048"),
+    ("recipes", "new {tiny} --tokens -5 --out {tmp}/r.yml", "tokens: found -5, expected at least 1"),
+    ("recipes", "new {tiny} --chat-template no --out {tmp}/r.yml", "chat-template: found 'no', expected one of"),
+    ("recipes", "new {model}/no_template --out {tmp}/r.yml", "has no chat template"),
+    ("recipes", "new {tiny} --out {file}/folder", "folder: is a folder"),
+    ("recipes", "cost {file}/no.yml", "No such file or directory: '.*/no.yml'"),
+    ("recipes", "cost {file}/folder", "Is a directory: '.*/folder'"),
+    ("recipes", "cost {file}/list.yml", "list.yml: not a recipe: it names no base_model"),
+    ("recipes", "cost {file}/broken.yml", "broken.yml: not YAML"),
+    ("recipes", "cost {file}/no_data.yml", "does not describe its data"),
+    ("recipes", "cost {file}/typo.yml", "seal.granularty: no such setting"),
+    ("recipes", "cost {file}/two.yml --gpu a1000", "gpu: found 'a1000', expected one of"),
+]
+
+
+def listing(*folders: Path) -> dict[str, int]:
+    """Files and folders with their sizes."""
+    return {str(path): path.stat().st_size for folder in folders for path in [folder, *folder.rglob("*")]}
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"), CASES, ids=[f"{program} {message[:40]}" for program, _, message in CASES]
+)
+def test_bad_input_is_one_line_and_writes_nothing(program, arguments, message, world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folders = [tmp_path, *(world[name] for name in ("adapter", "model", "file"))]
+    before = listing(*folders)
+    with pytest.raises(SystemExit) as stopped:
+        run(PROGRAMS[program], f"python -m {program}", arguments.format(**world, tmp=tmp_path).split())
+    line = stopped.value.code  # Python prints a text to stderr and exits with status 1
+    assert isinstance(line, str) and "\n" not in line and re.match(r"[a-z_.]+: ", line)
+    assert re.search(message, line), line
+    assert len(line) < 700 and "Traceback" not in capsys.readouterr().err
+    assert listing(*folders) == before
+
+
+@pytest.mark.parametrize("program", ["data_gen", "axolotl_plugins.seal"])
+def test_a_process_exits_with_status_1(program, tmp_path):
+    arguments = {"data_gen": ["line", "--out", "o.jsonl"], "axolotl_plugins.seal": ["verify", "none"]}[program]
+    done = subprocess.run([sys.executable, "-m", program, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and len(re.findall(rf"^({program}|verify): .+", done.stderr, re.MULTILINE)) == 1
+    assert not list(tmp_path.iterdir())
+
+
+GOOD = chat("What is in line 3?", "It is 7.")
+DATA = {"task": "line", "tokens": 400}
+HEAD = {"granularity": "head"}
+RECIPES = [
+    ({"seal": {"granularity": 3}}, "seal.granularity: found 3"),
+    ({"seal": HEAD | {"layers": "all"}}, "seal.layers: found 'all'"),
+    ({"seal": HEAD | {"target_modules": "o_proj"}}, "seal.target_modules: found 'o_proj'"),
+    ({"seal": "head"}, "seal: found 'head'"),
+    ({"seal": HEAD | {"data": DATA | {"samples": 0}}}, "samples: found 0, expected at least 1"),
+    ({"seal": HEAD | {"data": DATA | {"tokens": 4000}}}, "seal.data.tokens: found '4000', expected at most 512"),
+    ({"seal": HEAD | {"data": DATA | {"tokens": "many"}}}, "tokens: found 'many', expected N or N:M"),
+    ({"seal": HEAD | {"data": {"task": "line"}}}, "give the length either as tokens or as lines"),
+    ({"seal": HEAD | {"data": {"tokens": 400}}}, "seal.data.task"),
+    ({"learning_rat": 0.1}, "learning_rat: Axolotl has no such setting; is learning_rate meant?"),
+    ({"xyzzy": 1}, "xyzzy: Axolotl has no such setting: remove it"),
+    ({"datasets": [{"path": "d.jsonl", "type": "chat_template", "role_to_train": []}]}, "datasets.0.role_to_train: "),
+    ({"sequence_len": "long"}, "sequence_len: found 'long', expected a number of tokens"),
+    ({"sequence_len": None}, "sequence_len: found None"),
+    ({"base_model": "no/such"}, "tokenizer: cannot load 'no/such'"),
+    ({"learning_rate": float("inf")}, "learning_rate: found inf"),
+    ({"datasets": [{"path": "folder"}]}, "folder: is a folder"),
+]  # fmt: skip
+ROWS = [
+    ("{oops", "line 37: not JSON"),
+    (json.dumps(chat("a", "")), "line 37: the last turn is empty"),
+    (json.dumps({"text": "a"}), "line 37: found no chat"),
+]
+
+
+def refusal(folder: Path) -> str:
+    """What the plugin says to ``recipe.yml``, called as Axolotl calls it."""
+    from axolotl.utils.dict import DictDefault
+
+    from axolotl_plugins.seal import SealPlugin
+
+    recipe = DictDefault(yaml.safe_load((folder / "recipe.yml").read_text()))
+    with pytest.raises(SystemExit) as stopped:
+        SealPlugin().register(recipe)
+    assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code
+    return stopped.value.code
+
+
+@pytest.mark.parametrize(("changes", "message"), RECIPES, ids=[message for _, message in RECIPES])
+def test_bad_recipes_are_refused_before_anything_is_written(changes, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    write_recipe(tmp_path, **changes)
+    before = listing(tmp_path)
+    assert message in refusal(tmp_path)
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize(("row", "message"), ROWS, ids=[message for _, message in ROWS])
+def test_a_bad_row_of_training_data_is_named_by_its_line(row, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_recipe(tmp_path, seal=HEAD)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/tiny_line.jsonl").write_text((json.dumps(GOOD) + "\n") * 36 + row + "\n")
+    assert f"data/tiny_line.jsonl, {message}" in refusal(tmp_path)
+
+
+def test_the_table_is_long_enough():
+    assert len(CASES) + len(RECIPES) + len(ROWS) >= 60

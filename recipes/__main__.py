@@ -27,12 +27,15 @@ def main() -> None:
 
 @app.command()
 def write() -> None:
-    """Write the paper's recipes again from matrix.yml, beside it."""
+    """Write the paper's recipes again from matrix.yml, beside it, and their commands into docs/rows.md."""
     quiet_libraries()
+    from recipes.rows import DOCS, write_rows
+
     texts = all_recipes()
     for name, text in texts.items():
         write_text(FOLDER / f"{name}.yml", text)
-    print(f"{len(texts)} recipes in {FOLDER}")
+    write_text(DOCS, write_rows())
+    print(f"{len(texts)} recipes in {FOLDER}, and {DOCS}")
 
 
 @app.command(epilog="Example: python -m recipes new Qwen/Qwen2.5-7B-Instruct --task line --method sealc --tokens 31000")
@@ -172,6 +175,21 @@ def cost_lines(file: Path, gpu: str) -> list[str]:
         f"{PAPER_SHARE:.0%} that the paper's 40 minutes on an A100 come to",
         f"memory: about {found.gib:.0f} GiB of {memory}" + ("" if found.gib < memory else ": it will not fit"),
     ]
+
+
+@app.command(epilog="Example: python -m recipes smoke longchat7b_line_sealc mistral7b_vt_sealh")
+def smoke(
+    names: Annotated[list[str] | None, typer.Argument(help="Recipes; left out, all that matrix.yml makes.")] = None,
+    jobs: Annotated[int, typer.Option(help="Runs side by side.")] = 2,
+) -> None:
+    """Launch recipes for two steps each on random-weight miniatures of their models, and print a table."""
+    quiet_libraries()
+    from recipes.smoke import smoke as run
+
+    try:
+        run(names or [], jobs)
+    except (ValueError, RuntimeError, OSError) as error:
+        stop("recipes", error)
 
 
 @app.command()

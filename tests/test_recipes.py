@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import get_args
@@ -9,13 +10,16 @@ from typing import get_args
 import pytest
 import yaml
 from pydantic import AliasChoices, BaseModel
-from transformers import LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig
+from typer.main import get_command
 
 from axolotl_plugins.seal.args import SealArgs
 from axolotl_plugins.seal.plugin import check_recipe
-from data_gen.generate import Request
+from data_gen.generate import Request, generate
+from eval.__main__ import app as eval_app
 from recipes.__main__ import count_parameters, recipe_for
 from recipes.matrix import all_recipes, read_matrix
+from recipes.rows import write_rows
 
 ROOT = Path(__file__).parent.parent
 TEXTS = all_recipes()
@@ -30,6 +34,25 @@ RULER_MODELS = ("llama31_8b", "mistral7b", "longchat7b")
 def test_recipes_are_what_the_matrix_says():
     written = {file.stem: file.read_text() for file in FILES}
     assert written == TEXTS, "run `make recipes`"
+
+
+def test_every_row_of_the_paper_has_its_commands():
+    text = write_rows()
+    assert (ROOT / "docs/rows.md").read_text() == text, "run `make recipes`"
+    named = set(re.findall(r"axolotl\.cli\.train recipes/(\w+)\.yml", text))
+    # LoRA and DoRA on lines are in the paper for two of the models alone.
+    extra = {f"{m}_line_{b}" for m in ("mistral7b", "vicuna7b", "longchat13b") for b in ("seall", "seald")}
+    assert named == {name for name in TEXTS if not name.startswith("tiny") and "longbench" not in name} - extra
+    parts = {part.splitlines()[0]: part for part in text.split("\n## ")[1:]}
+    assert list(parts) == [f"Table {n}" for n in (1, 2, 3)] + [f"Figure {n}" for n in (5, 6, 7, 9, 10)]
+    rows = {title: part.count("python -m eval run") for title, part in parts.items()}
+    assert rows["Table 1"] == 5 * 3 and rows["Table 2"] == 3 * 3 * 3 and rows["Table 3"] == 2 * 6
+    assert rows["Figure 5"] == 5 * 3 and rows["Figure 6"] == rows["Figure 7"] == 2 * 3 and rows["Figure 9"] == 2
+    # Every option is one that the command has, every file is there.
+    options = {option for parameter in get_command(eval_app).commands["run"].params for option in parameter.opts}
+    assert set(re.findall(r" (--[a-z-]+)", text)) <= options
+    for path in re.findall(r"recipes/[\w./]+", text):
+        assert (ROOT / path.rstrip(".")).is_file(), path
 
 
 def test_the_papers_set_is_whole():
@@ -158,21 +181,43 @@ def test_parameters_are_those_of_table_8():
         assert {names[method]: round(count / 1000, 1) for method, count in counts[model].items()} == printed
 
 
-def test_vicuna_template_is_fastchats():
-    """Recorded from FastChat 0.2.36, ``get_conv_template("vicuna_v1.1")``, two turns and an open third."""
-    from transformers import AutoTokenizer
-
+@pytest.mark.parametrize("case", json.loads((ROOT / "tests/fixtures/vicuna.json").read_text()))
+def test_vicuna_template_is_fastchats(case):
+    """Recorded from FastChat 0.2.36, ``get_conv_template("vicuna_v1.1").get_prompt()``, which leaves out ``<s>``."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "recipes" / "tiny")
     tokenizer.chat_template = (ROOT / "recipes" / "templates" / "vicuna_v1.1.jinja").read_text()
-    chat = [("user", "Hello!"), ("assistant", "Hi there."), ("user", "How are you?")]
-    rendered = tokenizer.apply_chat_template(
-        [{"role": role, "content": content} for role, content in chat], tokenize=False, add_generation_prompt=True
-    )
-    assert rendered == "<s>" + (
-        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-        "detailed, and polite answers to the user's questions. USER: Hello! ASSISTANT: Hi there.</s>USER: How are you? "
-        "ASSISTANT:"
-    )
+    open_turn = case["messages"][-1]["role"] == "user"
+    rendered = tokenizer.apply_chat_template(case["messages"], tokenize=False, add_generation_prompt=open_turn)
+    assert rendered == "<s>" + case["prompt"]
+
+
+OWN = ("mistral_v1", "llama3")  # what the tokenizers of Mistral-7B-Instruct-v0.2 and Llama-3.1 bring, as Axolotl has it
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1.1", *OWN, "tiny"])
+def test_axolotl_trains_on_the_ids_that_the_model_is_asked_with(template):
+    from axolotl.prompt_strategies.chat_template import load
+    from axolotl.utils.chat_templates import get_chat_template
+    from axolotl.utils.dict import DictDefault
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "recipes" / "tiny")
+    if template in OWN:
+        tokenizer.chat_template = get_chat_template(template)
+    elif template != "tiny":
+        tokenizer.chat_template = (ROOT / "recipes" / "templates" / f"{template}.jinja").read_text()
+    cfg = {"chat_template": "tokenizer_default", "train_on_inputs": False, "sequence_len": 2048}
+    strategy = load(tokenizer, DictDefault(cfg), {"type": "chat_template", "roles_to_train": ["assistant"]})
+    sample = next(generate(Request("line", "400", samples=1), tokenizer))
+    row = strategy.tokenize_prompt({"messages": sample["messages"]})
+    ids, labels = list(row["input_ids"]), list(row["labels"])
+    assert ids == tokenizer.apply_chat_template(sample["messages"], return_dict=False)
+    # As eval asks: the text of the template, encoded without another beginning.
+    text = tokenizer.apply_chat_template(sample["messages"][:1], tokenize=False, add_generation_prompt=True)
+    asked = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids[: len(asked)] == asked and ids.count(tokenizer.bos_token_id) <= 1
+    learned = [id_ for id_, label in zip(ids, labels, strict=True) if label != -100]
+    assert labels[: len(asked)] == [-100] * len(asked) and learned
+    assert tokenizer.decode(learned, skip_special_tokens=True).strip().startswith(sample["answer"])
 
 
 def test_a_recipe_for_the_small_model_and_what_cannot_be_tuned(tmp_path):

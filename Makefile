@@ -19,10 +19,10 @@ KILLS ?= 50
 BENCH_TOKENS ?= 8192 31000 65536 131072
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test train data eval report merge recipes study probes bench bench-gpu chaos lock lint tiny-model
+.PHONY: help setup demo test train data eval report merge recipes recipes-smoke study probes bench bench-gpu chaos lock lint tiny-model
 
 help: ## list the targets and their variables
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed ## make a virtual environment in .venv and install everything into it
 
@@ -69,6 +69,9 @@ lint: setup ## check style and types
 
 recipes: setup ## write the paper's recipes again, from recipes/matrix.yml
 	$(RUN) -m recipes write
+
+recipes-smoke: setup ## launch every recipe for two steps on a random-weight miniature of its model (an hour)
+	$(RUN) -m recipes smoke
 
 study: setup ## all methods, controls and kinds of base on the small model (hours): results/study.json
 	$(RUN) -m recipes.study

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import yaml
 
 from data_gen.console import quiet_libraries, stop
 from data_gen.console import run as run_app
@@ -33,7 +35,11 @@ GROUPS = {"ruler": ("vt", "cwe", "fwe"), "all": (*OURS, *KNOWN)}
 
 @app.command(epilog="Example: python -m eval run --model outputs/tiny_line_sealc --lengths 512,1024,1900 --samples 100")
 def run(
-    model: Annotated[str, typer.Option(help="Hub id, merged folder, or SEAL adapter folder.")],
+    model: Annotated[str | None, typer.Option(help="Hub id, merged folder, or SEAL adapter folder.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FOLDER, once for each of several adapters of one base model, which is loaded once."),
+    ] = None,
     task: Annotated[
         str, typer.Option(help=f"What to score: {', '.join((*OURS, *KNOWN))}; ruler for its three, or all.")
     ] = "line",
@@ -58,6 +64,10 @@ def run(
     ] = None,
     chat_template: Annotated[
         str | None, typer.Option(help="Jinja file, for base models without a template: see recipes/templates.")
+    ] = None,
+    model_config: Annotated[
+        Path | None,
+        typer.Option(help="A recipe whose `model_config` is to hold for a base model too: NTK, Self-Extend."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts generated together.")] = 1,
     out: Annotated[str, typer.Option(help="Result file; default results/TASK_MODEL.json. A PNG lies beside it.")] = "",
@@ -86,32 +96,58 @@ def run(
         for option, count, least in counts:
             if count < least:
                 raise ValueError(f"{option}: found {count}, expected at least {least}")
+        if bool(model) == bool(adapter):
+            raise ValueError("model: name one by --model, or adapters of one base by --adapter NAME=FOLDER")
+        folders = dict(part.split("=", 1) for part in adapter or () if "=" in part)
+        if len(folders) != len(adapter or ()):
+            raise ValueError(f"adapter: found {' '.join(adapter or ())!r}, expected NAME=FOLDER, every name once")
+        if folders and model_config:
+            raise ValueError("model-config: adapters bring their own: leave it out")
+        if out and len(folders) > 1:
+            raise ValueError("out: names one file, but several adapters are scored: leave it out")
         wanted = numbers(lengths, "lengths") if lengths else None
-        from axolotl_plugins.seal.load import load
+        from axolotl_plugins.seal.load import Loaded, load, load_each
         from eval import known
         from eval import run as ours
         from eval.table import print_scores, print_sets
 
-        loaded = load(model, chat_template=chat_template, trust_remote_code=trust_remote_code)
-        for name in tasks:
-            path = Path(out) if out else Path("results") / f"{name}_{model.strip('/').replace('/', '_')}.json"
-            journal = journal_file(path, model)
-            if name in KNOWN:
-                result = known.run_known(loaded, name, data=data, limit=samples, batch_size=batch_size, journal=journal)
-                write_text(path, json.dumps(result, indent=1) + "\n")
-                print_sets(result)
-                print(path)
-            else:
-                result = ours.run(
-                    loaded, name, lengths=wanted, samples=samples or 50, seed=seed, shots=shots,
-                    shot_tokens=shot_tokens, haystack=haystack if name == "niah" else None,
-                    cases=cases if name == "line" else None, batch_size=batch_size, journal=journal,
-                    allow_contamination=allow_contamination,
-                )  # fmt: skip
-                ours.save(result, path)
-                print_scores([result])
-                print(f"{path} and {path.with_suffix('.png')}")
-            journal.unlink(missing_ok=True)
+        options: dict[str, Any] = {"chat_template": chat_template, "trust_remote_code": trust_remote_code}
+        changes = None
+        if model_config:
+            changes = (yaml.safe_load(model_config.read_text()) or {}).get("model_config")
+            if not changes:
+                raise ValueError(f"model-config: {model_config} has no `model_config:`")
+        models: Iterable[Loaded] = load_each(folders, **options)
+        if model:
+            models = [load(model, **options, model_config=changes)]
+        names = list(folders) or [str(model).strip("/").replace("/", "_")]
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name in tasks}
+        for title, loaded in zip(names, models, strict=True):
+            for name in tasks:
+                path = Path(out) if out else Path("results") / f"{name}_{title}.json"
+                journal = journal_file(path, loaded.name)
+                if name in KNOWN:
+                    result = known.run_known(
+                        loaded, name, data=data, limit=samples, batch_size=batch_size, journal=journal
+                    )
+                    write_text(path, json.dumps(result, indent=1) + "\n")
+                    print_sets(result)
+                    print(path)
+                else:
+                    result = ours.run(
+                        loaded, name, lengths=wanted, samples=samples or 50, seed=seed, shots=shots,
+                        shot_tokens=shot_tokens, haystack=haystack if name == "niah" else None,
+                        cases=cases if name == "line" else None, batch_size=batch_size, journal=journal,
+                        allow_contamination=allow_contamination,
+                    )  # fmt: skip
+                    ours.save(result, path)
+                    results[name].append(result)
+                    print_scores([result])
+                    print(f"{path} and {path.with_suffix('.png')}")
+                journal.unlink(missing_ok=True)
+        for together in results.values():
+            if len(together) > 1:
+                print_scores(together, names)
     except (ValueError, OSError) as error:
         stop("eval", error)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -12,8 +12,11 @@ import yaml
 from data_gen.console import first_line, quiet_libraries, stop
 from data_gen.console import run as run_app
 from data_gen.files import check_output, write_text
-from recipes.cost import GOOD_SHARE, GPUS, PAPER_SHARE, Shape, training_bytes, training_flop
+from recipes.cost import GOOD_SHARE, GPUS, PAPER_SHARE, Shape, recipe_cost
 from recipes.matrix import FOLDER, METHODS, TASKS, all_recipes, rate, read_matrix, recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -25,11 +28,15 @@ def main() -> None:
 
 @app.command()
 def write() -> None:
-    """Write the paper's recipes again from matrix.yml, beside it."""
+    """Write the paper's recipes again from matrix.yml, beside it, and their commands into docs/rows.md."""
+    quiet_libraries()
+    from recipes.rows import DOCS, write_rows
+
     texts = all_recipes()
     for name, text in texts.items():
         write_text(FOLDER / f"{name}.yml", text)
-    print(f"{len(texts)} recipes in {FOLDER}")
+    write_text(DOCS, write_rows())
+    print(f"{len(texts)} recipes in {FOLDER}, and {DOCS}")
 
 
 @app.command(epilog="Example: python -m recipes new Qwen/Qwen2.5-7B-Instruct --task line --method sealc --tokens 31000")
@@ -44,6 +51,9 @@ def new(
     chat_template: Annotated[
         str | None, typer.Option(help="For tokenizers without one: a name in recipes/templates, such as vicuna_v1.1.")
     ] = None,
+    gpu: Annotated[
+        bool | None, typer.Option(help="Train in bfloat16 with FlashAttention; default: if this machine has a GPU.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="File to write; left out, the recipe is printed.")] = None,
 ) -> None:
     """Make a recipe for any model that SEAL can wrap."""
@@ -51,7 +61,7 @@ def new(
     try:
         if out is not None:
             check_output(out)
-        text, found = recipe_for(base, task, method, tokens, chat_template, out.stem if out else None)
+        text, found = recipe_for(base, task, method, tokens, chat_template, out, gpu)
     except (ValueError, OSError) as error:
         stop("recipes", error)
     if out is None:
@@ -62,8 +72,9 @@ def new(
 
 
 def recipe_for(
-    base: str, task: str, method: str, tokens: int | None, chat_template: str | None, name: str | None
-) -> tuple[str, str]:
+    base: str, task: str, method: str, tokens: int | None = None, chat_template: str | None = None,
+    out: Path | None = None, gpu: bool | None = None,
+) -> tuple[str, str]:  # fmt: skip
     """The text of a recipe, and the modules that it will scale.
 
     Raises:
@@ -88,6 +99,7 @@ def recipe_for(
         config = AutoConfig.from_pretrained(base)
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()  # undone by moving to the meta device
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the config of {base!r} ({first_line(error)})") from error
     found = find_attention_outputs(model)
@@ -100,15 +112,24 @@ def recipe_for(
     if longest >= window:
         raise ValueError(f"tokens: {longest} do not fit into the window of {window}: ask for at most {window - 1}")
     entry: dict[str, Any] = {"name": base, "base_model": base, "window": window, "tokens": longest,
-                             "gpu": torch.cuda.is_available()}  # fmt: skip
+                             "gpu": torch.cuda.is_available() if gpu is None else gpu}  # fmt: skip
     if chat_template:
         entry["template"] = chat_template
-    name = name or f"{Path(base).name.lower().replace('.', '_')}_{task}_{method}"
+    out = out or FOLDER.relative_to(FOLDER.parent) / f"{Path(base).name.lower().replace('.', '_')}_{task}_{method}.yml"
     text = recipe(
-        name, entry, task, method, lr=rate(read_matrix()["rates"], "", task, method),
+        out, entry, task, method, lr=rate(read_matrix()["rates"], "", task, method), shape=shape_of(model),
         shows="not a model of the paper; its rate is that of the task",
     )  # fmt: skip
     return text, ", ".join(found)
+
+
+def shape_of(model: PreTrainedModel) -> Shape | None:
+    """The shape that costs depend on, if the model is so much like a Llama that it accounts for its weights."""
+    try:
+        shape = Shape.of(model.config.get_text_config().to_dict())
+    except KeyError:
+        return None
+    return shape if abs(shape.parameters / model.num_parameters() - 1) < 0.02 else None
 
 
 @app.command(epilog="Example: python -m recipes cost recipes/longchat7b_line_sealc.yml --gpu a100")
@@ -131,9 +152,6 @@ def cost_lines(file: Path, gpu: str) -> list[str]:
     Raises:
         ValueError: the recipe does not describe its data, its model's shape is not known, or there is no such GPU.
     """
-    from axolotl_plugins.seal.args import parse_block
-    from data_gen.generate import Request
-
     if gpu not in GPUS:
         raise ValueError(f"gpu: found {gpu!r}, expected one of {', '.join(GPUS)}")
     try:
@@ -142,40 +160,44 @@ def cost_lines(file: Path, gpu: str) -> list[str]:
         raise ValueError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(settings, dict) or "base_model" not in settings:
         raise ValueError(f"{file}: not a recipe: it names no base_model")
-    block = parse_block(settings.get("seal"))
-    if not block.data:
-        raise ValueError(f"{file}: does not describe its data (`seal: data:`), so its length is not known")
-    matrix, config = read_matrix(), None
-    for model in matrix["models"].values():
-        if model["base_model"] == settings["base_model"] and "shape" in model:
-            config = matrix["shapes"][model["shape"]]
-    if config is None:
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(settings["base_model"]).to_dict()
+    matrix = read_matrix()
+    named = {model["base_model"]: model.get("shape") for model in matrix["models"].values()}
     try:
-        shape = Shape.of(config)
+        if kind := named.get(settings["base_model"]):
+            shape = Shape.of(matrix["shapes"][kind])
+        else:
+            from transformers import AutoConfig
+
+            shape = Shape.of(AutoConfig.from_pretrained(settings["base_model"]).to_dict())
     except KeyError as error:
         raise ValueError(f"{settings['base_model']}: its config has no {error}, so its cost cannot be told") from None
-    recompute = bool(settings.get("gradient_checkpointing"))
-    flop, longest = 0.0, 0
-    for data in block.data:
-        if data.tokens is None:
-            raise ValueError(f"{file}: seal.data counts lines, expected tokens")
-        low, high = Request(data.task, data.tokens).token_range()
-        longest = max(longest, high)
-        steps = data.samples * settings.get("num_epochs", 1)
-        flop += steps * sum(training_flop(shape, n) for n in (low, (low + high) // 2, high)) / 3
-    rate, memory = GPUS[gpu]
-    need = training_bytes(shape, longest, recompute=recompute) / 2**30
-    minutes = [flop / (rate * share) / 60 for share in (GOOD_SHARE, PAPER_SHARE)]
+    try:
+        found = recipe_cost(settings, shape)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    minutes, memory = found.minutes(gpu), GPUS[gpu][1]
     return [
-        f"{settings['base_model']}: {shape.parameters / 1e9:.2f} B parameters, {longest} tokens at most",
-        f"useful work: {flop:.3g} FLOP; activations are {'' if recompute else 'not '}formed again",
+        f"{settings['base_model']}: {shape.parameters / 1e9:.2f} B parameters, {found.tokens} tokens at most",
+        f"useful work: {found.flop:.3g} FLOP; activations are {'' if found.recompute else 'not '}formed again",
         f"time on {gpu}: {minutes[0]:.1f} minutes at {GOOD_SHARE:.0%} of its peak, {minutes[1]:.1f} at the "
         f"{PAPER_SHARE:.0%} that the paper's 40 minutes on an A100 come to",
-        f"memory: about {need:.0f} GiB of {memory}" + ("" if need < memory else ": it will not fit"),
+        f"memory: about {found.gib:.0f} GiB of {memory}" + ("" if found.gib < memory else ": it will not fit"),
     ]
+
+
+@app.command(epilog="Example: python -m recipes smoke longchat7b_line_sealc mistral7b_vt_sealh")
+def smoke(
+    names: Annotated[list[str] | None, typer.Argument(help="Recipes; left out, all that matrix.yml makes.")] = None,
+    jobs: Annotated[int, typer.Option(help="Runs side by side.")] = 2,
+) -> None:
+    """Launch recipes for two steps each on random-weight miniatures of their models, and print a table."""
+    quiet_libraries()
+    from recipes.smoke import smoke as run
+
+    try:
+        run(names or [], jobs)
+    except (ValueError, RuntimeError, OSError) as error:
+        stop("recipes", error)
 
 
 @app.command()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from data_gen.generate import Request
+
 # Dense bf16 FLOP per second, and GiB, as the makers print them.
 GPUS = {
     "a100": (312e12, 80), "h100": (989e12, 80), "h200": (989e12, 141), "rtx4090": (165e12, 24), "l40s": (362e12, 48),
@@ -94,3 +96,57 @@ def training_bytes(shape: Shape, tokens: int, *, answer: int = 40, recompute: bo
     logits = 12 * answer * shape.vocabulary
     kept = 0.0 if recompute else one_layer / 2 * (shape.layers - 1)
     return 2 * shape.parameters + boundaries + one_layer + kept + logits
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a recipe costs.
+
+    Attributes:
+        flop: useful work of all steps.
+        tokens: of its longest sample.
+        bytes: peak memory.
+        recompute: whether activations are formed again, which ``flop`` does not count.
+    """
+
+    flop: float
+    tokens: int
+    bytes: float
+    recompute: bool
+
+    @property
+    def gib(self) -> float:
+        """Peak memory in GiB."""
+        return self.bytes / 2**30
+
+    def minutes(self, gpu: str) -> tuple[float, float]:
+        """Minutes on one of ``GPUS``: at ``GOOD_SHARE`` of its peak, and at ``PAPER_SHARE``."""
+        peak = GPUS[gpu][0]
+        return self.flop / (peak * GOOD_SHARE) / 60, self.flop / (peak * PAPER_SHARE) / 60
+
+
+def recipe_cost(settings: dict[str, Any], shape: Shape) -> Cost:
+    """What a recipe costs on one device, from shapes alone; what LoRA adds is not counted.
+
+    Args:
+        settings: the recipe; its ``seal: data:`` says how many samples of what length there are.
+        shape: of its model.
+
+    Raises:
+        ValueError: the recipe does not describe its data in tokens.
+    """
+    from axolotl_plugins.seal.args import SealArgs
+
+    block = SealArgs(seal=settings.get("seal")).seal
+    if block is None or not block.data:
+        raise ValueError("does not describe its data (`seal: data:`), so its length is not known")
+    recompute = bool(settings.get("gradient_checkpointing"))
+    flop, longest = 0.0, 0
+    for data in block.data:
+        if data.tokens is None:
+            raise ValueError("seal.data counts lines, expected tokens")
+        low, high = Request(data.task, data.tokens).token_range()
+        longest = max(longest, high)
+        steps = data.samples * settings.get("num_epochs", 1)
+        flop += steps * sum(training_flop(shape, n) for n in (low, (low + high) // 2, high)) / 3
+    return Cost(flop, longest, training_bytes(shape, longest, recompute=recompute), recompute)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from textwrap import indent
+from textwrap import fill, indent
 from typing import Any
 
 import yaml
+
+from recipes.cost import GOOD_SHARE, PAPER_SHARE, Shape, recipe_cost
 
 FOLDER = Path(__file__).parent
 METHODS = {"sealh": "SEAL-H", "sealc": "SEAL-C", "seall": "SEAL-L (LoRA)", "seald": "SEAL-D (DoRA)"}
@@ -37,12 +39,20 @@ def rate(rates: dict[str, dict[str, float]], model: str, task: str, method: str)
     return found
 
 
-def cost(model: dict[str, Any]) -> str:
-    """What to expect of time and memory, and who says so."""
-    if not model.get("gpu", True):
-        return " About a minute on two CPU cores, in 2 GB."
-    minutes = "about 40 minutes" if model["tokens"] > 16_384 else "about 10 minutes"
-    return f" The authors' 7B models took {minutes} on one A100 80 GB (section 5)."
+def expectation(settings: dict[str, Any], shape: Shape | None, measured: str | None) -> str:
+    """Comment lines that say what memory and time a recipe takes, and how that is known; empty if it is not."""
+    if measured:
+        return f"# {measured}\n"
+    if shape is None or not settings["bf16"]:
+        return ""
+    cost = recipe_cost(settings, shape)
+    fast, slow = cost.minutes("a100")
+    text = (
+        f"Takes about {cost.gib:.0f} GiB, and {fast:.0f} to {slow:.0f} minutes on one A100 80 GB: computed from shapes "
+        f"(`python -m recipes cost`), at {GOOD_SHARE:.0%} of the card's peak and at the {PAPER_SHARE:.0%} that the "
+        "authors' 40 minutes for 7B models and 31K tokens (section 5) come to; not measured yet."
+    )
+    return fill(text, 118, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False) + "\n"
 
 
 def data_block(model: dict[str, Any], task: str, samples: int) -> str:
@@ -59,27 +69,27 @@ seed: 0
     return text
 
 
-def recipe(name: str, model: dict[str, Any], task: str, method: str, *, lr: float, shows: str, note: str = "",
+def recipe(file: Path, model: dict[str, Any], task: str, method: str, *, lr: float, shows: str, shape: Shape | None,
            samples: int = 50, epochs: int = 1) -> str:  # fmt: skip
     """The text of one recipe.
 
     Args:
-        name: of its file, without ending.
+        file: where it will lie.
         model: an entry of ``models`` in ``matrix.yml``.
         task: a key of ``TASKS`` or ``MIXTURES``.
         method: a key of ``METHODS``.
         lr: learning rate.
         shows: what it is good for, such as what of the paper it reproduces.
-        note: what to expect of time and memory.
+        shape: of the model, from which its cost is computed; None if it is not known.
         samples: training samples.
         epochs: passes over them.
     """
-    gpu = model.get("gpu", True)  # in bfloat16 with FlashAttention
+    name, gpu = file.stem, model.get("gpu", True)  # in bfloat16 with FlashAttention
     adapter = {
-        "sealh": "adapter: seal",
-        "sealc": "adapter: seal",
-        "seall": "adapter: lora\n" + LORA + "peft_use_dora: false",
-        "seald": "adapter: lora\n" + LORA + "peft_use_dora: true",
+        "sealh": "adapter: seal\n" + SEAL,
+        "sealc": "adapter: seal\n" + SEAL,
+        "seall": "adapter: lora\n" + LORA + "peft_use_dora: false\n",
+        "seald": "adapter: lora\n" + LORA + "peft_use_dora: true\n",
     }[method]
     seal = {"sealh": "  granularity: head\n", "sealc": "  granularity: channel\n"}.get(method, "")
     template = "chat_template: tokenizer_default"
@@ -102,17 +112,11 @@ def recipe(name: str, model: dict[str, Any], task: str, method: str, *, lr: floa
         data = "  data: # made by the plugin when the files below are missing, one entry for each\n"
         data += "".join("    - " + indent(block, "      ").lstrip() for block in blocks)
     datasets = "".join(DATASET.format(file=file) for file in files)
-    return f"""# accelerate launch -m axolotl.cli.train recipes/{name}.yml
-#
-# {METHODS[method]} on {model["name"]}, {" and ".join(TASKS[part] for part in parts)}: {shows}.
-# {samples} samples, {epochs} {"epoch" if epochs == 1 else "epochs"}.{note}
-
-base_model: {model["base_model"]}
+    body = f"""base_model: {model["base_model"]}
 {stretched}plugins:
 {plugins}
 
-{adapter}
-seal:
+{adapter}seal:
 {seal}{data}
 datasets:
 {datasets}{template}
@@ -140,10 +144,15 @@ attn_implementation: {attention}
 gradient_checkpointing: {str(gpu).lower()}
 
 output_dir: outputs/{name}
-merge_method: legacy # for `axolotl merge-lora`; its default knows LoRA alone
 save_strategy: "no"
 logging_steps: 1
 """
+    return f"""# accelerate launch -m axolotl.cli.train {file}
+#
+# {METHODS[method]} on {model["name"]}, {" and ".join(TASKS[part] for part in parts)}: {shows}.
+# Learns from {samples} samples, {epochs} {"epoch" if epochs == 1 else "epochs"}.
+{expectation(yaml.safe_load(body), shape, model.get("measured"))}
+{body}"""
 
 
 DATASET = """  - path: data/{file}.jsonl
@@ -151,6 +160,7 @@ DATASET = """  - path: data/{file}.jsonl
     type: chat_template
     roles_to_train: [assistant]
 """
+SEAL = "merge_method: legacy # for `axolotl merge-lora`; its default knows LoRA alone\n"
 LORA = """lora_r: 4 # on q, k, v and o (section 9)
 lora_alpha: 8 # the paper does not say; PEFT's default
 lora_dropout: 0
@@ -175,11 +185,13 @@ def all_recipes() -> dict[str, str]:
         samples, epochs = row.get("samples", 50), row.get("epochs", 1)
         for model, task, method in itertools.product(row["models"], row["tasks"], row["methods"]):
             name = f"{model}_{task}_{method}" + (f"_{samples}x{epochs}" if epochs > 1 else "")
+            entry = matrix["models"][model]
+            shape = matrix["shapes"].get(entry.get("shape"))
             if name in texts:
                 raise ValueError(f"matrix.yml: two rows make {name}.yml")
             texts[name] = recipe(
-                name, matrix["models"][model], task, method, lr=rate(matrix["rates"], model, task, method),
-                shows=f"{row['shows']} of arXiv 2501.15225", note=cost(matrix["models"][model]),
+                Path("recipes") / f"{name}.yml", entry, task, method, lr=rate(matrix["rates"], model, task, method),
+                shows=f"{row['shows']} of arXiv 2501.15225", shape=Shape.of(shape) if shape else None,
                 samples=samples, epochs=epochs,
             )  # fmt: skip
     return texts

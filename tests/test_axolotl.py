@@ -23,8 +23,8 @@ TINY = ROOT / "recipes" / "tiny"
 STEPS = 4
 
 
-def run(folder: Path, *command: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def run(folder: Path, *command: str, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     return subprocess.run(
         [sys.executable, "-m", *command], cwd=folder, env=environment, input=stdin, capture_output=True, text=True,
         timeout=600,
@@ -180,6 +180,19 @@ DATA = {"task": "line", "tokens": 400}
         ({"seal": {"granularity": "head", "data": [DATA, DATA | {"tokenz": 4}]}}, "seal.data.1.tokenz: no such"),
         ({"seal": {"granularity": "head", "data": [DATA, DATA]}}, "describes 2 files"),
         ({"seal": None}, "seal.granularity: missing"),
+        ({"context_parallel_size": 2}, "have no loss to learn from"),
+        ({"fsdp_config": {"reshard_after_forward": True}}, "fsdp_version: found None"),
+        ({"fsdp_config": {"reshard_after_forward": True}, "fsdp_version": 2, "bf16": True}, "mixed precision rounds"),
+        ({"deepspeed": {"bf16": {"enabled": "auto"}}, "bf16": True}, "bf16.enabled rounds"),
+        ({"deepspeed": {"bf16": {"enabled": True}}}, "bf16.enabled rounds"),
+        (
+            {
+                "deepspeed": {"zero_optimization": {"stage": 3}},
+                "gradient_checkpointing": True,
+                "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            },
+            "set `use_reentrant: true`",
+        ),
     ],
 )
 def test_recipes_that_would_ruin_a_run_are_refused(changes, message, tmp_path, capsys):
@@ -214,3 +227,32 @@ def test_a_sample_longer_than_sequence_len_stops_the_run(tmp_path):
     write_recipe(tmp_path, sequence_len=320)
     done = launch(tmp_path)
     assert done.returncode != 0 and not (tmp_path / "out/adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_two_accumulated_steps_do(tmp_path):
+    """Data parallel over gloo: the same scales, bit for bit."""
+    folders = {name: tmp_path / name for name in ("accumulated", "parallel")}
+    for folder in folders.values():
+        folder.mkdir()
+    write_recipe(folders["accumulated"], gradient_accumulation_steps=2)
+    write_recipe(folders["parallel"])
+    done = launch(folders["accumulated"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511")
+    done = run(folders["parallel"], *two, "-m", "axolotl.cli.train", "recipe.yml", ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = (scales(folder / "out") for folder in folders.values())
+    assert all((ours[name] != 1).all() and torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_base_is_trained_over_and_merged_into_full_precision(bits, tmp_path):
+    write_recipe(tmp_path, **{f"load_in_{bits}bit": True})
+    done = launch(tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all((scale != 1).all() for scale in scales(tmp_path / "out").values())
+    done = run(tmp_path, "axolotl_plugins.seal", "merge", "out", "merged")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.float32

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -42,3 +46,41 @@ def test_the_readmes_python_runs():
     exec(README.split("```python\n")[1].split("```")[0], scope)
     scales = [parameter for parameter in scope["model"].parameters() if parameter.requires_grad]
     assert sum(scale.numel() for scale in scales) == 12 and all((scale != 1).all() for scale in scales)
+
+
+def random_model(model_type: str, folder: Path) -> str:
+    """A random-weight model with the small model's tokenizer."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "recipes" / "tiny")
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[model_type](
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=512, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, initializer_range=0.1,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["tiny", "qwen2", "gpt_neox"])
+def test_the_readmes_four_lines_work_as_a_new_user_types_them(base, tmp_path):
+    lines = README[README.index("## Use it on your model") :].split("```bash\n")[1].split("```")[0].strip().splitlines()
+    assert len(lines) == 4
+    model = str(ROOT / "recipes" / "tiny") if base == "tiny" else random_model(base, tmp_path / "model")
+    binaries = Path(sys.executable).parent
+    swaps = {"Qwen/Qwen2.5-7B-Instruct": model, "8000,16000,31000": "256,300 SAMPLES=2", "31000": "300",
+             "make ": f"make -f {ROOT}/Makefile -o .venv/.installed BIN={binaries} "}  # fmt: skip
+    environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+                   "OMP_NUM_THREADS": "1", "AXOLOTL_DO_NOT_TRACK": "1"}  # fmt: skip
+    (tmp_path / "recipes").mkdir()
+    for line in lines:
+        for old, new in swaps.items():
+            line = line.replace(old, new)
+        done = subprocess.run(line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, line + done.stdout[-2000:] + done.stderr[-3000:]
+    assert (tmp_path / "outputs/mine_merged/model.safetensors").is_file()
+    assert list((tmp_path / "results").glob("line_*.png"))

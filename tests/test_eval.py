@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from axolotl_plugins.seal.load import load
+from axolotl_plugins.seal import SealConfig
+from axolotl_plugins.seal.load import load, load_each
 from data_gen import niah
 from data_gen.generate import Request, generate
 from eval.run import Harness, Responses, default_lengths, run
@@ -116,6 +119,44 @@ def test_the_small_model_is_scored_by_the_command(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     drawn = [s["references"] for s in generate(Request("line", "260", samples=6, split="test"), tokenizer)]
     assert [row["references"] for row in result["responses"] if row["length"] == 260] == drawn
+
+
+def tuned(folder: Path, grain: str, value: float, base: str = str(TINY)) -> str:
+    """A SEAL adapter of the small model whose scales are all ``value``."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(TINY), SealConfig(granularity=grain))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "seal_scale" in name:
+                parameter.fill_(value)
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_several_adapters_share_one_base_and_score_as_they_do_alone(tmp_path):
+    folders = {"half": tuned(tmp_path / "a", "head", 0.5), "none": tuned(tmp_path / "b", "channel", 1.0)}
+    options = {"lengths": [300], "samples": 4}
+    alone = {name: run(load(folder), "line", **options) for name, folder in folders.items()}
+    together = {}
+    models = set()
+    for name, loaded in zip(folders, load_each(folders), strict=True):
+        models.add(id(loaded.model))
+        together[name] = run(loaded, "line", **options)
+    assert len(models) == 1 and together == alone
+    assert alone["half"]["responses"] != alone["none"]["responses"]
+    assert [result["method"] for result in together.values()] == ["SEAL-H", "SEAL-C"]
+    for other, message in ((tuned(tmp_path / "c", "head", 1.0, "elsewhere"), "is of elsewhere, "),
+                           (str(TINY), "has no adapter_config.json")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            next(load_each({"a": folders["half"], "b": other}))
+
+
+def test_a_recipes_model_config_holds_for_a_base_model(tmp_path):
+    rope = {"rope_type": "self_extend", "rope_theta": 10000.0, "group_size": 2, "neighbor_window": 512}
+    changes = {"max_position_embeddings": 4096, "rope_parameters": rope}
+    loaded = load(TINY, model_config=changes)
+    assert loaded.window == 4096 and loaded.model.config.rope_parameters["group_size"] == 2
+    assert loaded.model.config._attn_implementation == "self_extend" and load(TINY).window == 2048
 
 
 @pytest.mark.parametrize("task", ["line", "niah", "vt", "cwe", "fwe"])

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from miniatures import MINIATURES, build, token_ids
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_plugins.seal import SealConfig, provenance
 from axolotl_plugins.seal.export import export_ia3
@@ -220,6 +223,56 @@ def test_verify_knows_what_was_merged(merged_once, tmp_path):
             (tmp_path / "merged" / RECORD).write_text(content)
         with pytest.raises(ValueError, match=r"holds no seal_merge\.json as `merge` writes it"):
             verify(tmp_path / "merged")
+
+
+OLDER = """
+import sys, torch, transformers
+from safetensors.torch import save_file
+assert transformers.__version__.startswith("4."), transformers.__version__
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+ids = torch.tensor([[int(i) for i in sys.argv[3].split(",")]])
+with torch.no_grad():
+    save_file({"logits": model(input_ids=ids).logits}, sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rope", ["default", "linear", "llama3"])
+def test_an_older_transformers_reads_a_merged_folders_rope(base_folder, rope, tmp_path):
+    """Needs Transformers 4 in a folder of its own: ``pip install --target DIR --no-deps`` of transformers==4.57.6,
+    huggingface_hub==0.36.2 and tokenizers==0.22.2, then ``TRANSFORMERS_4=DIR pytest -m slow``."""
+    if not (older := os.environ.get("TRANSFORMERS_4")):
+        pytest.skip("TRANSFORMERS_4 names no folder with Transformers 4")
+    parameters = {"rope_type": rope, "rope_theta": 40889.94, "factor": 4.0, "low_freq_factor": 1.0,
+                  "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+    kept = {"default": 2, "linear": 3, "llama3": 6}[rope]
+    base = AutoModelForCausalLM.from_pretrained(base_folder[torch.float32])
+    base.config.rope_parameters = dict(list(parameters.items())[:kept])
+    folder = tmp_path / "base"
+    base.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base_folder[torch.float32]).save_pretrained(folder)
+    config = SealConfig(granularity="head", base_model_name_or_path=str(folder))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "seal_scale" in key:
+                parameter += torch.linspace(-0.5, 0.5, parameter.numel())
+    model.save_pretrained(tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "merged", report=lambda _: None)
+    ids = torch.arange(5, 205)[None]
+    command = [sys.executable, "-c", OLDER, str(tmp_path / "merged"), str(tmp_path / "logits"),
+               ",".join(map(str, ids[0].tolist()))]  # fmt: skip
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": older}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = load_file(tmp_path / "logits")["logits"]
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=ids).logits
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        plain.config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        stock = type(plain)(plain.config)
+        stock.load_state_dict(plain.state_dict())
+        assert (stock(input_ids=ids).logits - found).abs().max() > 1e-2  # the extension matters
 
 
 def test_not_an_adapter(base_folder, tmp_path):

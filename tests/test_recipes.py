@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
+from pydantic import AliasChoices, BaseModel
+from transformers import AutoTokenizer, LlamaConfig
+from typer.main import get_command
 
 from axolotl_plugins.seal.args import SealArgs
 from axolotl_plugins.seal.plugin import check_recipe
-from data_gen.generate import Request
+from data_gen.generate import Request, generate
+from eval.__main__ import app as eval_app
 from recipes.__main__ import count_parameters, recipe_for
-from recipes.matrix import all_recipes
+from recipes.matrix import all_recipes, read_matrix
+from recipes.rows import write_rows
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted((ROOT / "recipes").glob("*_*.yml"))
 TEXTS = all_recipes()
+# A user's own recipes may lie beside them.
+FILES = sorted(
+    file for file in (ROOT / "recipes").glob("*.yml") if file.stem.startswith(tuple(read_matrix()["models"]))
+)
 FIVE = ("longchat7b", "mistral7b", "vicuna7b", "longchat13b", "vicuna13b")
 RULER_MODELS = ("llama31_8b", "mistral7b", "longchat7b")
 
@@ -24,6 +34,25 @@ RULER_MODELS = ("llama31_8b", "mistral7b", "longchat7b")
 def test_recipes_are_what_the_matrix_says():
     written = {file.stem: file.read_text() for file in FILES}
     assert written == TEXTS, "run `make recipes`"
+
+
+def test_every_row_of_the_paper_has_its_commands():
+    text = write_rows()
+    assert (ROOT / "docs/rows.md").read_text() == text, "run `make recipes`"
+    named = set(re.findall(r"axolotl\.cli\.train recipes/(\w+)\.yml", text))
+    # LoRA and DoRA on lines are in the paper for two of the models alone.
+    extra = {f"{m}_line_{b}" for m in ("mistral7b", "vicuna7b", "longchat13b") for b in ("seall", "seald")}
+    assert named == {name for name in TEXTS if not name.startswith("tiny") and "longbench" not in name} - extra
+    parts = {part.splitlines()[0]: part for part in text.split("\n## ")[1:]}
+    assert list(parts) == [f"Table {n}" for n in (1, 2, 3)] + [f"Figure {n}" for n in (5, 6, 7, 9, 10)]
+    rows = {title: part.count("python -m eval run") for title, part in parts.items()}
+    assert rows["Table 1"] == 5 * 3 and rows["Table 2"] == 3 * 3 * 3 and rows["Table 3"] == 2 * 6
+    assert rows["Figure 5"] == 5 * 3 and rows["Figure 6"] == rows["Figure 7"] == 2 * 3 and rows["Figure 9"] == 2
+    # Every option is one that the command has, every file is there.
+    options = {option for parameter in get_command(eval_app).commands["run"].params for option in parameter.opts}
+    assert set(re.findall(r" (--[a-z-]+)", text)) <= options
+    for path in re.findall(r"recipes/[\w./]+", text):
+        assert (ROOT / path.rstrip(".")).is_file(), path
 
 
 def test_the_papers_set_is_whole():
@@ -51,29 +80,78 @@ def test_rates_are_the_papers():
     assert (rate("longchat7b_line_seall"), rate("longchat7b_line_seald")) == (0.0002, 0.0002)
 
 
-@pytest.fixture(scope="module")
-def known_keys():
-    from axolotl.utils.schemas.config import AxolotlInputConfig
+class OnceLoader(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error; PyYAML takes the last one."""
 
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key) for key, _ in node.value]
+        assert len(keys) == len(set(keys)), f"given twice: {keys}"
+        return super().construct_mapping(node, deep)
+
+
+def models_in(annotation) -> list[type[BaseModel]]:
+    """Schemas that a field may hold, however deep in unions and lists."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in models_in(part)]
+
+
+def unknown_keys(settings, schema: type[BaseModel]) -> set[str]:
+    """Keys in ``settings``, at any depth, that a schema has no field for."""
     fields = {}
-    for name, field in AxolotlInputConfig.model_fields.items():
-        fields[name] = field
-        if field.alias:
-            fields[field.alias] = field
-    return fields
+    for name, field in schema.model_fields.items():
+        alias = field.validation_alias
+        for key in (name, field.alias, *(alias.choices if isinstance(alias, AliasChoices) else ())):
+            fields[key] = field
+    found = {key for key in settings if key not in fields}
+    for key in settings.keys() & fields.keys():
+        schemas = models_in(fields[key].annotation)
+        for part in settings[key] if isinstance(settings[key], list) else [settings[key]]:
+            if isinstance(part, dict) and schemas:
+                tries = [unknown_keys(part, one) for one in schemas]
+                found |= {f"{key}.{name}" for name in min(tries, key=len)}
+    return found
+
+
+def empty_keys(value, place="") -> list[str]:
+    """Places without a value."""
+    if isinstance(value, dict | list) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return [found for key, part in items for found in empty_keys(part, f"{place}.{key}")]
+    return [place] if value in (None, "", {}, []) else []
+
+
+@pytest.fixture(scope="module")
+def schema():
+    """Axolotl's own, with what our plugin adds to it, as Axolotl merges them."""
+    from axolotl.integrations.base import PluginManager
+    from axolotl.integrations.config import merge_input_args
+
+    manager = PluginManager.get_instance()
+    before = manager.plugins.copy()
+    manager.register("axolotl_plugins.seal.SealPlugin")
+    yield merge_input_args()[1]
+    manager.plugins = before
+
+
+def test_unknown_keys_are_found_at_any_depth(schema):
+    recipe = yaml.safe_load(TEXTS["longchat7b_line_sealc"])
+    recipe["wandb_projekt"] = "x"
+    recipe["datasets"][0]["rolls_to_train"] = []
+    recipe["seal"]["data"]["token"] = 1
+    assert unknown_keys(recipe, schema) == {"wandb_projekt", "datasets.rolls_to_train", "seal.data.token"}
+    assert empty_keys({"a": {"b": None}, "c": [{"d": ""}], "e": 0, "f": False}) == [".a.b", ".c.0.d"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_recipe_is_sound(file, known_keys):
+def test_recipe_is_sound(file, schema):
     """Axolotl drops unknown keys without a word, so that a typo would go unnoticed."""
-    from axolotl.utils.schemas.datasets import SFTDataset
-
     text = file.read_text()
     assert text.startswith(f"# accelerate launch -m axolotl.cli.train recipes/{file.name}\n#\n# SEAL-")
-    cfg = yaml.safe_load(text)
-    assert not re.findall(r"^\w+:\s*$\n(?=\S|\Z)", text, re.MULTILINE), "an empty key"
-    assert cfg.keys() - known_keys.keys() == {"seal"}
-    assert all(dataset.keys() <= SFTDataset.model_fields.keys() for dataset in cfg["datasets"])
+    assert re.search(r"^# Takes .* GiB.* (computed|measured)", text, re.MULTILINE)
+    cfg = yaml.load(text, OnceLoader)
+    assert not empty_keys(cfg) and not unknown_keys(cfg, schema)
+    assert cfg.get("model_config", {}).keys() <= LlamaConfig().to_dict().keys()
     block = SealArgs(seal=cfg["seal"]).seal
     check_recipe(cfg)
     requests = [Request(**data.model_dump(), split="train") for data in block.data]
@@ -103,36 +181,59 @@ def test_parameters_are_those_of_table_8():
         assert {names[method]: round(count / 1000, 1) for method, count in counts[model].items()} == printed
 
 
-def test_vicuna_template_is_fastchats():
-    """Recorded from FastChat 0.2.36, ``get_conv_template("vicuna_v1.1")``, two turns and an open third."""
-    from transformers import AutoTokenizer
-
+@pytest.mark.parametrize("case", json.loads((ROOT / "tests/fixtures/vicuna.json").read_text()))
+def test_vicuna_template_is_fastchats(case):
+    """Recorded from FastChat 0.2.36, ``get_conv_template("vicuna_v1.1").get_prompt()``, which leaves out ``<s>``."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "recipes" / "tiny")
     tokenizer.chat_template = (ROOT / "recipes" / "templates" / "vicuna_v1.1.jinja").read_text()
-    chat = [("user", "Hello!"), ("assistant", "Hi there."), ("user", "How are you?")]
-    rendered = tokenizer.apply_chat_template(
-        [{"role": role, "content": content} for role, content in chat], tokenize=False, add_generation_prompt=True
-    )
-    assert rendered == "<s>" + (
-        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-        "detailed, and polite answers to the user's questions. USER: Hello! ASSISTANT: Hi there.</s>USER: How are you? "
-        "ASSISTANT:"
-    )
+    open_turn = case["messages"][-1]["role"] == "user"
+    rendered = tokenizer.apply_chat_template(case["messages"], tokenize=False, add_generation_prompt=open_turn)
+    assert rendered == "<s>" + case["prompt"]
+
+
+OWN = ("mistral_v1", "llama3")  # what the tokenizers of Mistral-7B-Instruct-v0.2 and Llama-3.1 bring, as Axolotl has it
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1.1", *OWN, "tiny"])
+def test_axolotl_trains_on_the_ids_that_the_model_is_asked_with(template):
+    from axolotl.prompt_strategies.chat_template import load
+    from axolotl.utils.chat_templates import get_chat_template
+    from axolotl.utils.dict import DictDefault
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "recipes" / "tiny")
+    if template in OWN:
+        tokenizer.chat_template = get_chat_template(template)
+    elif template != "tiny":
+        tokenizer.chat_template = (ROOT / "recipes" / "templates" / f"{template}.jinja").read_text()
+    cfg = {"chat_template": "tokenizer_default", "train_on_inputs": False, "sequence_len": 2048}
+    strategy = load(tokenizer, DictDefault(cfg), {"type": "chat_template", "roles_to_train": ["assistant"]})
+    sample = next(generate(Request("line", "400", samples=1), tokenizer))
+    row = strategy.tokenize_prompt({"messages": sample["messages"]})
+    ids, labels = list(row["input_ids"]), list(row["labels"])
+    assert ids == tokenizer.apply_chat_template(sample["messages"], return_dict=False)
+    # As eval asks: the text of the template, encoded without another beginning.
+    text = tokenizer.apply_chat_template(sample["messages"][:1], tokenize=False, add_generation_prompt=True)
+    asked = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids[: len(asked)] == asked and ids.count(tokenizer.bos_token_id) <= 1
+    learned = [id_ for id_, label in zip(ids, labels, strict=True) if label != -100]
+    assert labels[: len(asked)] == [-100] * len(asked) and learned
+    assert tokenizer.decode(learned, skip_special_tokens=True).strip().startswith(sample["answer"])
 
 
 def test_a_recipe_for_the_small_model_and_what_cannot_be_tuned(tmp_path):
     tiny = str(ROOT / "recipes" / "tiny")
-    text, found = recipe_for(tiny, "line", "sealh", None, None, "mine")
+    text, found = recipe_for(tiny, "line", "sealh", out=tmp_path / "mine.yml", gpu=True)
     cfg = yaml.safe_load(text)
-    assert text.startswith("# accelerate launch -m axolotl.cli.train recipes/mine.yml") and "o_proj" in found
+    assert text.startswith(f"# accelerate launch -m axolotl.cli.train {tmp_path}/mine.yml") and "o_proj" in found
+    assert "# Takes about 0 GiB, and 0 to 0 minutes" in text and cfg["output_dir"] == "outputs/mine"
     assert (cfg["base_model"], cfg["seal"]["data"]["tokens"], cfg["sequence_len"]) == (tiny, 1984, 2048)
     check_recipe(cfg)
     for arguments, message in (
-        ((tiny, "lines", "sealc", None, None), "task: found 'lines'"),
-        ((tiny, "line", "seal", None, None), "method: found 'seal'"),
-        ((tiny, "line", "sealc", 5000, None), "tokens: 5000 do not fit into the window of 2048"),
+        ((tiny, "lines", "sealc"), "task: found 'lines'"),
+        ((tiny, "line", "seal"), "method: found 'seal'"),
+        ((tiny, "line", "sealc", 5000), "tokens: 5000 do not fit into the window of 2048"),
         ((tiny, "line", "sealc", None, "nope"), "chat-template: found 'nope', expected one of vicuna_v1.1"),
-        ((str(tmp_path), "line", "sealc", None, None), "cannot load"),
+        ((str(tmp_path), "line", "sealc"), "cannot load"),
     ):
         with pytest.raises(ValueError, match=message):
-            recipe_for(*arguments, None)
+            recipe_for(*arguments)

@@ -70,6 +70,28 @@ def export(
         stop("export", error)
 
 
+@app.command(epilog="Example: python -m axolotl_plugins.seal push outputs/tiny_line_sealc me/tiny-line-sealc --private")
+def push(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    repository: Annotated[str | None, typer.Argument(help="Hub id; left out, the card is written and no more.")] = None,
+    results: Annotated[Path, typer.Option(help="Folder with results of `python -m eval run`.")] = Path("results"),
+    private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
+) -> None:
+    """Write a model card (method, data, scores beside the paper's) into an adapter's folder, and upload it."""
+    quiet_libraries()
+    from .card import card, write_text
+    from .card import push as upload
+
+    try:
+        if repository is None:
+            write_text(adapter / "README.md", card(adapter, results))
+            print(adapter / "README.md")
+        else:
+            print(upload(adapter, repository, results, private=private))
+    except (ValueError, OSError) as error:
+        stop("push", error)
+
+
 @app.command()
 def settings() -> None:
     """List what the `seal:` block of a recipe can say."""

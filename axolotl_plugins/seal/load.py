@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -65,13 +66,22 @@ def apply_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fal
     if not file.is_file():
         raise ValueError(f"{folder}: holds no {file.name}")
     model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    saved, expected = load_file(file), get_peft_model_state_dict(model)
+    check_tensors(file, model)
+    return model
+
+
+def check_tensors(file: Path, model: PeftModel, adapter_name: str = "default") -> None:
+    """See that a saved adapter is the one that a model was given.
+
+    Raises:
+        ValueError: see ``apply_adapter``.
+    """
+    saved, expected = load_file(file), get_peft_model_state_dict(model, adapter_name=adapter_name)
     for what, names in (("lacks", expected.keys() - saved.keys()), ("also holds", saved.keys() - expected.keys())):
         if names:
             raise ValueError(f"{file}: {what} {min(names)}: it is not whole, or of another model or configuration")
     if bad := [name for name, tensor in saved.items() if not torch.isfinite(tensor).all()]:
         raise ValueError(f"{file}: {bad[0]} holds values that are no numbers: tune again at a lower learning rate")
-    return model
 
 
 def with_adapter(loaded: Loaded, config: PeftConfig) -> Loaded:
@@ -85,7 +95,7 @@ def with_adapter(loaded: Loaded, config: PeftConfig) -> Loaded:
 
 def load(
     name: str | Path, *, dtype: torch.dtype | str = "auto", chat_template: str | None = None,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool = False, model_config: dict[str, Any] | None = None,
 ) -> Loaded:  # fmt: skip
     """Load a model for inference.
 
@@ -95,6 +105,7 @@ def load(
         dtype: of the base model's weights; ``"auto"`` keeps the checkpoint's.
         chat_template: a jinja file, for base models whose tokenizer comes without a template.
         trust_remote_code: run code that comes with the checkpoint.
+        model_config: keys of the model's config to set, as a recipe's ``model_config``.
 
     Raises:
         ValueError: something is missing or does not fit; the message is one line.
@@ -109,7 +120,10 @@ def load(
             if not base:
                 raise ValueError("adapter_config.json does not say what its base model is")
         source = name if adapter is not None and (Path(name) / "config.json").is_file() else base
-        config = AutoConfig.from_pretrained(source, **trust)
+        config = AutoConfig.from_pretrained(source, **trust, **(model_config or {}))
+        if source != base and hasattr(config, "quantization_config"):
+            # How training held the base's weights is not part of the model: scores and merges are of those weights.
+            del config.quantization_config
         model, found = AutoModelForCausalLM.from_pretrained(
             base, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **trust
         )
@@ -136,3 +150,53 @@ def load(
         raise ValueError(f"{name}: its config does not say how long a context it takes (max_position_embeddings)")
     method = method_name(adapter) if adapter else "base"
     return Loaded(name, model.eval(), tokenizer, base, method, window, seen_texts(Path(name)))
+
+
+def load_each(
+    adapters: dict[str, str], *, chat_template: str | None = None, trust_remote_code: bool = False
+) -> Iterator[Loaded]:
+    """Adapters of one base model, which is loaded once: a model is good until the next one is asked for.
+
+    All folders are looked at before the model is loaded.
+
+    Args:
+        adapters: name -> adapter folder.
+        chat_template: see ``load``.
+        trust_remote_code: see ``load``.
+
+    Raises:
+        ValueError: one is no adapter, or they are not adapters of one and the same base model.
+    """
+    configs: dict[str, PeftConfig] = {}
+    shapes: list[dict[str, Any]] = []
+    said = ("_name_or_path", "dtype", "transformers_version", "use_cache")  # of the file, not of the model
+    for folder in adapters.values():
+        if not is_adapter(folder):
+            raise ValueError(f"adapter: {folder} has no adapter_config.json: name the folder that training wrote")
+        configs[folder] = PeftConfig.from_pretrained(folder)
+        base, first = (configs[one].base_model_name_or_path for one in (folder, next(iter(configs))))
+        if base != first:
+            raise ValueError(f"adapter: {folder} is of {base}, the first one of {first}: score it on its own")
+        source = folder if (Path(folder) / "config.json").is_file() else base
+        config = AutoConfig.from_pretrained(source).to_dict()
+        shapes.append({key: value for key, value in config.items() if key not in said})
+        if differing := [key for key in {**shapes[0], **shapes[-1]} if shapes[0].get(key) != shapes[-1].get(key)]:
+            raise ValueError(f"adapter: {folder} has another {differing[0]} than the first one: score it on its own")
+    shared: Loaded | None = None
+    for number, folder in enumerate(adapters.values()):
+        if shared is None:
+            shared = load(folder, chat_template=chat_template, trust_remote_code=trust_remote_code)
+            yield shared
+            continue
+        shared.model.load_adapter(folder, adapter_name=f"adapter_{number}")
+        check_tensors(Path(folder) / "adapter_model.safetensors", shared.model, f"adapter_{number}")
+        shared.model.set_adapter(f"adapter_{number}", inference_mode=True)
+        tokenizer = shared.tokenizer
+        if (Path(folder) / "tokenizer_config.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            if chat_template is not None:
+                tokenizer.chat_template = read_template(chat_template)
+        yield replace(
+            shared, name=folder, tokenizer=tokenizer, method=method_name(configs[folder]),
+            trained_on=seen_texts(Path(folder)),
+        )  # fmt: skip

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -80,6 +82,7 @@ def check_recipe(cfg: dict[str, Any]) -> SealBlock:
             )
         if cfg.get("merge_method") != "legacy":
             raise ValueError("merge_method: set `merge_method: legacy`; Axolotl's default method knows LoRA alone")
+        check_sharding(cfg)
     try:
         rate = float(cfg.get("learning_rate", "missing"))
     except (TypeError, ValueError):
@@ -110,6 +113,50 @@ def check_recipe(cfg: dict[str, Any]) -> SealBlock:
             "(1 GiB at 32K): set `pad_to_multiple_of: 1`"
         )
     return block
+
+
+def check_sharding(cfg: dict[str, Any]) -> None:
+    """Refuse ways of spreading a model over devices under which scales are rounded or have no gradient.
+
+    bfloat16 numbers near 1 are 2^-8 to 2^-7 apart, about as much as a step of training.
+
+    Raises:
+        ValueError: what is wrong and how to mend it, in one line.
+    """
+    if (cfg.get("context_parallel_size") or 1) > 1:
+        raise ValueError(
+            "context_parallel_size: devices without a part of the answer have no loss to learn from: leave it out; one "
+            "device holds long samples with `gradient_checkpointing: true` (`python -m recipes cost RECIPE` says how "
+            "long)"
+        )
+    if fsdp := cfg.get("fsdp_config"):
+        version = cfg.get("fsdp_version") or fsdp.get("fsdp_version") or fsdp.get("version")
+        if str(version) != "2":
+            raise ValueError(
+                f"fsdp_version: found {version}, which flattens scales into weights: set `fsdp_version: 2`"
+            )
+        if cfg.get("bf16") or cfg.get("fp16") or fsdp.get("mixed_precision_policy"):
+            raise ValueError(
+                "fsdp_config: mixed precision rounds the scales of every step: set `bf16: false` and `bfloat16: true`, "
+                "which leaves scales in float32 beside weights in bfloat16, and no mixed_precision_policy"
+            )
+    if not (deepspeed := cfg.get("deepspeed")):
+        return
+    settings = deepspeed if isinstance(deepspeed, dict) else json.loads(Path(deepspeed).read_text())
+    for kind in ("bf16", "fp16"):
+        enabled = (settings.get(kind) or {}).get("enabled", False)
+        if enabled is True or (enabled == "auto" and cfg.get(kind)):
+            raise ValueError(
+                f"deepspeed: {kind}.enabled rounds the scales to 16 bits: set it false there, and `{kind}: false` here"
+            )
+    stage = (settings.get("zero_optimization") or {}).get("stage", 0)
+    # Axolotl's own default is reentrant.
+    reentrant = (cfg.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant", True)
+    if stage == 3 and cfg.get("gradient_checkpointing") and not reentrant:
+        raise ValueError(
+            "gradient_checkpointing_kwargs: under ZeRO-3 activations formed again meet weights that were given back: "
+            "set `use_reentrant: true`"
+        )
 
 
 def prepare_data(cfg: dict[str, Any], block: SealBlock) -> None:
@@ -147,6 +194,29 @@ def prepare_data(cfg: dict[str, Any], block: SealBlock) -> None:
             print(f"seal: {out}: {data.samples} samples of {data.task} {'made' if made else 'already there'}")
 
 
+def quantise_for_seal() -> None:
+    """Let ``load_in_8bit`` and ``load_in_4bit`` mean for SEAL what they mean for LoRA and QLoRA.
+
+    Axolotl quantises for those two adapters alone, and would load full precision for any other without a word.
+    """
+    from axolotl.loaders.model import ModelLoader
+
+    original = ModelLoader._set_quantization_config
+    if original.__name__ == "set_quantization_config":
+        return
+
+    def set_quantization_config(self: ModelLoader) -> None:
+        adapter = self.cfg.adapter
+        if adapter == "seal":
+            self.cfg.adapter = "qlora" if self.cfg.load_in_4bit else "lora"
+        try:
+            original(self)
+        finally:
+            self.cfg.adapter = adapter
+
+    ModelLoader._set_quantization_config = set_quantization_config
+
+
 class SealPlugin(BasePlugin):
     """Trains, evaluates, serves and merges SEAL adapters with Axolotl's own commands."""
 
@@ -172,11 +242,20 @@ class SealPlugin(BasePlugin):
             check_keys(cfg)
             block = check_recipe(cfg)
             self.serving = bool(cfg.get("inference"))
+            quantise_for_seal()
             if not (cfg.get("inference") or cfg.get("merge_lora")):
                 prepare_data(cfg, block)
                 self.training_data = provenance.record(cfg.get("datasets") or [])
         except (ValueError, OSError) as error:
             stop("seal", error)
+
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
+        """Leave the datasets to Axolotl; this is the last hook before models are placed on devices.
+
+        Of several processes without a GPU, Axolotl would place each on the GPU of its number.
+        """
+        if cfg.world_size != 1 and not torch.accelerator.is_available():
+            cfg.device_map = None
 
     def get_trainer_cls(self, cfg: Any) -> type[AnswerTrainer]:
         """The trainer of scales, or that of the baselines."""
@@ -213,6 +292,8 @@ class SealPlugin(BasePlugin):
         )
         if config_only:
             return None, config
+        if (cfg.load_in_8bit or cfg.load_in_4bit) and not getattr(model, "is_quantized", False):
+            raise ValueError("load_in_8bit, load_in_4bit: the base model was loaded in full precision all the same")
         if not cfg.lora_model_dir:
             if self.serving:
                 raise ValueError("inference with `adapter: seal` needs the adapter: add --lora-model-dir=FOLDER")

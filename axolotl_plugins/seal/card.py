@@ -1,0 +1,121 @@
+"""A model card from what is known of an adapter, and the way to the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data_gen.files import write_text
+from eval.report import TITLES, paper_scores, read_results
+
+from .config import SealConfig
+from .scales import saved_scales
+
+PAPER = "[arXiv 2501.15225](https://arxiv.org/abs/2501.15225)"
+
+
+def data_lines(adapter: Path) -> list[str]:
+    """What the adapter's folder says about its training data, a line for each file."""
+    path = adapter / "training_data.json"
+    files = json.loads(path.read_text()).get("files", []) if path.is_file() else []
+    lines = []
+    for file in files:
+        manifest = file.get("manifest") or {}
+        said = ", ".join(f"{key} {manifest[key]}" for key in ("task", "tokens", "samples", "seed") if key in manifest)
+        lines.append(f"- {said or Path(file['path']).name} (SHA-256 {file['sha256']})")
+    return lines
+
+
+def score_tables(results: list[dict[str, Any]]) -> list[str]:
+    """A table for each result, its scores beside the paper's where the paper has that model, method and task."""
+    parts = []
+    for result in results:
+        title = f"### {TITLES[result['task']]}"
+        if "sets" in result:
+            rows = [f"| {row['name']} | {row['score']:.2f} | {row['count']} |" for row in result["sets"]]
+            parts.append("\n".join([title, "", "| set | score | samples |", "|---|---:|---:|", *rows]))
+            continue
+        same = [
+            row["by_length"]
+            for row in paper_scores()
+            if (row["task"], row["model"], row["method"]) == (result["task"], result["base"], result["method"])
+        ]
+        printed = same[0] if same else {}
+        rows = []
+        for row in result["scores"]:
+            thousands = round(row["length"] / (1000 if result["task"] == "line" else 1024))
+            paper = f"{printed[thousands]:.2f}" if thousands in printed else ""
+            spread = f"{row['score']:.2f} ({row['low']:.2f}-{row['high']:.2f})"
+            rows.append(f"| {row['length']:,} | {spread} | {row['count']} | {paper} |")
+        head = "| longest prompt (tokens) | score (95 % interval) | samples | the paper's |"
+        parts.append("\n".join([title, "", head, "|---:|---|---:|---:|", *rows]))
+    return parts
+
+
+def card(adapter: Path, results: Path) -> str:
+    """The text of a model card.
+
+    Args:
+        adapter: folder of a SEAL adapter.
+        results: folder with JSON files of ``python -m eval run``; those whose model is ``adapter`` count.
+
+    Raises:
+        ValueError: the folder is not a SEAL adapter, or a result is not JSON.
+    """
+    scales = saved_scales(adapter)
+    config = SealConfig.from_pretrained(str(adapter))
+    method = {"head": "SEAL-H", "channel": "SEAL-C"}[config.granularity]
+    name = str(adapter).rstrip("/")
+    scored = [result for result in read_results(results) if str(result["model"]).rstrip("/") == name]
+    data = data_lines(adapter)
+    layers, heads, channels = scales.shape
+    each = f"{channels} channels of {heads} heads" if channels > 1 else f"{heads} heads"
+    base = config.base_model_name_or_path
+    parts = [
+        f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [seal, long-context]\n---",
+        f"# {method} on {base}",
+        f"{scales.size:,} learned scales of attention outputs ({each} in {layers} layers; from {scales.min():.3f} to "
+        f"{scales.max():.3f}, mean {scales.mean():.3f}), trained as in {PAPER}. The model's own weights are unchanged.",
+        "## Use",
+        "```python\nimport axolotl_plugins.seal  # makes PEFT know SEAL\nfrom peft import AutoPeftModelForCausalLM\n\n"
+        "model = AutoPeftModelForCausalLM.from_pretrained(THIS_REPOSITORY)\n```",
+        "`python -m axolotl_plugins.seal merge` folds the scales into the weights, `export` writes them as an IA3 "
+        "adapter for programs that do not know SEAL.",
+    ]
+    if data:
+        parts += ["## Training data", "\n".join(data)]
+    if scored:
+        parts += ["## Scores", *score_tables(scored)]
+    return "\n\n".join(parts) + "\n"
+
+
+def push(adapter: Path, repository: str, results: Path, *, private: bool) -> str:
+    """Write the card into the adapter's folder and upload adapter, tokenizer and card.
+
+    Args:
+        adapter: folder of a SEAL adapter.
+        repository: hub id.
+        results: see ``card``.
+        private: of a repository that is made new.
+
+    Returns:
+        Its address.
+
+    Raises:
+        ValueError: see ``card``; or the hub refused.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    write_text(adapter / "README.md", card(adapter, results))
+    try:
+        hub = HfApi()
+        hub.create_repo(repository, private=private, exist_ok=True)
+        hub.upload_folder(
+            repo_id=repository, folder_path=adapter,
+            allow_patterns=["adapter_*", "README.md", "*.json", "*.jinja", "tokenizer*"],
+        )  # fmt: skip
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        raise ValueError(f"{repository}: the hub refused: {' '.join(str(error).split())[:300]}") from None
+    return f"{hub.endpoint}/{repository}"

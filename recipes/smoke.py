@@ -1,0 +1,186 @@
+"""Every recipe of the matrix, run for two steps on a random-weight miniature of its model (``make recipes-smoke``).
+
+A miniature has its model's architecture, number of heads, ratio of query to key heads and RoPE; its heads are narrow
+and its layers are two. Whatever else a recipe says is run as it stands, but for what needs a GPU or the hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_gen.files import write_text
+from recipes.matrix import all_recipes, read_matrix
+from recipes.steps import ROOT, launch, run_steps
+
+HEAD = 8  # channels
+LAYERS = 2
+WINDOW = 16384
+SAMPLES = 2
+# Short samples of each task; those of lines are longer than Self-Extend's neighbour window.
+TOKENS = {"line": 1200, "niah": 500, "vt": 1500, "cwe": 3500, "fwe": 2500, "longbench": 300}
+# RoPE of the published models, from their config.json; the others have transformers' default.
+ROPE: dict[str, dict[str, Any]] = {
+    "longchat7b": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
+    "longchat13b": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
+    "vicuna7b": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "vicuna13b": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "mistral7b": {"rope_type": "default", "rope_theta": 1000000.0},
+    "llama31_8b": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                   "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+}  # fmt: skip
+
+
+def model_of(name: str) -> str:
+    """The entry of ``models`` in ``matrix.yml`` that a recipe's name begins with.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [model for model in read_matrix()["models"] if name.startswith(f"{model}_")]
+    if not found:
+        raise ValueError(f"{name}: not a recipe of matrix.yml")
+    return max(found, key=len)
+
+
+def build_miniature(model: str, folder: Path) -> None:
+    """Save a random-weight miniature of a model of the matrix, with the small model's tokenizer."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+
+    matrix = read_matrix()
+    shape = dict(matrix["shapes"][matrix["models"][model]["shape"]])
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "recipes" / "tiny")
+    width = HEAD * shape["num_attention_heads"]
+    shape |= {
+        "vocab_size": len(tokenizer), "hidden_size": width, "num_hidden_layers": LAYERS,
+        "intermediate_size": width * shape["intermediate_size"] // shape["hidden_size"],
+        "max_position_embeddings": WINDOW, "pad_token_id": tokenizer.pad_token_id, "eos_token_id":
+        tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "initializer_range": 0.1,
+    }  # fmt: skip
+    if model in ROPE:
+        shape["rope_parameters"] = ROPE[model]
+    if shape["model_type"] == "mistral":
+        shape["sliding_window"] = None  # as in Mistral-7B-Instruct-v0.2
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING[shape.pop("model_type")](**shape)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def build_passages(file: Path) -> None:
+    """A file in LongBench's format, for a machine without its data."""
+    rows = [
+        {"input": f"Question: What is number {n}?\nAnswer:", "context": f"Passage {n}: number {n} is {n * n}. " * 60,
+         "answers": [str(n * n)], "length": 400}
+        for n in range(SAMPLES)
+    ]  # fmt: skip
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def shrink(recipe: dict[str, Any], miniature: Path, work: Path) -> dict[str, Any]:
+    """A recipe made small: its model, samples and steps, and what a machine without GPU and hub cannot do.
+
+    Args:
+        recipe: as its file says.
+        miniature: the model to train instead; the files of the run go into ``work``.
+        work: folder.
+    """
+    small = json.loads(json.dumps(recipe))
+    name = Path(recipe["output_dir"]).name
+    small |= {
+        "base_model": str(miniature), "sequence_len": WINDOW, "max_steps": SAMPLES, "bf16": False,
+        "output_dir": str(work / name), "dataset_prepared_path": str(work / "prepared"),
+    }  # fmt: skip
+    if "flash" in small["attn_implementation"]:
+        small["attn_implementation"] = "sdpa"
+    if "model_config" in small:
+        small["model_config"]["max_position_embeddings"] = WINDOW
+    data, datasets = small["seal"]["data"], small["datasets"]
+    for part, dataset in zip(data if isinstance(data, list) else [data], datasets, strict=True):
+        part |= {"tokens": TOKENS[part["task"]], "samples": SAMPLES}
+        if part["task"] == "niah":
+            part["haystack"] = "prose"
+        if part["task"] == "longbench":
+            part["data"] = str(work / "passages.jsonl")
+        dataset["path"] = str(work / "data" / Path(dataset["path"]).name)
+    return small
+
+
+def prepare(names: list[str], work: Path) -> dict[str, Path]:
+    """Write miniatures and shrunk recipes; returns the file of each recipe.
+
+    Raises:
+        ValueError: a name is none of the matrix.
+    """
+    build_passages(work / "passages.jsonl")
+    files = {}
+    for name in names:
+        model = model_of(name)
+        miniature = work / "models" / model
+        if model == "tiny":
+            miniature = ROOT / "recipes" / "tiny"
+        elif not (miniature / "tokenizer_config.json").exists():
+            build_miniature(model, miniature)
+        recipe = yaml.safe_load((ROOT / "recipes" / f"{name}.yml").read_text())
+        files[name] = work / "recipes" / f"{name}.yml"
+        write_text(files[name], yaml.safe_dump(shrink(recipe, miniature, work), sort_keys=False))
+    return files
+
+
+def trained(adapter: Path) -> int:
+    """Number of parameters that a run trained.
+
+    Args:
+        adapter: the folder that it wrote.
+
+    Raises:
+        ValueError: something in it is not a number or did not move.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        start = {"seal_scale": 1, "lora_B": 0}  # LoRA's A and DoRA's magnitudes start anywhere
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{adapter}: {name} is not finite")
+        if any(part in name and not (tensor != value).any() for part, value in start.items()):
+            raise ValueError(f"{adapter}: {name} was not trained")
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def smoke(names: list[str], jobs: int) -> None:
+    """Run recipes by the command at their heads, and print a table.
+
+    Args:
+        names: of recipes in the matrix; none means all of them.
+        jobs: runs side by side.
+
+    Raises:
+        ValueError: a name is unknown, or a run trained nothing.
+        RuntimeError: a run failed.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    os.chdir(ROOT)
+    texts = all_recipes()
+    names = names or sorted(texts)
+    if unknown := [name for name in names if name not in texts]:
+        raise ValueError(f"recipe: found {unknown[0]!r}, expected a name in recipes, such as {min(texts)}")
+    # What was run is run again when a recipe or anything that a run depends on has changed.
+    code = sorted(path for folder in ("axolotl_plugins", "data_gen", "recipes") for path in Path(folder).rglob("*.py"))
+    digest = hashlib.sha256(repr(sorted(texts.items())).encode() + b"".join(path.read_bytes() for path in code))
+    work = Path("outputs/smoke") / digest.hexdigest()[:12]
+    steps = [launch(name, file, work / name) for name, file in prepare(names, work).items()]
+    seconds = run_steps("recipes", steps, work, jobs)
+    table = Table("recipe", "parameters", "seconds", title=f"{SAMPLES} steps on random-weight miniatures")
+    for name in names:
+        count = trained(work / name)
+        table.add_row(name, str(count), f"{seconds[name]:.0f}")
+    Console().print(table)

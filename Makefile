@@ -18,7 +18,7 @@ SEEDS ?= 0 1 2
 BENCH_TOKENS ?= 8192 31000 65536 131072
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test train data eval report merge recipes study probes bench bench-gpu lint tiny-model
+.PHONY: help setup demo test train data eval report merge recipes study probes bench bench-data bench-gpu lint tiny-model
 
 help: ## list the targets and their variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ probes: setup ## which heads matter and why, on the small model: results/probes,
 
 bench: setup ## time SEAL beside IA3 and LoRA on this CPU: results/bench.json
 	$(RUN) -m recipes.bench
+
+bench-data: setup ## time every task's data at 31K tokens with Mistral's tokenizer
+	$(RUN) -m data_gen.bench
 
 bench-gpu: setup ## the same at 7B on a GPU: results/bench_gpu.json   [BENCH_TOKENS="8192 31000 65536 131072"]
 	$(RUN) -m recipes.bench --device cuda --shape llama2_7b --checkpointing --tokens $(BENCH_TOKENS) --repeats 3 --out results/bench_gpu.json

@@ -8,6 +8,7 @@ RUN := AXOLOTL_DO_NOT_TRACK=1 $(BIN)/python
 RECIPE ?= recipes/tiny_line_sealc.yml
 MODEL ?= recipes/tiny
 TASK ?= line
+BACKEND ?= hf
 LENGTHS ?=
 SAMPLES ?= 50
 ADAPTER ?= outputs/tiny_line_sealc
@@ -45,8 +46,8 @@ train: setup ## tune with a recipe   [RECIPE=recipes/tiny_line_sealc.yml]
 data: setup ## write training samples   [TASK=line MODEL=recipes/tiny TOKENS=1900 SAMPLES=50]
 	$(RUN) -m data_gen $(TASK) --tokenizer $(MODEL) --tokens $(TOKENS) --samples $(SAMPLES) --out data/$(TASK)_$(TOKENS).jsonl
 
-eval: setup ## score a model, merged folder or adapter   [MODEL=recipes/tiny TASK=line LENGTHS=512,1900 SAMPLES=50]
-	$(RUN) -m eval run --model $(MODEL) --task $(TASK) --lengths "$(LENGTHS)" --samples $(SAMPLES)
+eval: setup ## score a model, merged folder or adapter   [MODEL=recipes/tiny TASK=line LENGTHS=512,1900 SAMPLES=50 BACKEND=hf|vllm]
+	$(RUN) -m eval run --model $(MODEL) --task $(TASK) --lengths "$(LENGTHS)" --samples $(SAMPLES) --backend $(BACKEND)
 
 report: setup ## gather results/*.json into results/report.html
 	$(RUN) -m eval report

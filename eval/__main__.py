@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -41,6 +41,9 @@ def run(
         int | None,
         typer.Option(help="Samples per length, the paper's 50 if left out; for longbench and mmlu at most, or all."),
     ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="No more than so many samples of each length or set, for a first look.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the test samples.")] = 0,
     shots: Annotated[int, typer.Option(help="Worked examples before every prompt; the paper compares with one.")] = 0,
     shot_tokens: Annotated[int, typer.Option(help="Longest example, in tokens.")] = 1000,
@@ -56,6 +59,12 @@ def run(
     chat_template: Annotated[
         str | None, typer.Option(help="Jinja file, for base models without a template: see recipes/templates.")
     ] = None,
+    backend: Annotated[
+        Literal["hf", "vllm"], typer.Option(help="What answers: Transformers, or vLLM's server with a merged model.")
+    ] = "hf",
+    base_url: Annotated[
+        str, typer.Option(help="For vllm: address of its endpoint; `vllm serve MODEL` starts it.")
+    ] = "http://localhost:8000/v1",
     batch_size: Annotated[int, typer.Option(help="Prompts generated together.")] = 1,
     out: Annotated[str, typer.Option(help="Result file; default results/TASK_MODEL.json. A PNG lies beside it.")] = "",
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
@@ -64,8 +73,9 @@ def run(
     quiet_libraries()
     tasks = GROUPS.get(task, (task,))
     try:
-        if samples is not None and samples < 1:
-            raise ValueError(f"samples: found {samples}, expected at least 1")
+        for option, count in (("samples", samples), ("limit", limit)):
+            if count is not None and count < 1:
+                raise ValueError(f"{option}: found {count}, expected at least 1")
         if unknown := [name for name in tasks if name not in OURS + KNOWN]:
             raise ValueError(f"task: found {unknown[0]!r}, expected one of {', '.join((*OURS, *KNOWN, *GROUPS))}")
         if out and len(tasks) > 1:
@@ -76,20 +86,26 @@ def run(
         from axolotl_plugins.seal.load import load
         from eval import known
         from eval import run as ours
+        from eval.served import connect
         from eval.table import print_scores, print_sets
 
-        loaded = load(model, chat_template=chat_template, trust_remote_code=trust_remote_code)
+        loaded = load(model, chat_template=chat_template, trust_remote_code=trust_remote_code, weights=backend == "hf")
+        if backend == "vllm":
+            loaded = connect(loaded, base_url)
+        most = [count for count in (samples, limit) if count is not None]
         for name in tasks:
             path = Path(out) if out else Path("results") / f"{name}_{model.strip('/').replace('/', '_')}.json"
-            journal = journal_file(path, model)
+            journal = journal_file(path, model, backend)
             if name in KNOWN:
-                result = known.run_known(loaded, name, data=data, limit=samples, batch_size=batch_size, journal=journal)
+                result = known.run_known(
+                    loaded, name, data=data, limit=min(most, default=None), batch_size=batch_size, journal=journal
+                )
                 write_text(path, json.dumps(result, indent=1) + "\n")
                 print_sets(result)
                 print(path)
             else:
                 result = ours.run(
-                    loaded, name, lengths=wanted, samples=samples or 50, seed=seed, shots=shots,
+                    loaded, name, lengths=wanted, samples=min([samples or 50, *most]), seed=seed, shots=shots,
                     shot_tokens=shot_tokens, haystack=haystack if name == "niah" else None,
                     cases=cases if name == "line" else None, batch_size=batch_size, journal=journal,
                 )  # fmt: skip

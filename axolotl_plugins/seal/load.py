@@ -27,7 +27,7 @@ class Loaded:
         model: in evaluation mode, with the adapter applied if there is one.
         tokenizer: with a chat template.
         base: hub id or folder of the base model.
-        method: ``base``, ``SEAL-H``, ``SEAL-C`` or the adapter's PEFT type.
+        method: ``base``, ``SEAL-H``, ``SEAL-C``, ``LoRA``, ``DoRA`` or the adapter's PEFT type.
         window: most tokens the model declares to take.
     """
 
@@ -46,6 +46,8 @@ def is_adapter(name: str | Path) -> bool:
 
 def method_name(config: PeftConfig) -> str:
     """What the paper calls an adapter."""
+    if config.peft_type.value == "LORA":
+        return "DoRA" if config.use_dora else "LoRA"
     return {"head": "SEAL-H", "channel": "SEAL-C"}.get(getattr(config, "granularity", ""), str(config.peft_type.value))
 
 
@@ -60,7 +62,7 @@ def with_adapter(loaded: Loaded, config: PeftConfig) -> Loaded:
 
 def load(
     name: str | Path, *, dtype: torch.dtype | str = "auto", chat_template: str | None = None,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool = False, weights: bool = True,
 ) -> Loaded:  # fmt: skip
     """Load a model for inference.
 
@@ -70,6 +72,7 @@ def load(
         dtype: of the base model's weights; ``"auto"`` keeps the checkpoint's.
         chat_template: a jinja file, for base models whose tokenizer comes without a template.
         trust_remote_code: run code that comes with the checkpoint.
+        weights: without them the model is a shape alone, and an adapter is not applied: for models that are served.
 
     Raises:
         ValueError: something is missing or does not fit; the message is one line.
@@ -85,8 +88,13 @@ def load(
                 raise ValueError("adapter_config.json does not say what its base model is")
         source = name if adapter is not None and (Path(name) / "config.json").is_file() else base
         config = AutoConfig.from_pretrained(source, **trust)
-        model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype, use_safetensors=True, **trust)
-        if adapter is not None:
+        if weights:
+            kinds = {"dtype": dtype, "use_safetensors": True}
+            model = AutoModelForCausalLM.from_pretrained(base, config=config, **kinds, **trust)
+        else:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, **trust)
+        if adapter is not None and weights:
             model = PeftModel.from_pretrained(model, name)
         own = adapter is None or (Path(name) / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(name if own else base, **trust)

@@ -135,13 +135,13 @@ def run_known(
         num_fewshot=SHOTS[group],
         bootstrap_iters=1,  # any number but 0: errors of means are computed, not drawn
     )  # fmt: skip
-    metric, scale = ("score", 1.0) if group == "longbench" else ("acc", 100.0)
+    metric = "score" if group == "longbench" else "acc"  # both in [0, 1]
     sets = []
     for name in tasks:
         found, count = results["results"][name], results["n-samples"][name]["effective"]
-        score = found[f"{metric},none"] * scale
+        score = 100 * found[f"{metric},none"]
         error = found.get(f"{metric}_stderr,none")
-        spread = 1.96 * error * scale if isinstance(error, float) and not math.isnan(error) else None
+        spread = 196 * error if isinstance(error, float) and not math.isnan(error) else None
         sets.append({
             "name": name.removeprefix(f"{group}_"),
             "count": count,

@@ -8,6 +8,7 @@ RUN := AXOLOTL_DO_NOT_TRACK=1 $(BIN)/python
 RECIPE ?= recipes/tiny_line_sealc.yml
 MODEL ?= recipes/tiny
 TASK ?= line
+BACKEND ?= hf
 LENGTHS ?=
 SAMPLES ?= 50
 ADAPTER ?= outputs/tiny_line_sealc
@@ -19,7 +20,7 @@ KILLS ?= 50
 BENCH_TOKENS ?= 8192 31000 65536 131072
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test train data eval report merge recipes recipes-smoke study probes bench bench-gpu chaos lock lint tiny-model
+.PHONY: help setup demo test train data eval report merge recipes recipes-smoke study probes bench bench-data bench-gpu chaos lock lint tiny-model
 
 help: ## list the targets and their variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,8 +47,8 @@ train: setup ## tune with a recipe   [RECIPE=recipes/tiny_line_sealc.yml]
 data: setup ## write training samples   [TASK=line MODEL=recipes/tiny TOKENS=1900 SAMPLES=50]
 	$(RUN) -m data_gen $(TASK) --tokenizer $(MODEL) --tokens $(TOKENS) --samples $(SAMPLES) --out data/$(TASK)_$(TOKENS).jsonl
 
-eval: setup ## score a model, merged folder or adapter   [MODEL=recipes/tiny TASK=line LENGTHS=512,1900 SAMPLES=50]
-	$(RUN) -m eval run --model $(MODEL) --task $(TASK) --lengths "$(LENGTHS)" --samples $(SAMPLES)
+eval: setup ## score a model, merged folder or adapter   [MODEL=recipes/tiny TASK=line LENGTHS=512,1900 SAMPLES=50 BACKEND=hf|vllm]
+	$(RUN) -m eval run --model $(MODEL) --task $(TASK) --lengths "$(LENGTHS)" --samples $(SAMPLES) --backend $(BACKEND)
 
 report: setup ## gather results/*.json into results/report.html
 	$(RUN) -m eval report
@@ -81,6 +82,9 @@ probes: setup ## which heads matter and why, on the small model: results/probes,
 
 bench: setup ## time SEAL beside IA3 and LoRA on this CPU: results/bench.json
 	$(RUN) -m recipes.bench
+
+bench-data: setup ## time every task's data at 31K tokens with Mistral's tokenizer
+	$(RUN) -m data_gen.bench
 
 bench-gpu: setup ## the same at 7B on a GPU: results/bench_gpu.json   [BENCH_TOKENS="8192 31000 65536 131072"]
 	$(RUN) -m recipes.bench --device cuda --shape llama2_7b --checkpointing --tokens $(BENCH_TOKENS) --repeats 3 --out results/bench_gpu.json

@@ -10,9 +10,10 @@ import typer
 
 from data_gen.console import quiet_libraries, stop
 from data_gen.console import run as run_app
+from data_gen.endpoint import KEY
 from data_gen.files import check_output
 from data_gen.generate import TASKS, Request, load_tokenizer, write
-from data_gen.needles import KEY, collect
+from data_gen.needles import collect
 from data_gen.needles import write as write_needles
 
 EXAMPLE = "python -m data_gen line --tokenizer recipes/tiny --tokens 1900 --samples 50 --seed 0 --out data/line.jsonl"

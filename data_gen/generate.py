@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
@@ -166,7 +167,14 @@ def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> int:
     """Length of a chat in tokens, chat template included."""
-    return len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+    # The same tokens without their places in the text, which take a third of the time.
+    backend.no_truncation()
+    backend.no_padding()
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    return len(backend.encode_batch_fast([text], add_special_tokens=False)[0])
 
 
 def generate(request: Request, tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
@@ -185,22 +193,25 @@ def generate(request: Request, tokenizer: PreTrainedTokenizerBase) -> Iterator[d
     for index in range(request.samples):
         length = request.tokens if request.tokens is not None else f"{request.lines} lines"
         rng = random.Random(f"{request.task}/{request.split}/{request.seed}/{length}/{index}")
+        count = functools.lru_cache(maxsize=64)(
+            lambda prompt, answer: count_tokens(tokenizer, as_messages(prompt, answer))
+        )
         room = Room(
             tokens=rng.randint(*request.token_range()) if request.tokens is not None else 0,
-            count=lambda prompt, answer: count_tokens(tokenizer, as_messages(prompt, answer)),
+            count=count,
             accept=lambda answer: accepts(request.split, answer),
             encode=lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
             decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
         )
         drawn = TASKS[request.task](request, rng, index, room)
-        messages = as_messages(drawn.pop("prompt"), drawn["answer"])
+        prompt = drawn.pop("prompt")
         yield {
-            "messages": messages,
+            "messages": as_messages(prompt, drawn["answer"]),
             "task": request.task,
             "split": request.split,
             "seed": request.seed,
             "index": index,
-            "tokens": count_tokens(tokenizer, messages),
+            "tokens": count(prompt, drawn["answer"]),
             **drawn,
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
@@ -50,6 +50,9 @@ def run(
         int | None,
         typer.Option(help="Samples per length, the paper's 50 if left out; for longbench and mmlu at most, or all."),
     ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="No more than so many samples of each length or set, for a first look.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the test samples.")] = 0,
     shots: Annotated[int, typer.Option(help="Worked examples before every prompt; the paper compares with one.")] = 0,
     shot_tokens: Annotated[int, typer.Option(help="Longest example, in tokens.")] = 1000,
@@ -69,6 +72,12 @@ def run(
         Path | None,
         typer.Option(help="A recipe whose `model_config` is to hold for a base model too: NTK, Self-Extend."),
     ] = None,
+    backend: Annotated[
+        Literal["hf", "vllm"], typer.Option(help="What answers: Transformers, or vLLM's server with a merged model.")
+    ] = "hf",
+    base_url: Annotated[
+        str, typer.Option(help="For vllm: address of its endpoint; `vllm serve MODEL` starts it.")
+    ] = "http://localhost:8000/v1",
     batch_size: Annotated[int, typer.Option(help="Prompts generated together.")] = 1,
     out: Annotated[str, typer.Option(help="Result file; default results/TASK_MODEL.json. A PNG lies beside it.")] = "",
     allow_contamination: Annotated[
@@ -80,8 +89,9 @@ def run(
     quiet_libraries()
     tasks = GROUPS.get(task, (task,))
     try:
-        if samples is not None and samples < 1:
-            raise ValueError(f"samples: found {samples}, expected at least 1")
+        for option, count in (("samples", samples), ("limit", limit)):
+            if count is not None and count < 1:
+                raise ValueError(f"{option}: found {count}, expected at least 1")
         if unknown := [name for name in tasks if name not in OURS + KNOWN]:
             raise ValueError(f"task: found {unknown[0]!r}, expected one of {', '.join((*OURS, *KNOWN, *GROUPS))}")
         if out and len(tasks) > 1:
@@ -101,6 +111,8 @@ def run(
         folders = dict(part.split("=", 1) for part in adapter or () if "=" in part)
         if len(folders) != len(adapter or ()):
             raise ValueError(f"adapter: found {' '.join(adapter or ())!r}, expected NAME=FOLDER, every name once")
+        if folders and backend == "vllm":
+            raise ValueError("backend: vllm serves merged models: name one by --model")
         if folders and model_config:
             raise ValueError("model-config: adapters bring their own: leave it out")
         if out and len(folders) > 1:
@@ -109,6 +121,7 @@ def run(
         from axolotl_plugins.seal.load import Loaded, load, load_each
         from eval import known
         from eval import run as ours
+        from eval.served import connect
         from eval.table import print_scores, print_sets
 
         options: dict[str, Any] = {"chat_template": chat_template, "trust_remote_code": trust_remote_code}
@@ -119,23 +132,25 @@ def run(
                 raise ValueError(f"model-config: {model_config} has no `model_config:`")
         models: Iterable[Loaded] = load_each(folders, **options)
         if model:
-            models = [load(model, **options, model_config=changes)]
+            models = [load(model, **options, model_config=changes, weights=backend == "hf")]
         names = list(folders) or [str(model).strip("/").replace("/", "_")]
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in tasks}
-        for title, loaded in zip(names, models, strict=True):
+        most = [count for count in (samples, limit) if count is not None]
+        for title, one in zip(names, models, strict=True):
+            loaded = connect(one, base_url) if backend == "vllm" else one
             for name in tasks:
                 path = Path(out) if out else Path("results") / f"{name}_{title}.json"
-                journal = journal_file(path, loaded.name)
+                journal = journal_file(path, loaded.name, backend)
                 if name in KNOWN:
                     result = known.run_known(
-                        loaded, name, data=data, limit=samples, batch_size=batch_size, journal=journal
+                        loaded, name, data=data, limit=min(most, default=None), batch_size=batch_size, journal=journal
                     )
                     write_text(path, json.dumps(result, indent=1) + "\n")
                     print_sets(result)
                     print(path)
                 else:
                     result = ours.run(
-                        loaded, name, lengths=wanted, samples=samples or 50, seed=seed, shots=shots,
+                        loaded, name, lengths=wanted, samples=min([samples or 50, *most]), seed=seed, shots=shots,
                         shot_tokens=shot_tokens, haystack=haystack if name == "niah" else None,
                         cases=cases if name == "line" else None, batch_size=batch_size, journal=journal,
                         allow_contamination=allow_contamination,

@@ -12,7 +12,8 @@ from lm_eval.tasks import TaskManager, get_task_dict
 
 from axolotl_plugins.seal.load import Loaded
 from data_gen.generate import as_messages, count_tokens
-from eval.run import Harness, Responses
+from eval.run import harness_for
+from eval.served import Served
 
 LONGBENCH = (
     "multifieldqa_en", "multifieldqa_zh", "narrativeqa", "qasper", "hotpotqa", "2wikimqa", "musique", "dureader",
@@ -71,6 +72,8 @@ def task_configs(group: str, data: str | None) -> list[dict[str, Any]]:
 def cut_in_the_middle(task: Any, loaded: Loaded, room: int) -> list[int]:
     """Make a task shorten prompts as LongBench does: tokens go from the middle, before the chat template comes on.
 
+    Its own program leaves LongChat 31,500 tokens (``model2maxlen.json``); here whatever fits into the window stays.
+
     Args:
         task: an lm-eval task, which is changed.
         loaded: whose tokenizer counts.
@@ -114,14 +117,12 @@ def run_known(
         many prompts were shortened in the middle); and ``mean``.
 
     Raises:
-        ValueError: see ``task_configs``.
+        ValueError: see ``task_configs``; or a server is asked for MMLU.
     """
+    if group == "mmlu" and isinstance(loaded, Served):
+        raise ValueError("backend: mmlu compares probabilities, which a server does not give of prompts: use hf")
     tasks = get_task_dict(task_configs(group, data), TaskManager())
-    harness = Harness(
-        pretrained=loaded.model, tokenizer=loaded.tokenizer, max_length=loaded.window, batch_size=batch_size,
-        add_bos_token=group != "longbench",
-    )  # fmt: skip
-    harness.journal = Responses(journal)
+    harness = harness_for(loaded, batch_size, journal, add_bos_token=group != "longbench")
     cut = {}
     for name, task in tasks.items():
         if group == "longbench":
@@ -134,13 +135,13 @@ def run_known(
         num_fewshot=SHOTS[group],
         bootstrap_iters=1,  # any number but 0: errors of means are computed, not drawn
     )  # fmt: skip
-    metric, scale = ("score", 1.0) if group == "longbench" else ("acc", 100.0)
+    metric = "score" if group == "longbench" else "acc"  # both in [0, 1]
     sets = []
     for name in tasks:
         found, count = results["results"][name], results["n-samples"][name]["effective"]
-        score = found[f"{metric},none"] * scale
+        score = 100 * found[f"{metric},none"]
         error = found.get(f"{metric}_stderr,none")
-        spread = 1.96 * error * scale if isinstance(error, float) and not math.isnan(error) else None
+        spread = 196 * error if isinstance(error, float) and not math.isnan(error) else None
         sets.append({
             "name": name.removeprefix(f"{group}_"),
             "count": count,

@@ -50,6 +50,7 @@ def can_crop(model: PreTrainedModel) -> bool:
 def answer(
     model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, stop: set[int],
     done: Callable[[int, list[int]], object] = lambda index, ids: None,
+    ended: Callable[[list[int]], bool] = lambda ids: False,
 ) -> list[list[int]]:  # fmt: skip
     """Greedy continuations.
 
@@ -59,6 +60,7 @@ def answer(
         max_new_tokens: most tokens of an answer.
         stop: ids that end an answer; they are not part of it.
         done: called with a prompt's place and its answer.
+        ended: whether an answer ends here; what ends it is part of it.
 
     Returns:
         Token ids of the answers, in the order of the prompts.
@@ -79,7 +81,7 @@ def answer(
             if token in stop:
                 break
             answers[index].append(token)
-            if len(answers[index]) == max_new_tokens:
+            if len(answers[index]) == max_new_tokens or ended(answers[index]):
                 break
             step = [token]
         cache.crop(len(prompt) - cache.get_seq_length())

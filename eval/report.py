@@ -122,14 +122,11 @@ def table(results: list[dict[str, Any]], paper: list[dict[str, Any]]) -> list[di
 
 def grid(result: dict[str, Any]) -> tuple[np.ndarray, list[int], list[int]]:
     """Mean score of needles by depth and length: shape (depths, lengths), then depths in per cent and lengths."""
-    depths = sorted({row["depth"] for row in result["responses"]})
+    depths = sorted({cell["depth"] for cell in result["depths"]})
     lengths = [score["length"] for score in result["scores"]]
-    cells: dict[tuple[int, int], list[float]] = defaultdict(list)
-    for row in result["responses"]:
-        cells[row["depth"], row["length"]].append(row["score"])
     values = np.full((len(depths), len(lengths)), np.nan)
-    for (depth, length), scores in cells.items():
-        values[depths.index(depth), lengths.index(length)] = np.mean(scores)
+    for cell in result["depths"]:
+        values[depths.index(cell["depth"]), lengths.index(cell["length"])] = cell["score"]
     return values, depths, lengths
 
 
@@ -156,16 +153,20 @@ def section(task: str, results: list[dict[str, Any]], paper: list[dict[str, Any]
 
 
 def scale_maps(results: list[dict[str, Any]]) -> list[str]:
-    """Pictures of the scales of every adapter that was scored and is still there."""
+    """Pictures of the scales of every adapter that was scored and is still there, and how much was learned."""
     from axolotl_plugins.seal.scales import saved_scales
 
+    paper = yaml.safe_load((HERE / "paper.yml").read_text())["parameters"]
     pictures = []
-    for model in dict.fromkeys(result["model"] for result in results if result["method"].startswith("SEAL")):
+    adapters = {result["model"]: result for result in results if result["method"].startswith("SEAL")}
+    for model, result in adapters.items():
         if not (Path(model) / "adapter_config.json").exists():
             continue  # a merged folder has no scales of its own
         scales = saved_scales(Path(model))
+        printed = paper.get(result["base"], {}).get(result["method"])
+        learned = f"{scales.size:,} numbers" + (f" (paper {printed[0]}K, table 8)" if printed else "")
         figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
-        draw_scales(figure, axes, scales.mean(-1), f"{model}\nmean scale of each head")
+        draw_scales(figure, axes, scales.mean(-1), f"{model}\nmean scale of each head; {learned}")
         pictures.append(picture(figure))
     return pictures
 

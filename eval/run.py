@@ -13,6 +13,7 @@ import yaml
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
@@ -54,6 +55,7 @@ class Harness(HFLM):
     ``refused`` (hashes of prompts) are not answered.
     """
 
+    loaded: Loaded
     journal: Responses
     refused: frozenset[str] = frozenset()
 
@@ -73,15 +75,11 @@ class Harness(HFLM):
             if length + room > self.max_length:
                 raise ValueError(
                     f"a prompt of {length} tokens and {room} tokens of answer do not fit into the model's window "
-                    f"of {self.max_length}: ask for shorter --lengths"
+                    f"of {self.max_length}: ask for shorter --lengths, or take a model with a longer window"
                 )
         self.cache_hook = self.journal
         if todo := [request for request in requests if self.journal.key(request.args) not in self.journal]:
-            prompts = [self.tok_encode(request.args[0]) for request in todo]
-            if can_crop(self.model) and saving(prompts) > WORTHWHILE:
-                self.answer_sharing(todo, prompts, disable_tqdm)
-            else:
-                self.answer_by_length(todo, prompts, disable_tqdm)
+            self.answer_all(todo, disable_tqdm)
         return [self.journal.values[self.journal.key(request.args)] for request in requests]
 
     def _loglikelihood_tokens(
@@ -97,6 +95,18 @@ class Harness(HFLM):
             raise ValueError(f"a prompt of {longest} tokens does not fit into the model's window of {self.max_length}")
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
+    def answer_all(self, requests: list[Instance], disable_tqdm: bool) -> None:
+        """Answer requests into the journal, those that are answered by the same settings together."""
+        alike = defaultdict(list)
+        for request in requests:
+            alike[json.dumps(request.args[1], sort_keys=True)].append(request)
+        for group in alike.values():
+            prompts = [self.tok_encode(request.args[0]) for request in group]
+            if can_crop(self.model) and saving(prompts) > WORTHWHILE:
+                self.answer_sharing(group, prompts, disable_tqdm)
+            else:
+                self.answer_by_length(group, prompts, disable_tqdm)
+
     def answer_by_length(self, requests: list[Instance], prompts: list[list[int]], disable_tqdm: bool) -> None:
         """Let lm-eval answer prompts of one length at a time, the longest first.
 
@@ -111,15 +121,41 @@ class Harness(HFLM):
                 bar.update(len(by_length[length]))
 
     def answer_sharing(self, requests: list[Instance], prompts: list[list[int]], disable_tqdm: bool) -> None:
-        """Answer prompts that begin alike into the journal."""
-        stop = stop_ids(self.model, self.tokenizer)
+        """Answer prompts that begin alike, and are answered by the same settings, into the journal."""
+        stop, settings = stop_ids(self.model, self.tokenizer), requests[0].args[1]
         with tqdm(total=len(requests), desc="prompts that begin alike", disable=disable_tqdm) as bar:
 
+            def cut(ids: list[int]) -> str:
+                return postprocess_generated_text(self.tok_decode(ids), settings["until"], None)
+
             def done(index: int, ids: list[int]) -> None:
-                self.journal.add_partial("generate_until", requests[index].args, self.tok_decode(ids))
+                self.journal.add_partial("generate_until", requests[index].args, cut(ids))
                 bar.update()
 
-            answer(self.model, prompts, requests[0].args[1]["max_gen_toks"], stop, done)
+            def ended(ids: list[int]) -> bool:
+                return bool(settings["until"]) and cut(ids) != self.tok_decode(ids)
+
+            answer(self.model, prompts, settings["max_gen_toks"], stop, done, ended)
+
+
+def harness_for(loaded: Loaded, batch_size: int, journal: Path | None, *, add_bos_token: bool = False) -> Harness:
+    """What lets a model answer: itself, or the server that has it.
+
+    Args:
+        loaded: the model.
+        batch_size: prompts answered together.
+        journal: see ``run``.
+        add_bos_token: for prompts without a chat template, which otherwise says whether there is one.
+    """
+    from eval.served import Served, ServedHarness
+
+    harness = (ServedHarness if isinstance(loaded, Served) else Harness)(
+        pretrained=loaded.model, tokenizer=loaded.tokenizer, max_length=loaded.window, batch_size=batch_size,
+        add_bos_token=add_bos_token,
+    )  # fmt: skip
+    harness.loaded = loaded
+    harness.journal = Responses(journal)
+    return harness
 
 
 def was_seen(document: dict[str, Any], texts: frozenset[str]) -> bool:
@@ -167,9 +203,9 @@ def run(
 
     Returns:
         ``model``, ``base``, ``method``, ``task``, ``window``, ``seed``, ``shots``; ``contaminated``, how many samples
-        the model was tuned on, None where that is not known; ``scores``, one entry per length
-        with ``length``, ``tokens`` (mean), ``count``, ``score`` (mean) and its 95 % interval ``low``, ``high``; and
-        ``responses``, one entry per sample.
+        the model was tuned on, None where that is not known; ``scores``, one entry per length with ``length``,
+        ``tokens`` (mean), ``count``, ``score`` (mean) and its 95 % interval ``low``, ``high``; ``depths``, the same per
+        length and ``depth`` of needles; ``mean``, the same of all samples; and ``responses``, one entry per sample.
 
     Raises:
         ValueError: bad input; the message is one line.
@@ -194,7 +230,6 @@ def run(
     }
     responses = generate_responses(loaded, task, metadata, batch_size, journal, allow_contamination)
     seen = [row.pop("seen") for row in responses]
-    lengths = list(dict.fromkeys(row["length"] for row in responses))
     return {
         "model": loaded.name,
         "base": loaded.base,
@@ -204,23 +239,31 @@ def run(
         "seed": seed,
         "shots": shots,
         "contaminated": None if loaded.trained_on is None else sum(seen),
-        "scores": [summary([row for row in responses if row["length"] == length]) for length in lengths],
+        "scores": summaries(responses, "length"),
+        "depths": summaries(responses, "length", "depth") if task == "niah" else [],
+        "mean": summaries(responses)[0],
         "responses": responses,
     }
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean score of the responses of one length, with its interval."""
-    mean = sum(row["score"] for row in rows) / len(rows)
-    low, high = wilson(mean, len(rows))
-    return {
-        "length": rows[0]["length"],
-        "tokens": round(sum(row["tokens"] for row in rows) / len(rows), 1),
-        "count": len(rows),
-        "score": mean,
-        "low": round(low, 4),
-        "high": round(high, 4),
-    }
+def summaries(responses: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
+    """Mean scores of responses that have the same values of ``keys``, each with its interval."""
+    groups = defaultdict(list)
+    for row in responses:
+        groups[tuple(row[key] for key in keys)].append(row)
+    found = []
+    for values, rows in groups.items():
+        mean = sum(row["score"] for row in rows) / len(rows)
+        low, high = wilson(mean, len(rows))
+        found.append({
+            **dict(zip(keys, values, strict=True)),
+            "tokens": round(sum(row["tokens"] for row in rows) / len(rows), 1),
+            "count": len(rows),
+            "score": mean,
+            "low": round(low, 4),
+            "high": round(high, 4),
+        })  # fmt: skip
+    return found
 
 
 def generate_responses(
@@ -240,14 +283,7 @@ def generate_responses(
     name = f"seal_{task}"
     manager = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False, metadata=metadata)
     assert name in manager.all_tasks, f"lm-eval cannot read {TASK_FOLDER}/{name}.yaml"
-    harness = Harness(
-        pretrained=loaded.model,
-        tokenizer=loaded.tokenizer,
-        max_length=loaded.window,
-        batch_size=batch_size,
-        add_bos_token=False,  # the chat template says whether there is one, as in training
-    )
-    harness.journal = Responses(journal)
+    harness = harness_for(loaded, batch_size, journal)
     trained_on = loaded.trained_on or frozenset()
     harness.refused = frozenset() if allow_contamination else trained_on
     results = simple_evaluate(

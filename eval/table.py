@@ -9,14 +9,14 @@ from rich.table import Table
 
 
 def print_scores(results: list[dict[str, Any]], names: list[str] | None = None) -> None:
-    """Accuracy and its 95 % interval, one row per length, one column per result, under its name or its method."""
+    """Accuracy and its 95 % interval: a row per length and one for all, a column per result (its name or method)."""
     table = Table(title=f"{results[0]['task']}: mean score (95 % interval)")
     table.add_column("tokens", justify="right")
     for name in names or [result["method"] for result in results]:
         table.add_column(name, justify="right")
-    for rows in zip(*(result["scores"] for result in results), strict=True):
+    for rows in zip(*([*result["scores"], result["mean"]] for result in results), strict=True):
         cells = [f"{row['score']:.2f} ({row['low']:.2f}-{row['high']:.2f}, n={row['count']})" for row in rows]
-        table.add_row(f"{rows[0]['tokens']:.0f}", *cells)
+        table.add_row(f"{rows[0]['tokens']:.0f}" if "length" in rows[0] else "mean", *cells)
     Console().print(table)
 
 

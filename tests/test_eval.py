@@ -17,7 +17,7 @@ from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.load import load, load_each
 from data_gen import niah
 from data_gen.generate import Request, generate
-from eval.run import Harness, Responses, default_lengths, run
+from eval.run import Harness, Responses, default_lengths, run, summaries
 from eval.score import SCORERS, last_integer, wilson
 
 TINY = Path(__file__).parent.parent / "recipes" / "tiny"
@@ -91,6 +91,21 @@ def test_wilson_brackets_the_share_as_in_the_textbook():
             assert 0 <= low <= correct / count <= high <= 1 and not math.isclose(low, high)
 
 
+def test_scores_are_summed_up_by_length_by_depth_and_over_all():
+    rows = [
+        {"length": length, "depth": depth, "tokens": length - 4, "score": score}
+        for length, depth, score in ((500, 0, 1.0), (500, 100, 0.0), (900, 0, 0.5), (500, 0, 0.5), (900, 100, 0.5))
+    ]
+    by_length, by_depth, (mean,) = (summaries(rows, *keys) for keys in (["length"], ["length", "depth"], []))
+    assert [(row["length"], row["count"], row["score"]) for row in by_length] == [(500, 3, 0.5), (900, 2, 0.5)]
+    assert [(row["length"], row["depth"], row["count"], row["score"]) for row in by_depth] == [
+        (500, 0, 2, 0.75), (500, 100, 1, 0.0), (900, 0, 1, 0.5), (900, 100, 1, 0.5)
+    ]  # fmt: skip
+    assert (mean["count"], mean["score"], mean["tokens"]) == (5, 0.5, 656)
+    assert all(row["low"] <= row["score"] <= row["high"] for row in (*by_length, *by_depth, mean))
+    assert mean["high"] - mean["low"] < by_depth[0]["high"] - by_depth[0]["low"]
+
+
 def test_default_lengths_are_the_papers_shares_of_the_window():
     assert default_lengths(32768) == [9216, 14336, 19456, 23552, 28672, 31744]
     assert max(default_lengths(2048)) <= 2048 - 128
@@ -104,13 +119,15 @@ def run_eval(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_small_model_is_scored_by_the_command(tmp_path):
     done = run_eval(
-        "--model", str(TINY), "--lengths", "260,400", "--samples", "6", "--batch-size", "4", "--out", "r.json",
-        cwd=tmp_path,
+        "--model", str(TINY), "--lengths", "260,400", "--samples", "9", "--limit", "6", "--batch-size", "4",
+        "--out", "r.json", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "r.json").read_text())
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     assert result["method"] == "base" and [score["count"] for score in result["scores"]] == [6, 6]
+    assert result["mean"]["count"] == 12
+    assert result["mean"]["score"] == pytest.approx(sum(score["score"] for score in result["scores"]) / 2)
     # Answers come from the model: it knows short records, and each response names the line it was asked for.
     assert result["scores"][0]["score"] >= 0.8
     for row in result["responses"]:

@@ -11,6 +11,7 @@ from datasets import Dataset
 from axolotl_plugins.seal.load import load
 from eval import prefix
 from eval.known import LONGBENCH, run_known
+from eval.run import Harness
 
 TINY = Path(__file__).parent.parent / "recipes" / "tiny"
 QUESTION = "What does the garden keep?"
@@ -30,21 +31,65 @@ def longbench(tmp_path):
 
 
 def test_longbench_is_cut_in_the_middle_and_says_so(longbench, monkeypatch):
-    asked = []
+    asked, budgets = [], set()
     loaded = load(TINY)
-    # The contexts begin alike, so that this is what answers.
-    answer = prefix.answer
-    monkeypatch.setattr("eval.run.answer", lambda model, ids, *rest: asked.extend(ids) or answer(model, ids, *rest))
+    answer_all, answer = Harness.answer_all, prefix.answer
+
+    def ask(harness, requests, quiet):
+        asked.extend(harness.tok_encode(request.args[0]) for request in requests)
+        answer_all(harness, requests, quiet)
+
+    def share(model, ids, budget, *rest):
+        budgets.add(budget)
+        return answer(model, ids, budget, *rest)
+
+    monkeypatch.setattr(Harness, "answer_all", ask)
+    monkeypatch.setattr("eval.run.answer", share)
     result = run_known(loaded, "longbench", data=str(longbench))
     assert [row["name"] for row in result["sets"]] == list(LONGBENCH)
     assert all((row["count"], row["cut"]) == (2, 1) for row in result["sets"])
     assert all(0 <= row["score"] <= 100 for row in result["sets"])
     assert len(asked) == 16 and max(map(len, asked)) < 2048
+    assert budgets == {32}  # of the three sets that ask alike, not of the first of all
     longest = loaded.tokenizer.decode(max(asked, key=len))
     assert QUESTION in longest and longest.startswith("<s><|user|>")
     (longbench / "qasper.jsonl").unlink()
     with pytest.raises(ValueError, match=r"qasper.jsonl is missing"):
         run_known(loaded, "longbench", data=str(longbench))
+
+
+ORIGINALS = [
+    json.loads(row) for row in (Path(__file__).parent / "fixtures" / "longbench.jsonl").read_text().splitlines()
+]
+
+
+def test_longbench_is_asked_and_scored_as_by_its_own_programs():
+    """Prompts and over 50 scores of each metric, recorded from THUDM/LongBench's files."""
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks.longbench import metrics
+    from lm_eval.utils import apply_template
+
+    manager = TaskManager()
+    for row in (row for row in ORIGINALS if "set" in row):
+        config = manager._get_config(f"longbench_{row['set']}")
+        assert apply_template(config["doc_to_text"], row) == row["prompt"]
+    score = {
+        "qa_f1_score": metrics.get_qa_f1_with_score,
+        "qa_f1_zh_score": metrics.get_qa_f1_zh_with_score,
+        "rouge_zh_score": metrics.get_rouge_zh_with_score,
+    }
+    for metric, ours in score.items():
+        rows = [row for row in ORIGINALS if row.get("metric") == metric]
+        assert len(rows) > 50 and len({row["score"] for row in rows}) > 5
+        for row in rows:
+            assert ours(row, [row["response"]])["score"] == pytest.approx(row["score"])
+
+
+def test_longbench_is_scored_in_per_cent_as_the_paper_does(longbench, monkeypatch):
+    """A model that always says the answer has 100."""
+    monkeypatch.setattr(Harness, "generate_until", lambda harness, requests, **_: ["a letter"] * len(requests))
+    result = run_known(load(TINY), "longbench", data=str(longbench))
+    assert result["mean"] == 100 and {row["score"] for row in result["sets"]} == {100}
 
 
 def test_mmlu_is_scored_by_the_likelihood_of_letters_with_five_examples(tmp_path):

@@ -86,7 +86,7 @@ def test_what_may_pass_is_tried_again(server, bad):
     [
         ([503], "gave no usable answer in 3 tries; the last: status 503"),
         ([1.0], "in 3 tries; the last: ReadTimeout"),
-        ([b"x" * 300_000], "not a chat completion"),
+        ([b"x" * 300_000], "no chat completion in its answer"),
         ([401], r"refuses with status 401: is OPENAI_API_KEY right\?"),
         (["I cannot do that."], "3 answers in a row held no new needle; 0 of 2 found"),
         ([pairs(1)], "held no new needle; 1 of 2 found"),

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import random
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from axolotl_plugins.seal.load import load
+from axolotl_plugins.seal.load import Loaded, load
+from data_gen import line
 from data_gen.generate import Request, generate
 from eval.prefix import answer, can_crop, common, new_tokens, saving
+from eval.run import harness_for
 
 TINY = Path(__file__).parent.parent / "recipes" / "tiny"
 
@@ -81,22 +88,51 @@ def test_models_that_forget_are_left_to_the_plain_path():
     assert can_crop(MistralForCausalLM(MistralConfig(sliding_window=None, **small)))
 
 
-@pytest.mark.slow
-def test_sharing_pays():
-    """Against lm-eval's plain path, in one run: a needle grid and ten questions on one context."""
-    import time
-
-    from eval.run import Harness, run
-
+def test_answers_end_where_they_are_told_to(monkeypatch):
+    """At a text that ends an answer, which goes, as in lm-eval's own path; here at whatever the model says second."""
     loaded = load(TINY)
-    seconds = {}
-    for name, factor in (("shared", 1.2), ("plain", 1e9)):
-        import eval.run as module
+    texts = ["<s><|user|>A B C D E F", "<s><|user|>A B C D E G"]
+    texts = [instance(text, {"max_gen_toks": 6, "until": [], "do_sample": False}) for text in texts]
+    whole = harness_for(loaded, 1, None).generate_until(texts)
+    second = whole[0][len(whole[0]) // 2]
+    ends = {"max_gen_toks": 6, "until": [second], "do_sample": False}
+    cut = [instance(text.args[0], ends) for text in texts]
+    shared = harness_for(loaded, 1, None).generate_until(cut)
+    monkeypatch.setattr("eval.run.WORTHWHILE", 1e9)
+    assert shared == harness_for(loaded, 1, None).generate_until(cut)
+    assert shared == [text.split(second)[0] for text in whole] and shared != whole
 
-        module.WORTHWHILE = factor
+
+def instance(text: str, settings: dict) -> Instance:
+    return Instance("generate_until", {}, (text, settings), 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "least"), [("5 depths x 3 lengths of needles", 1.4), ("ten questions on one record", 4.0)]
+)
+def test_sharing_pays(what, least, tmp_path):
+    """Against lm-eval's plain path, in one run, on a random model large enough that prompts are what costs."""
+    tokenizer = load(TINY).tokenizer
+    torch.manual_seed(0)
+    shape = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8}
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=8192, eos_token_id=2, **shape)
+    loaded = Loaded("random", LlamaForCausalLM(config).eval(), tokenizer, "random", "base", 8192)
+    if what.startswith("ten"):
+        lines = line.Record(random.Random(0)).first(180)
+        chats = [[{"role": "user", "content": line.render(lines, 18 * place)["prompt"]}] for place in range(10)]
+    else:
+        rows = (generate(Request("niah", n, samples=10, split="test"), tokenizer) for n in ("2000", "3000", "4000"))
+        chats = [sample["messages"][:1] for row in rows for sample in list(row)[::2]]
+    harness = harness_for(loaded, 1, tmp_path / "journal")
+    settings = {"max_gen_toks": 8, "until": [], "do_sample": False}
+    requests = [instance(harness.apply_chat_template(chat), settings) for chat in chats]
+    seconds, answers = {}, {}
+    plain = HFLM(pretrained=loaded.model, tokenizer=tokenizer, max_length=8192, batch_size=1, add_bos_token=False)
+    for name, one in (("shared", harness), ("plain", plain)):
         start = time.perf_counter()
-        result = run(loaded, "niah", lengths=[900, 1300, 1800], samples=10)
+        answers[name] = one.generate_until(requests, disable_tqdm=True)
         seconds[name] = time.perf_counter() - start
-        seconds[f"{name} answers"] = [row["response"] for row in result["responses"]]
-    assert isinstance(Harness, type) and seconds["shared answers"] == seconds["plain answers"]
-    assert seconds["plain"] / seconds["shared"] > 1.4, seconds
+    print(f"{what}: {seconds['plain']:.1f} s plain, {seconds['shared']:.1f} s shared")
+    assert answers["shared"] == answers["plain"] and len(set(answers["plain"])) > 1
+    assert seconds["plain"] / seconds["shared"] >= least, seconds

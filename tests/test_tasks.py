@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from data_gen import longbench, niah, ruler
-from data_gen.generate import Request, accepts, count_tokens, generate
+from data_gen import bench, longbench, niah, ruler
+from data_gen.generate import Request, accepts, count_tokens, generate, load_tokenizer
 
 TINY = Path(__file__).parent.parent / "recipes" / "tiny"
 # Samples that NVIDIA's own programs wrote for 1,500 tokens.
@@ -73,6 +73,33 @@ def test_frequent_words_are_nvidias_byte_for_byte(row):
     possible = [[n for n in ruler.frequencies(total, size) if n] for total in range(1, 3000)]
     assert [n for _, n in counts.most_common()] in possible
     assert [word for word, _ in counts.most_common(4)] == ["...", *row["outputs"]]
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory):
+    """The tokenizer that the bench measures with, saved and loaded again as a model's is."""
+    folder = tmp_path_factory.mktemp("mistral")
+    bench.mistral_tokenizer().save_pretrained(folder)
+    bench.write_passages(folder / "passages.jsonl", 3000, 4)
+    return load_tokenizer(str(folder)), folder / "passages.jsonl"
+
+
+@pytest.mark.parametrize("task", bench.TASKS)
+def test_every_task_is_made_with_mistrals_tokenizer(task, mistral):
+    tokenizer, passages = mistral
+    assert len(tokenizer) == 32_000 and tokenizer.is_fast
+    data = str(passages) if task == "longbench" else None
+    for sample in generate(Request(task, "3000", samples=2, data=data), tokenizer):
+        ids = tokenizer.apply_chat_template(sample["messages"], return_dict=False)
+        assert len(ids) == sample["tokens"] == count_tokens(tokenizer, sample["messages"])
+        assert 2800 < sample["tokens"] <= 3000 and ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.slow
+def test_bench_prints_a_row_for_every_task(capsys):
+    bench.main(["--tokens", "3000", "--samples", "1"])
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split("`")[1] for row in rows[2:]] == list(bench.TASKS)
 
 
 @pytest.mark.parametrize("task", ["niah", "vt", "cwe", "fwe"])

@@ -32,7 +32,7 @@ class Loaded:
         model: in evaluation mode, with the adapter applied if there is one.
         tokenizer: with a chat template.
         base: hub id or folder of the base model.
-        method: ``base``, ``SEAL-H``, ``SEAL-C`` or the adapter's PEFT type.
+        method: ``base``, ``SEAL-H``, ``SEAL-C``, ``LoRA``, ``DoRA`` or the adapter's PEFT type.
         window: most tokens the model declares to take.
         trained_on: hashes of the texts it was tuned on, see ``provenance``; None where they are not known.
     """
@@ -53,6 +53,8 @@ def is_adapter(name: str | Path) -> bool:
 
 def method_name(config: PeftConfig) -> str:
     """What the paper calls an adapter."""
+    if config.peft_type.value == "LORA":
+        return "DoRA" if config.use_dora else "LoRA"
     return {"head": "SEAL-H", "channel": "SEAL-C"}.get(getattr(config, "granularity", ""), str(config.peft_type.value))
 
 
@@ -84,6 +86,23 @@ def check_tensors(file: Path, model: PeftModel, adapter_name: str = "default") -
         raise ValueError(f"{file}: {bad[0]} holds values that are no numbers: tune again at a lower learning rate")
 
 
+def load_weights(base: str, config: Any, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
+    """A base model whose checkpoint is whole.
+
+    Raises:
+        ValueError: a tensor is missing, or the checkpoint is quantised in an unknown way; Transformers only warns.
+    """
+    model, found = AutoModelForCausalLM.from_pretrained(
+        base, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if found["missing_keys"]:
+        raise ValueError(f"{base} lacks {min(found['missing_keys'])}: it is not whole, or its config is another's")
+    if getattr(config, "quantization_config", None) and getattr(model, "hf_quantizer", None) is None:
+        raise ValueError(f"{base} says that it is quantised in a way that is not known: its weights are no model's")
+    return model
+
+
 def with_adapter(loaded: Loaded, config: PeftConfig) -> Loaded:
     """The same model with a new, untrained adapter of any PEFT method.
 
@@ -95,7 +114,7 @@ def with_adapter(loaded: Loaded, config: PeftConfig) -> Loaded:
 
 def load(
     name: str | Path, *, dtype: torch.dtype | str = "auto", chat_template: str | None = None,
-    trust_remote_code: bool = False, model_config: dict[str, Any] | None = None,
+    trust_remote_code: bool = False, weights: bool = True, model_config: dict[str, Any] | None = None,
 ) -> Loaded:  # fmt: skip
     """Load a model for inference.
 
@@ -106,6 +125,7 @@ def load(
         chat_template: a jinja file, for base models whose tokenizer comes without a template.
         trust_remote_code: run code that comes with the checkpoint.
         model_config: keys of the model's config to set, as a recipe's ``model_config``.
+        weights: without them the model is a shape alone, and an adapter is not applied: for models that are served.
 
     Raises:
         ValueError: something is missing or does not fit; the message is one line.
@@ -124,14 +144,12 @@ def load(
         if source != base and hasattr(config, "quantization_config"):
             # How training held the base's weights is not part of the model: scores and merges are of those weights.
             del config.quantization_config
-        model, found = AutoModelForCausalLM.from_pretrained(
-            base, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **trust
-        )
-        if found["missing_keys"]:
-            raise ValueError(f"{base} lacks {min(found['missing_keys'])}: it is not whole, or its config is another's")
-        if getattr(config, "quantization_config", None) and getattr(model, "hf_quantizer", None) is None:
-            raise ValueError(f"{base} says that it is quantised in a way that is not known: its weights are no model's")
-        if adapter is not None:
+        if weights:
+            model = load_weights(base, config, dtype, trust_remote_code)
+        else:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, **trust)
+        if adapter is not None and weights:
             model = apply_adapter(model, Path(name))
         own = adapter is None or (Path(name) / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(name if own else base, **trust)

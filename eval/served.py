@@ -1,0 +1,85 @@
+"""A merged model that vLLM serves: the same prompts, token for token, answered over its OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+
+from lm_eval.api.instance import Instance
+from tqdm import tqdm
+
+from axolotl_plugins.seal.load import Loaded, is_adapter
+from data_gen.endpoint import KEY, ask, text_of
+from eval.run import Harness
+
+LONGEST_WAIT = 600  # seconds for one answer
+
+
+@dataclass(frozen=True)
+class Served(Loaded):
+    """A model whose weights are at a server.
+
+    Attributes:
+        server: address of its endpoint, such as ``http://localhost:8000/v1``.
+    """
+
+    server: str = ""
+
+
+def connect(loaded: Loaded, server: str) -> Served:
+    """The same model, answering at a server.
+
+    Args:
+        loaded: a plain model, without its weights, see ``load``.
+        server: address of an OpenAI-compatible endpoint.
+
+    Raises:
+        ValueError: the model is an adapter, or the server is not there or has another model.
+    """
+    if is_adapter(loaded.name):
+        raise ValueError(
+            f"backend: vLLM serves merged models, and {loaded.name} is an adapter: "
+            f"`make merge ADAPTER={loaded.name}` first"
+        )
+    read = lambda found: [row["id"] for row in found["data"]]  # noqa: E731
+    names = ask(server, "models", None, read, key=os.environ.get(KEY), tries=1)
+    if loaded.name not in names:
+        raise ValueError(
+            f"{server} serves {', '.join(names)}, not {loaded.name}: start it with `vllm serve {loaded.name}`"
+        )
+    return Served(**vars(loaded), server=server)
+
+
+class ServedHarness(Harness):
+    """Lets a server answer ``batch_size`` prompts at a time."""
+
+    loaded: Served
+
+    def answer_all(self, requests: list[Instance], disable_tqdm: bool) -> None:
+        """Answer requests into the journal as they come in."""
+        with (
+            tqdm(total=len(requests), desc="prompts served", disable=disable_tqdm) as bar,
+            ThreadPoolExecutor(self.batch_size) as pool,
+        ):
+            asked = {pool.submit(self.complete, request): request for request in requests}
+            try:
+                for one in as_completed(asked):
+                    self.journal.add_partial("generate_until", asked[one].args, one.result())
+                    bar.update()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def complete(self, request: Instance) -> str:
+        """The greedy answer to one prompt, sent as token ids.
+
+        Raises:
+            ValueError: see ``data_gen.endpoint.ask``.
+        """
+        prompt, settings = request.args
+        body = {
+            "model": self.loaded.name, "prompt": self.tok_encode(prompt), "max_tokens": settings["max_gen_toks"],
+            "temperature": 0, "stop": settings["until"] or None,
+        }  # fmt: skip
+        read = lambda found: text_of(found["choices"][0]["text"])  # noqa: E731
+        return ask(self.loaded.server, "completions", body, read, key=os.environ.get(KEY), timeout=LONGEST_WAIT)

@@ -152,6 +152,8 @@ def cost_lines(file: Path, gpu: str) -> list[str]:
     Raises:
         ValueError: the recipe does not describe its data, its model's shape is not known, or there is no such GPU.
     """
+    from axolotl_plugins.seal.args import parse_block
+
     if gpu not in GPUS:
         raise ValueError(f"gpu: found {gpu!r}, expected one of {', '.join(GPUS)}")
     try:
@@ -160,6 +162,7 @@ def cost_lines(file: Path, gpu: str) -> list[str]:
         raise ValueError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(settings, dict) or "base_model" not in settings:
         raise ValueError(f"{file}: not a recipe: it names no base_model")
+    parse_block(settings.get("seal"))  # before anything is fetched
     matrix = read_matrix()
     named = {model["base_model"]: model.get("shape") for model in matrix["models"].values()}
     try:

@@ -38,7 +38,7 @@ def line(name: str, method: str, recipe: str | None, scoring: str) -> str:
 def table(number: int, matrix: dict[str, Any], scores: list[dict[str, Any]]) -> str:
     """The rows of one of the paper's tables, at the lengths that it prints."""
     models = {model["base_model"]: key for key, model in matrix["models"].items() if "model_config" not in model}
-    by_title = {title.split()[0]: method for method, title in METHODS.items()}
+    by_title = {title.split()[-1].strip("()"): method for method, title in METHODS.items()}
     text = ""
     for row in scores:
         if row["table"] != number:

@@ -241,7 +241,9 @@ class Records:
         drawn = str(rng.randint(1, line.MAX_NUMBER))
         if rng.random() < 0.5:
             return drawn
-        return "".join(rng.choices(rng.sample("0123456789", rng.randint(2, 3)), k=len(drawn)))
+        few = rng.sample("0123456789", rng.randint(2, 3))
+        first = rng.choice([digit for digit in few if digit != "0"])
+        return first + "".join(rng.choices(few, k=len(drawn) - 1))
 
     def batch(self, stage: Stage, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """About ``tokens`` tokens of records of one size: ids and weights, each of shape (B, T), right-padded."""
@@ -517,7 +519,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lines", type=int, default=32, help="longest record of the first part")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per batch")
-    parser.add_argument("--polish", type=int, default=1000, help="steps at the last stage, with the rate falling")
+    parser.add_argument("--polish", type=int, default=2500, help="steps at the last stage, with the rate falling")
     parser.add_argument("--factor", type=float, default=4, help="that RoPE positions are divided by")
     parser.add_argument("--window", type=int, default=2048, help="tokens declared")
     parser.add_argument("--steps", type=int, default=350, help="of fine-tuning")

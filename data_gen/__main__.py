@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -77,4 +78,7 @@ app.command(epilog=f"Example: {EXAMPLE}")(main)
 
 
 if __name__ == "__main__":
+    # Tokenizers need no PyTorch, which Transformers would spend four seconds on; this tells it that there is none.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    sys.modules["torch"] = None  # type: ignore[assignment]
     run_app(app, "python -m data_gen")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import subprocess
@@ -54,6 +55,13 @@ def write_passages(file: Path, tokens: int, rows: int) -> None:
             out.write(json.dumps(sample) + "\n")
 
 
+def prepare(folder: Path, tokens: int, samples: int) -> None:
+    """Write what the tasks need."""
+    quiet_libraries()
+    mistral_tokenizer().save_pretrained(folder / "tokenizer")
+    write_passages(folder / "triviaqa_e.jsonl", tokens, samples)
+
+
 def measure(command: list[str]) -> tuple[float, float, float]:
     """Run a command.
 
@@ -75,12 +83,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=31_000, help="longest sample")
     parser.add_argument("--samples", type=int, default=50, help="of every task")
     options = parser.parse_args(arguments)
-    quiet_libraries()
     print("| task | seconds | of the processor | peak memory (MiB) |\n|---|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        mistral_tokenizer().save_pretrained(folder / "tokenizer")
-        write_passages(folder / "triviaqa_e.jsonl", options.tokens, options.samples)
+        # Elsewhere, because a process begins with the memory of the one that starts it.
+        beside = multiprocessing.get_context("spawn").Process(
+            target=prepare, args=(folder, options.tokens, options.samples)
+        )
+        beside.start()
+        beside.join()
         for task in TASKS:
             command = [sys.executable, "-m", "data_gen", task, "--tokenizer", str(folder / "tokenizer")]
             command += ["--tokens", str(options.tokens), "--samples", str(options.samples)]

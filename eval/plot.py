@@ -44,7 +44,7 @@ def draw_accuracy(axes: Axes, results: list[dict[str, Any]]) -> None:
         axes.fill_between(tokens, low, high, alpha=0.15, color=colour)
     axes.set(xlabel="prompt length (tokens)", ylabel="score", ylim=(-0.02, 1.04))
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left")
+    axes.legend(loc="best")
 
 
 def draw_scales(figure: Figure, axes: Axes, scales: np.ndarray, title: str) -> None:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from data_gen.files import written_whole
 
-COLOURS = {"base": "#555555", "SEAL-H": "#e08214", "SEAL-C": "#2166ac"}
+COLOURS = {"base": "#555555", "SEAL-H": "#e08214", "SEAL-C": "#2166ac", "shuffled": "#9467bd"}
 
 
 def save_figure(figure: Figure, out: Path) -> None:

@@ -120,3 +120,9 @@ def test_page_shows_probes_with_their_numbers(tmp_path):
     assert "1 in quadrant 1, 1 in quadrant 2, 1 in quadrant 3, 0 in quadrant 4" in page
     assert "L0H1 +0.15 and L1H0 -0.25" in page and "0.90 at 512, 0.60 at 1448" in page
     assert page.count("data:image/png;base64,") == 1
+
+
+def test_the_results_that_come_with_the_code_make_a_page(tmp_path):
+    """Every shipped probe has the shape that captions and pictures read."""
+    probes = list((ROOT / "results" / "probes").glob("*.json"))
+    assert write_report(ROOT / "results", tmp_path / "report.html") >= len(probes) > 5

@@ -49,16 +49,24 @@ def test_the_readmes_python_runs():
 
 
 def random_model(model_type: str, folder: Path) -> str:
-    """A random-weight model with the small model's tokenizer."""
+    """A random-weight model with a tokenizer of its kind: Qwen2's trained on samples, else the small model's."""
     import torch
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "recipes" / "tiny")
+    from data_gen.generate import Request, generate
+
+    small = tokenizer = AutoTokenizer.from_pretrained(ROOT / "recipes" / "tiny")
+    if model_type == "qwen2":
+        samples = generate(Request("line", "1900", samples=20), small)
+        texts = [row["messages"][0]["content"] for row in samples]
+        tokenizer = Qwen2Tokenizer(vocab={}, merges=[]).train_new_from_iterator(texts, 2000)
+        tokenizer.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+        tokenizer.chat_template = small.chat_template
     torch.manual_seed(0)
     config = CONFIG_MAPPING[model_type](
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=512, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, initializer_range=0.1,
+        num_key_value_heads=4, max_position_embeddings=512, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, initializer_range=0.1,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

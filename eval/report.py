@@ -31,9 +31,7 @@ def read_json(folder: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: a file is not JSON, or too large.
     """
-    found = []
-    for file in sorted(folder.glob("*.json")):
-        found.append(load_json(file))
+    found = [load_json(file) for file in sorted(folder.glob("*.json"))]
     return [one for one in found if isinstance(one, dict)]
 
 

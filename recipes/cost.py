@@ -135,10 +135,10 @@ def recipe_cost(settings: dict[str, Any], shape: Shape) -> Cost:
     Raises:
         ValueError: the recipe does not describe its data in tokens.
     """
-    from axolotl_plugins.seal.args import SealArgs
+    from axolotl_plugins.seal.args import parse_block
 
-    block = SealArgs(seal=settings.get("seal")).seal
-    if block is None or not block.data:
+    block = parse_block(settings.get("seal"))
+    if not block.data:
         raise ValueError("does not describe its data (`seal: data:`), so its length is not known")
     recompute = bool(settings.get("gradient_checkpointing"))
     flop, longest = 0.0, 0

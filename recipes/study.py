@@ -24,7 +24,7 @@ from recipes.tiny_model import LENGTHS, ROPE_THETA, ntk_theta
 
 TINY, SHORT = Path("recipes/tiny"), Path("recipes/tiny_short")
 NTK_FACTOR = 8.0
-# Kinds of base: the shipped one, and the short model it was made from with its window stretched and nothing trained.
+# Kinds of base: the shipped one, and the short model with its window stretched and nothing trained.
 BASES: dict[str, dict[str, Any] | None] = {
     "longchat-like": None,
     "ntk": {"rope_type": "default", "rope_theta": ntk_theta(ROPE_THETA, NTK_FACTOR, 32)},

@@ -231,7 +231,7 @@ class Records:
         return ids, weights
 
     def number(self, digits: int) -> str:
-        """A value of so many digits; 0 = of the task's own range, but half of them made of two or three digits alone.
+        """A value of so many digits; 0 = as long as the task's, half of them made of two or three digits alone.
 
         What comes after a digit that occurs twice can only be told from its place, which is learned last.
         """

@@ -121,7 +121,7 @@ def test_shipped_model_knows_short_records_and_loses_long_ones(tokenizer):
     assert accuracy(model, tokenizer, 1900, 30) <= 0.3
 
 
-def test_the_short_model_is_the_one_that_was_lengthened():
+def test_the_short_and_the_long_model_have_the_embeddings_of_one_seed():
     """Same embeddings, left as they were drawn; nothing of it was trained beyond its window."""
     short, long = (LlamaForCausalLM.from_pretrained(folder) for folder in (TINY.with_name("tiny_short"), TINY))
     assert torch.equal(short.get_input_embeddings().weight, long.get_input_embeddings().weight)

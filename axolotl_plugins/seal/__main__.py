@@ -79,7 +79,9 @@ def push(
 ) -> None:
     """Write a model card (method, data, scores beside the paper's) into an adapter's folder, and upload it."""
     quiet_libraries()
-    from .card import card, write_text
+    from data_gen.files import write_text
+
+    from .card import card
     from .card import push as upload
 
     try:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from data_gen.files import write_text
-from eval.report import TITLES, paper_scores, read_results
+from data_gen.files import load_json, write_text
+from eval.report import TITLES, paper_scores, paper_value, read_results
 
+from . import provenance
 from .config import SealConfig
+from .load import method_name
 from .scales import saved_scales
 
 PAPER = "[arXiv 2501.15225](https://arxiv.org/abs/2501.15225)"
@@ -17,8 +18,8 @@ PAPER = "[arXiv 2501.15225](https://arxiv.org/abs/2501.15225)"
 
 def data_lines(adapter: Path) -> list[str]:
     """What the adapter's folder says about its training data, a line for each file."""
-    path = adapter / "training_data.json"
-    files = json.loads(path.read_text()).get("files", []) if path.is_file() else []
+    path = adapter / provenance.FILE
+    files = load_json(path)["files"] if path.is_file() else []
     lines = []
     for file in files:
         manifest = file.get("manifest") or {}
@@ -29,25 +30,18 @@ def data_lines(adapter: Path) -> list[str]:
 
 def score_tables(results: list[dict[str, Any]]) -> list[str]:
     """A table for each result, its scores beside the paper's where the paper has that model, method and task."""
-    parts = []
+    parts, paper = [], paper_scores()
     for result in results:
         title = f"### {TITLES[result['task']]}"
         if "sets" in result:
             rows = [f"| {row['name']} | {row['score']:.2f} | {row['count']} |" for row in result["sets"]]
             parts.append("\n".join([title, "", "| set | score | samples |", "|---|---:|---:|", *rows]))
             continue
-        same = [
-            row["by_length"]
-            for row in paper_scores()
-            if (row["task"], row["model"], row["method"]) == (result["task"], result["base"], result["method"])
-        ]
-        printed = same[0] if same else {}
         rows = []
         for row in result["scores"]:
-            thousands = round(row["length"] / (1000 if result["task"] == "line" else 1024))
-            paper = f"{printed[thousands]:.2f}" if thousands in printed else ""
+            printed = paper_value(result, row["length"], paper)
             spread = f"{row['score']:.2f} ({row['low']:.2f}-{row['high']:.2f})"
-            rows.append(f"| {row['length']:,} | {spread} | {row['count']} | {paper} |")
+            rows.append(f"| {row['length']:,} | {spread} | {row['count']} | {f'{printed[0]:.2f}' if printed else ''} |")
         head = "| longest prompt (tokens) | score (95 % interval) | samples | the paper's |"
         parts.append("\n".join([title, "", head, "|---:|---|---:|---:|", *rows]))
     return parts
@@ -65,7 +59,7 @@ def card(adapter: Path, results: Path) -> str:
     """
     scales = saved_scales(adapter)
     config = SealConfig.from_pretrained(str(adapter))
-    method = {"head": "SEAL-H", "channel": "SEAL-C"}[config.granularity]
+    method = method_name(config)
     name = str(adapter).rstrip("/")
     scored = [result for result in read_results(results) if str(result["model"]).rstrip("/") == name]
     data = data_lines(adapter)

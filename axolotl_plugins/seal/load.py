@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import axolotl_plugins.self_extend  # noqa: F401 - its RoPE type
-from data_gen.generate import check_template, read_template
+from data_gen.generate import check_template, load_tokenizer, read_template
 
 from .provenance import seen_texts
 
@@ -211,9 +211,7 @@ def load_each(
         shared.model.set_adapter(f"adapter_{number}", inference_mode=True)
         tokenizer = shared.tokenizer
         if (Path(folder) / "tokenizer_config.json").is_file():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            if chat_template is not None:
-                tokenizer.chat_template = read_template(chat_template)
+            tokenizer = load_tokenizer(folder, chat_template)
         yield replace(
             shared, name=folder, tokenizer=tokenizer, method=method_name(configs[folder]),
             trained_on=seen_texts(Path(folder)),

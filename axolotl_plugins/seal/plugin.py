@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
 from importlib import import_module
@@ -17,7 +16,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from data_gen.console import stop
-from data_gen.files import check_output
+from data_gen.files import check_output, load_json
 from data_gen.generate import Request, load_tokenizer, write
 
 from . import provenance
@@ -142,7 +141,7 @@ def check_sharding(cfg: dict[str, Any]) -> None:
             )
     if not (deepspeed := cfg.get("deepspeed")):
         return
-    settings = deepspeed if isinstance(deepspeed, dict) else json.loads(Path(deepspeed).read_text())
+    settings = deepspeed if isinstance(deepspeed, dict) else load_json(Path(deepspeed))
     for kind in ("bf16", "fp16"):
         enabled = (settings.get(kind) or {}).get("enabled", False)
         if enabled is True or (enabled == "auto" and cfg.get(kind)):

@@ -96,7 +96,7 @@ def record(datasets: list[dict[str, Any]]) -> dict[str, Any]:
         files.append({
             "path": str(path),
             "sha256": file_hash(path),
-            "manifest": json.loads(manifest.read_text()) if manifest.is_file() else None,
+            "manifest": load_json(manifest) if manifest.is_file() else None,
         })  # fmt: skip
     return {"files": files, "unread": unread, "texts": sorted(found)}
 

@@ -223,6 +223,17 @@ def test_data_that_does_not_match_its_recipe_is_refused(trained, tmp_path):
     assert "samples 8, but 9 is asked for" in refusal(launch(tmp_path))
 
 
+def test_a_base_that_lacks_tokens_is_refused(tmp_path):
+    """Axolotl would give it random embeddings, which no adapter carries."""
+    model = AutoModelForCausalLM.from_pretrained(TINY)
+    model.resize_token_embeddings(model.config.vocab_size - 8)
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path / "base")
+    write_recipe(tmp_path, base_model="base")
+    assert "has 8215 embeddings, fewer than its tokenizer has tokens" in refusal(launch(tmp_path))
+    assert not (tmp_path / "out/adapter_model.safetensors").exists()
+
+
 def test_a_sample_longer_than_sequence_len_stops_the_run(tmp_path):
     write_recipe(tmp_path, sequence_len=320)
     done = launch(tmp_path)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_plugins.seal import SealConfig, provenance
 from axolotl_plugins.seal.export import export_ia3
+from axolotl_plugins.seal.layer import scale_columns
 from axolotl_plugins.seal.merge import RECORD, merge, merged_tensors, verify
 from axolotl_plugins.seal.provenance import seen_texts
 from data_gen.files import file_hash
@@ -155,6 +156,30 @@ def test_a_merge_that_cannot_be_proved_leaves_nothing(base_folder, tmp_path, mon
     with pytest.raises(ValueError, match="would change logits"):
         merge(tmp_path / "adapter", tmp_path / "merged", "o_proj", report=lambda _: None)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_what_float32_rounds_is_told_from_a_wrong_merge(base_folder, tmp_path, monkeypatch):
+    """Logits so large that float32 keeps no four decimals of them."""
+    base = AutoModelForCausalLM.from_pretrained(base_folder[torch.float32])
+    with torch.no_grad():
+        base.lm_head.weight *= 1e6
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(base_folder[torch.float32]).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, SealConfig(granularity="head", base_model_name_or_path=str(tmp_path / "base")))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "seal_scale" in key:
+                parameter += torch.tensor([0.5, -0.5, 0.25, 0.1])
+    model.save_pretrained(tmp_path / "adapter")
+    found = merge(tmp_path / "adapter", tmp_path / "merged", "o_proj", report=lambda _: None)
+    assert found["difference"] > 1e-4
+    right = scale_columns
+    monkeypatch.setattr(
+        "axolotl_plugins.seal.merge.scale_columns", lambda layer, scale: right(layer, scale * (1 + 1e-5))
+    )
+    with pytest.raises(ValueError, match="in float64, more than 1e-04"):
+        merge(tmp_path / "adapter", tmp_path / "again", "o_proj", report=lambda _: None)
 
 
 @pytest.fixture(scope="module")

@@ -173,6 +173,9 @@ def projection_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def scale_columns(module: nn.Linear | Conv1D, scale: torch.Tensor) -> torch.Tensor:
-    """The weight of ``module`` with input channel c multiplied by ``scale[c]``, formed in float32, in its own dtype."""
+    """The weight of ``module`` with input channel c multiplied by float32 ``scale[c]``, in its own dtype.
+
+    Products are formed in float32, or in the weight's dtype where that is wider.
+    """
     column = scale[:, None] if isinstance(module, Conv1D) else scale
-    return (module.weight.data.float() * column).to(module.weight.dtype)
+    return (module.weight.data * column).to(module.weight.dtype)

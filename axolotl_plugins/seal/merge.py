@@ -21,9 +21,8 @@ from .layer import SealLayer, scale_columns
 from .load import Loaded, is_adapter, load
 
 Into = Literal["auto", "o_proj", "v_proj"]
-# In float32; logits of 30 carry rounding errors of 1e-4 themselves, hence the second, a share of the largest logit.
+# Of any logit by a merge. Where float32 itself rounds by more, float64 tells rounding from a wrong merge.
 MAX_LOGIT_DIFFERENCE = 1e-4
-MAX_LOGIT_SHARE = 1e-5
 RECORD = "seal_merge.json"  # in a merged folder: what ``merge`` returns
 
 
@@ -70,7 +69,8 @@ def merged_tensors(model: nn.Module, into: Into) -> dict[str, torch.Tensor]:
             ``auto`` takes ``v_proj`` where every value head serves one query head, else ``o_proj``, as the paper does.
 
     Returns:
-        Name in the unwrapped model -> new tensor, in the dtype of the old one; products are formed in float32.
+        Name in the unwrapped model -> new tensor, in the dtype of the old one; products are formed in float32 or, if
+        that is wider, in that dtype.
 
     Raises:
         ValueError: ``into`` does not fit the architecture.
@@ -99,15 +99,15 @@ def merged_tensors(model: nn.Module, into: Into) -> dict[str, torch.Tensor]:
             tensor = getattr(projection, kind)
             if tensor is not None:
                 by_row = factor if tensor.dim() == 1 or isinstance(projection, Conv1D) else factor[:, None]
-                changed[f"{parent_name}.{child}.{kind}"] = (tensor.detach().float() * by_row).to(tensor.dtype)
+                changed[f"{parent_name}.{child}.{kind}"] = (tensor.detach() * by_row).to(tensor.dtype)
     return changed
 
 
 @torch.no_grad()
 def last_logits(model: nn.Module, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Logits at every position of each prompt, float32 of shape (T, vocabulary), on the CPU."""
+    """Logits at every position of each prompt, of shape (T, vocabulary), on the CPU."""
     device = next(model.parameters()).device
-    return [model(input_ids=ids[None].to(device)).logits[0].float().cpu() for ids in prompts]
+    return [model(input_ids=ids[None].to(device)).logits[0].cpu() for ids in prompts]
 
 
 def difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
@@ -127,15 +127,23 @@ def write_older_rope_keys(folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def prompts_for(loaded: Loaded, longest: int = 512) -> list[torch.Tensor]:
-    """Token ids of a few line retrieval prompts with their answers, int64 of shape (T,)."""
+def prompts_for(loaded: Loaded) -> list[torch.Tensor]:
+    """Token ids of two line retrieval prompts with their answers, int64 of shape (T,): 16 lines, or what fits.
+
+    Raises:
+        ValueError: the model's window is too short for one line.
+    """
     from data_gen.generate import Request, generate
 
-    request = Request("line", str(min(longest, loaded.window)), samples=2, split="test")
-    return [
-        loaded.tokenizer.apply_chat_template(sample["messages"], return_tensors="pt", return_dict=True)["input_ids"][0]
-        for sample in generate(request, loaded.tokenizer)
-    ]
+    for lines in (16, 8, 4, 2, 1):
+        samples = generate(Request("line", lines=lines, samples=2, split="test"), loaded.tokenizer)
+        found = [
+            loaded.tokenizer.apply_chat_template(one["messages"], return_tensors="pt", return_dict=True)["input_ids"][0]
+            for one in samples
+        ]
+        if max(map(len, found)) <= loaded.window:
+            return found
+    raise ValueError(f"{loaded.base}: its window of {loaded.window} tokens is too short to prove a merge on a record")
 
 
 def load_adapter(adapter: Path) -> Loaded:
@@ -183,22 +191,30 @@ def fold(loaded: Loaded, into: Into) -> Folded:
         into: see ``merged_tensors``.
 
     Raises:
-        ValueError: ``into`` does not fit, or a logit changes by more than float32 rounds.
+        ValueError: ``into`` does not fit, or a logit changes by more than ``MAX_LOGIT_DIFFERENCE`` in float32 and,
+            where sums are so deep that float32 rounds by more, in float64 as well.
     """
     dtype, prompts = loaded.model.dtype, prompts_for(loaded)
+    folded = fold_in(torch.float32, loaded, into, dtype, prompts)
+    if not folded.difference <= MAX_LOGIT_DIFFERENCE:
+        exact = fold_in(torch.float64, load_adapter(Path(loaded.name)), into, dtype, prompts).difference
+        if not exact <= MAX_LOGIT_DIFFERENCE:
+            raise ValueError(f"merging would change logits by {folded.difference:.1e} in float32 and {exact:.1e} in "
+                             f"float64, more than {MAX_LOGIT_DIFFERENCE:.0e}")  # fmt: skip
+    return folded
+
+
+def fold_in(dtype: torch.dtype, loaded: Loaded, into: Into, own: torch.dtype, prompts: list[torch.Tensor]) -> Folded:
+    """The merge computed in a dtype, whatever comes of it: see ``fold``; ``own`` is the base's dtype."""
     # Wrapped names lose PEFT's prefix and the wrapper's level, and become those of the base model.
-    exact = loaded.model.float()
+    exact = loaded.model.to(dtype)
     unmerged = last_logits(exact, prompts)
     changed = {name.removeprefix("base_model.model."): tensor for name, tensor in merged_tensors(exact, into).items()}
     plain: PreTrainedModel = exact.unload()
     parameters = dict(plain.named_parameters())
     for name, tensor in changed.items():
         parameters[name].data = tensor
-    gap = difference(last_logits(plain, prompts), unmerged)
-    allowed = max(MAX_LOGIT_DIFFERENCE, MAX_LOGIT_SHARE * max(logits.abs().max().item() for logits in unmerged))
-    if not gap <= allowed:
-        raise ValueError(f"merging would change logits by {gap:.1e} in float32, more than {allowed:.1e}")
-    return Folded(plain, changed, dtype, prompts, unmerged, gap)
+    return Folded(plain, changed, own, prompts, unmerged, difference(last_logits(plain, prompts), unmerged))
 
 
 def check_saved(folder: Path, base: str, folded: Folded) -> float:

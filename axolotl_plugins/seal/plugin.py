@@ -222,6 +222,7 @@ class SealPlugin(BasePlugin):
     # Axolotl's schema drops `inference` from the settings before the model is loaded, so it is kept from before.
     serving = False
     training_data: dict[str, Any] | None = None
+    embeddings = 0  # of the base model, before Axolotl adds any for tokens that it lacks
 
     def get_input_args(self) -> str:
         """The schema of the ``seal:`` block."""
@@ -264,6 +265,10 @@ class SealPlugin(BasePlugin):
         """Hand over what adapters are to say about their data."""
         trainer.training_data = self.training_data
 
+    def post_model_build(self, cfg: Any, model: PreTrainedModel) -> None:
+        """Keep how many tokens the base model knows."""
+        self.embeddings = model.get_input_embeddings().num_embeddings
+
     def load_adapter(
         self, model: PreTrainedModel, cfg: Any, inference: bool = False, config_only: bool = False
     ) -> tuple[PeftModel | None, PeftConfig] | None:
@@ -293,6 +298,12 @@ class SealPlugin(BasePlugin):
             return None, config
         if (cfg.load_in_8bit or cfg.load_in_4bit) and not getattr(model, "is_quantized", False):
             raise ValueError("load_in_8bit, load_in_4bit: the base model was loaded in full precision all the same")
+        if (found := model.get_input_embeddings().num_embeddings) > self.embeddings:
+            raise ValueError(
+                f"{cfg.base_model}: has {self.embeddings} embeddings, fewer than its tokenizer has tokens; Axolotl "
+                f"made them {found}, at random, which no adapter carries: call its `resize_token_embeddings({found})` "
+                "and save it first"
+            )
         if not cfg.lora_model_dir:
             if self.serving:
                 raise ValueError("inference with `adapter: seal` needs the adapter: add --lora-model-dir=FOLDER")

@@ -63,7 +63,7 @@ class Harness(HFLM):
         """Check every prompt, then answer those that the journal has no answer to.
 
         Raises:
-            ValueError: a prompt and its answer do not fit into the window, or the model was tuned on the sample.
+            ValueError: the model was tuned on the sample, or see ``Loaded.check_room``.
         """
         if self.refused and (count := sum(was_seen(request.doc, self.refused) for request in requests)):
             raise ValueError(
@@ -71,12 +71,7 @@ class Harness(HFLM):
                 "add --allow-contamination, which the result will say"
             )
         for request in requests:
-            length, room = len(self.tok_encode(request.args[0])), request.args[1]["max_gen_toks"]
-            if length + room > self.max_length:
-                raise ValueError(
-                    f"a prompt of {length} tokens and {room} tokens of answer do not fit into the model's window "
-                    f"of {self.max_length}: ask for shorter --lengths, or take a model with a longer window"
-                )
+            self.loaded.check_room(len(self.tok_encode(request.args[0])), request.args[1]["max_gen_toks"])
         self.cache_hook = self.journal
         if todo := [request for request in requests if self.journal.key(request.args) not in self.journal]:
             self.answer_all(todo, disable_tqdm)
@@ -96,12 +91,14 @@ class Harness(HFLM):
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def answer_all(self, requests: list[Instance], disable_tqdm: bool) -> None:
-        """Answer requests into the journal, those that are answered by the same settings together."""
+        """Answer requests into the journal, together those with the same settings and RoPE frequencies."""
         alike = defaultdict(list)
+        short = self.loaded.short_window or 0
         for request in requests:
-            alike[json.dumps(request.args[1], sort_keys=True)].append(request)
-        for group in alike.values():
-            prompts = [self.tok_encode(request.args[0]) for request in group]
+            prompt = self.tok_encode(request.args[0])
+            alike[json.dumps(request.args[1], sort_keys=True), len(prompt) > short].append((request, prompt))
+        for pairs in alike.values():
+            group, prompts = map(list, zip(*pairs, strict=True))
             if can_crop(self.model) and saving(prompts) > WORTHWHILE:
                 self.answer_sharing(group, prompts, disable_tqdm)
             else:

@@ -21,7 +21,7 @@ from eval.run import harness_for
 TINY = Path(__file__).parent.parent / "recipes" / "tiny"
 
 
-def grid(tokenizer, lengths=("500", "800", "1100")):
+def grid(tokenizer, lengths=("400", "600", "800")):
     """5 depths x 3 lengths in one haystack."""
     prompts = []
     for tokens in lengths:
@@ -101,6 +101,46 @@ def test_answers_end_where_they_are_told_to(monkeypatch):
     monkeypatch.setattr("eval.run.WORTHWHILE", 1e9)
     assert shared == harness_for(loaded, 1, None).generate_until(cut)
     assert shared == [text.split(second)[0] for text in whole] and shared != whole
+
+
+def rope_model(tokenizer, **rope) -> Loaded:
+    """A random model whose answers depend on what is asked, with a window of 256 tokens and some RoPE."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, eos_token_id=2, initializer_range=0.2, max_position_embeddings=256,
+        rope_parameters={"rope_theta": 10000.0, **rope},
+    )  # fmt: skip
+    return Loaded("random", LlamaForCausalLM(config).eval(), tokenizer, "random", "base", 256)
+
+
+def test_prompts_on_either_side_of_a_longrope_window_share_nothing():
+    """LongRoPE turns the keys of a long prompt otherwise than those of a short one that begins alike."""
+    loaded = rope_model(
+        load(TINY).tokenizer, rope_type="longrope", original_max_position_embeddings=64, factor=4.0,
+        short_factor=[1.0] * 16, long_factor=[4.0] * 16,
+    )  # fmt: skip
+    assert loaded.short_window == 64
+    words, _ = line.words()
+    texts = ["<s><|user|> " + " ".join(words[:count]) for count in (30, 32, 34, 90, 92, 94)]
+    harness = harness_for(loaded, 1, None)
+    prompts = [harness.tok_encode(text) for text in texts]
+    assert max(map(len, prompts[:3])) + 8 <= 64 < min(map(len, prompts[3:])) and saving(prompts) > 2
+    found = harness.generate_until([instance(text, {"max_gen_toks": 8, "until": [], "do_sample": False})
+                                    for text in texts], disable_tqdm=True)  # fmt: skip
+    alone = plain(loaded.model, prompts, 8, 2)
+    assert found == [harness.tok_decode(ids) for ids in alone]
+    assert answer(loaded.model, prompts, 8, {2}) != alone  # what sharing them all would give
+    across = instance(texts[0], {"max_gen_toks": 60, "until": [], "do_sample": False})
+    with pytest.raises(ValueError, match=r"both sides of 64 tokens.*at most 4, or more than 64"):
+        harness.generate_until([across])
+
+
+def test_frequencies_that_depend_on_the_texts_before_are_refused():
+    loaded = rope_model(load(TINY).tokenizer, rope_type="dynamic", factor=4.0)
+    with pytest.raises(ValueError, match="depend on their order: give it fixed ones"):
+        loaded.check_room(10, 10)
+    assert rope_model(load(TINY).tokenizer, rope_type="default").short_window is None
 
 
 def instance(text: str, settings: dict) -> Instance:

@@ -45,6 +45,49 @@ class Loaded:
     window: int
     trained_on: frozenset[str] | None = None
 
+    @property
+    def short_window(self) -> int | None:
+        """Longest text, in tokens, with the RoPE frequencies of short texts (LongRoPE); None with one set for all.
+
+        Raises:
+            ValueError: the frequencies depend on the texts that were read before.
+        """
+        ropes = getattr(self.model.config.get_text_config(), "rope_parameters", None) or {}
+        for rope in (ropes, *(kind for kind in ropes.values() if isinstance(kind, dict))):
+            if rope.get("rope_type") == "dynamic":
+                raise ValueError(
+                    f"{self.base}: RoPE of the type dynamic keeps the frequencies of the longest text so far, so that "
+                    "results would depend on their order: give it fixed ones, `rope_type: default` and a higher "
+                    "`rope_theta`"
+                )
+            if rope.get("rope_type") == "longrope":
+                return rope["original_max_position_embeddings"]
+        return None
+
+    def check_room(self, prompt: int, answer: int) -> None:
+        """See that a prompt and its answer fit into the window, on one side of ``short_window``.
+
+        Keys are kept as they were turned when the prompt was read; queries turned otherwise do not match them.
+
+        Args:
+            prompt: its length in tokens.
+            answer: most tokens of an answer.
+
+        Raises:
+            ValueError: they do not; the message names the numbers.
+        """
+        if prompt + answer > self.window:
+            raise ValueError(
+                f"a prompt of {prompt} tokens and {answer} tokens of answer do not fit into the model's window "
+                f"of {self.window}: ask for shorter --lengths, or take a model with a longer window"
+            )
+        if (short := self.short_window) and prompt <= short < prompt + answer:
+            raise ValueError(
+                f"a prompt of {prompt} tokens and {answer} tokens of answer lie on both sides of {short} tokens, where "
+                f"the model's RoPE frequencies change: ask for --lengths of at most {short - answer}, or more than "
+                f"{short}"
+            )
+
 
 def is_adapter(name: str | Path) -> bool:
     """Whether a folder holds an adapter."""

@@ -200,11 +200,12 @@ def compare_models(models: list[Loaded], task: str, length: int, find: int, norm
         tokens that any model ranks among its five first), and per model the lists of ``effects``.
 
     Raises:
-        ValueError: no such sample among those searched; or see ``components`` and ``effects``.
+        ValueError: no such sample among those searched; or see ``components``, ``effects`` and ``Loaded.check_room``.
     """
     base, tokenizer = models[0], models[0].tokenizer
     stop, budget = stop_ids(base.model, tokenizer), answer_budget(task)
     for sample in generate(Request(task, str(length), samples=find, seed=PROBE_SEED), tokenizer):
+        base.check_room(encode(sample["messages"], tokenizer)[1], budget)
         parted = [
             first_difference(base.model, each.model, sample["messages"], tokenizer, stop, budget) for each in models[1:]
         ]

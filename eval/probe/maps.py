@@ -55,7 +55,8 @@ def prompts(loaded: Loaded, task: str, lengths: list[int], samples: int, seed: i
     """Samples of the training split, in the order of lengths.
 
     Raises:
-        ValueError: the task is not one of ``SCORERS``, or a length does not fit into the window.
+        ValueError: the task is not one of ``SCORERS``, a length does not fit into the window, or see
+            ``Loaded.check_room``.
     """
     if task not in SCORERS:
         raise ValueError(f"task: found {task!r}, expected one of {', '.join(SCORERS)}")
@@ -65,6 +66,7 @@ def prompts(loaded: Loaded, task: str, lengths: list[int], samples: int, seed: i
         for sample in generate(Request(task, str(length), samples=samples, seed=seed), loaded.tokenizer):
             ids, start = encode(sample["messages"], loaded.tokenizer)
             row = ids[0].tolist()
+            loaded.check_room(start, answer_budget(task))
             yield Prompt(f"{length}/{sample['index']}", length, row[:start], row[start:], sample["references"])
 
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from axolotl_plugins.seal import SealConfig, provenance
 from axolotl_plugins.seal.export import export_ia3
 from axolotl_plugins.seal.layer import scale_columns
+from axolotl_plugins.seal.load import load
 from axolotl_plugins.seal.merge import RECORD, merge, merged_tensors, verify
 from axolotl_plugins.seal.provenance import seen_texts
 from data_gen.files import file_hash
@@ -228,6 +229,15 @@ def test_verify_finds_a_changed_tensor(merged_once, tmp_path, name, forged):
         message = f"{re.escape(name)} is not what merging makes"
     with pytest.raises(ValueError, match=message):
         verify(tmp_path / "merged", report=lambda _: None)
+
+
+def test_a_merged_folder_is_scored_as_its_method_on_its_base(merged_once, tmp_path):
+    loaded = load(merged_once / "merged")
+    assert (loaded.method, loaded.base) == ("SEAL-H", str(merged_once / "base"))
+    shutil.copytree(merged_once / "merged", tmp_path / "merged")
+    (tmp_path / "merged" / RECORD).write_text("{}")
+    with pytest.raises(ValueError, match="does not say what was merged"):
+        load(tmp_path / "merged")
 
 
 def test_verify_knows_what_was_merged(merged_once, tmp_path):

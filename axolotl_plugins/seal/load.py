@@ -15,12 +15,15 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import axolotl_plugins.self_extend  # noqa: F401 - its RoPE type
+from data_gen.files import load_json
 from data_gen.generate import check_template, load_tokenizer, read_template
 
 from .provenance import seen_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+RECORD = "seal_merge.json"  # in a merged folder: what ``merge.merge`` returns
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class Loaded:
         name: as it was asked for.
         model: in evaluation mode, with the adapter applied if there is one.
         tokenizer: with a chat template.
-        base: hub id or folder of the base model.
-        method: ``base``, ``SEAL-H``, ``SEAL-C``, ``LoRA``, ``DoRA`` or the adapter's PEFT type.
+        base: hub id or folder of the base model, also of a merged folder.
+        method: ``base``, ``SEAL-H``, ``SEAL-C``, ``LoRA``, ``DoRA`` or the adapter's PEFT type; a merged folder's too.
         window: most tokens the model declares to take.
         trained_on: hashes of the texts it was tuned on, see ``provenance``; None where they are not known.
     """
@@ -210,6 +213,11 @@ def load(
     if not window:
         raise ValueError(f"{name}: its config does not say how long a context it takes (max_position_embeddings)")
     method = method_name(adapter) if adapter else "base"
+    if (record := Path(name) / RECORD).is_file():
+        merged = load_json(record)
+        if not (isinstance(merged, dict) and {"base", "method"} <= merged.keys()):
+            raise ValueError(f"{record}: does not say what was merged (base, method): merge again")
+        base, method = str(merged["base"]), str(merged["method"])
     return Loaded(name, model.eval(), tokenizer, base, method, window, seen_texts(Path(name)))
 
 

@@ -18,12 +18,11 @@ from data_gen.files import check_output, file_hash, load_json, written_whole
 
 from . import provenance
 from .layer import SealLayer, scale_columns
-from .load import Loaded, is_adapter, load
+from .load import RECORD, Loaded, is_adapter, load
 
 Into = Literal["auto", "o_proj", "v_proj"]
 # Of any logit by a merge. Where float32 itself rounds by more, float64 tells rounding from a wrong merge.
 MAX_LOGIT_DIFFERENCE = 1e-4
-RECORD = "seal_merge.json"  # in a merged folder: what ``merge`` returns
 
 
 def value_rows(parent: nn.Module, num_heads: int, head_dim: int) -> tuple[str, torch.Tensor]:
@@ -261,10 +260,10 @@ def merge(
         report: told what is being done.
 
     Returns:
-        ``adapter`` and ``base`` (names), ``into`` (as asked for), ``changed`` (names of tensors), ``dtype``,
-        ``difference`` (greatest change of any logit by the merge, in float32), ``rounded_difference`` (the same after
-        rounding to ``dtype``), and ``adapter_files``, ``base_files`` and ``files`` (file name -> SHA-256; the last are
-        the merged folder's).
+        ``adapter`` and ``base`` (names), ``method``, ``into`` (as asked for), ``changed`` (names of tensors),
+        ``dtype``, ``difference`` (greatest change of any logit by the merge, in float32), ``rounded_difference`` (the
+        same after rounding to ``dtype``), and ``adapter_files``, ``base_files`` and ``files`` (file name -> SHA-256;
+        the last are the merged folder's).
 
     Raises:
         ValueError: bad input, or the proof failed; the message is one line.
@@ -285,6 +284,7 @@ def merge(
         found = {
             "adapter": str(adapter),
             "base": loaded.base,
+            "method": loaded.method,
             "into": into,
             "changed": sorted(folded.changed),
             "dtype": str(folded.dtype).removeprefix("torch."),

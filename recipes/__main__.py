@@ -12,7 +12,7 @@ import yaml
 from data_gen.console import first_line, quiet_libraries, stop
 from data_gen.console import run as run_app
 from data_gen.files import check_output, write_text
-from recipes.cost import GOOD_SHARE, GPUS, PAPER_SHARE, Shape, recipe_cost
+from recipes.cost import CARD_SHARE, CARDS, GOOD_SHARE, GPUS, PAPER_SHARE, Shape, longest_sample, recipe_cost
 from recipes.matrix import FOLDER, METHODS, TASKS, all_recipes, rate, read_matrix, recipe
 
 if TYPE_CHECKING:
@@ -181,10 +181,12 @@ def cost_lines(file: Path, gpu: str) -> list[str]:
     minutes, memory = found.minutes(gpu), GPUS[gpu][1]
     return [
         f"{settings['base_model']}: {shape.parameters / 1e9:.2f} B parameters, {found.tokens} tokens at most",
-        f"useful work: {found.flop:.3g} FLOP; activations are {'' if found.recompute else 'not '}formed again",
+        f"useful work: {found.flop:.3g} FLOP; activations are {'' if found.held.recompute else 'not '}formed again",
         f"time on {gpu}: {minutes[0]:.1f} minutes at {GOOD_SHARE:.0%} of its peak, {minutes[1]:.1f} at the "
         f"{PAPER_SHARE:.0%} that the paper's 40 minutes on an A100 come to",
         f"memory: about {found.gib:.0f} GiB of {memory}" + ("" if found.gib < memory else ": it will not fit"),
+        "longest sample that fits, by memory: "
+        + ", ".join(f"{gib} GiB {longest_sample(shape, CARD_SHARE * gib, found.held)} tokens" for gib in CARDS),
     ]
 
 

@@ -14,6 +14,8 @@ GPUS = {
 # Share of that peak which tuning reached: the paper's own 40 minutes on an A100 come to 11 %; half is what a good
 # attention kernel reaches at these lengths.
 PAPER_SHARE, GOOD_SHARE = 0.11, 0.5
+# GiB of common cards, and how much of it a step may take: the rest is the driver's and what fragments.
+CARDS, CARD_SHARE = (24, 48, 80), 0.92
 
 
 @dataclass(frozen=True)
@@ -84,18 +86,61 @@ def training_flop(shape: Shape, tokens: int, *, answer: int = 40, recompute: boo
     return useful + (linear + attention if recompute else 0)
 
 
-def training_bytes(shape: Shape, tokens: int, *, answer: int = 40, recompute: bool = True) -> float:
-    """Peak memory of one step in bfloat16 with attention in linear memory; not checked on a GPU yet.
+@dataclass(frozen=True)
+class Held:
+    """How a step holds what it needs in memory.
 
-    Weights; what enters every layer, 2 T d each; and the working set of a layer: its inputs and outputs, queries,
-    keys, values, attention output, and the MLP's products with their gradients, half of which are kept for every
-    layer where activations are not formed again.
+    Attributes:
+        weight: bytes of one weight of the layers' projections: 2, or 1 or 0.5 of a quantised base.
+        recompute: activations are formed again (gradient checkpointing), else every layer's are kept.
+        offload: what enters a layer waits in host memory (``activation_offloading: hidden_states``).
+        devices: that weights and tokens are spread over (ZeRO-3 or FSDP, and context parallel).
     """
-    boundaries = 2 * tokens * shape.hidden * shape.layers
-    one_layer = 2 * tokens * (6 * shape.hidden + 4 * shape.attention + 4 * shape.shared + 6 * shape.mlp)
-    logits = 12 * answer * shape.vocabulary
-    kept = 0.0 if recompute else one_layer / 2 * (shape.layers - 1)
-    return 2 * shape.parameters + boundaries + one_layer + kept + logits
+
+    weight: float = 2.0
+    recompute: bool = True
+    offload: bool = False
+    devices: int = 1
+
+    @classmethod
+    def of(cls, recipe: dict[str, Any]) -> Held:
+        """What a recipe's settings come to on one device."""
+        weight = 0.5 if recipe.get("load_in_4bit") else 1.0 if recipe.get("load_in_8bit") else 2.0
+        offload = recipe.get("activation_offloading") == "hidden_states"
+        return cls(weight, bool(recipe.get("gradient_checkpointing")), offload)
+
+
+def training_bytes(shape: Shape, tokens: int, *, answer: int = 40, held: Held = Held(), element: int = 2) -> float:
+    """Peak memory of one step on one device with attention in linear memory.
+
+    Weights; what enters every layer, d each (two layers' alone where it waits in host memory); and the working set of a
+    layer. For its backward pass it keeps what enters its norms (in 16 bits twice, as they work in float32), queries,
+    keys, values and attention output, and three products of its MLP; what comes and goes beside is one of each, and two
+    gradients in the MLP. Of several devices, each also holds one layer's weights whole, and all its keys and values.
+
+    Args:
+        shape: of the model.
+        tokens: T.
+        answer: tokens with a loss.
+        held: how it is held.
+        element: bytes of a weight that is not quantised, and of an activation.
+    """
+    share = tokens / held.devices
+    embeddings = element * (shape.parameters - shape.linear)
+    weights = (min(held.weight, element) * shape.linear + embeddings) / held.devices
+    norms = (4 if element == 2 else 2) * shape.hidden
+    kept = share * element * (norms + 2 * shape.attention + 2 * shape.shared + 3 * shape.mlp)
+    passing = share * element * (shape.hidden + shape.attention + shape.shared + 2 * shape.mlp)
+    boundaries = share * element * shape.hidden * (2 if held.offload else shape.layers)
+    activations = boundaries + kept if held.recompute else shape.layers * kept
+    gathered = element * (shape.linear / shape.layers + 2 * tokens * shape.shared) if held.devices > 1 else 0.0
+    return weights + activations + passing + gathered + 12 * answer * shape.vocabulary
+
+
+def longest_sample(shape: Shape, gib: float, held: Held) -> int:
+    """Most tokens of a sample whose step fits into so much memory; memory is linear in them, 0 if none fit."""
+    fixed, one = training_bytes(shape, 0, held=held), training_bytes(shape, 1000, held=held)
+    return max(0, int((gib * 2**30 - fixed) / (one - fixed) * 1000))
 
 
 @dataclass(frozen=True)
@@ -106,13 +151,13 @@ class Cost:
         flop: useful work of all steps.
         tokens: of its longest sample.
         bytes: peak memory.
-        recompute: whether activations are formed again, which ``flop`` does not count.
+        held: how; activations that are formed again are not counted in ``flop``.
     """
 
     flop: float
     tokens: int
     bytes: float
-    recompute: bool
+    held: Held
 
     @property
     def gib(self) -> float:
@@ -140,7 +185,7 @@ def recipe_cost(settings: dict[str, Any], shape: Shape) -> Cost:
     block = parse_block(settings.get("seal"))
     if not block.data:
         raise ValueError("does not describe its data (`seal: data:`), so its length is not known")
-    recompute = bool(settings.get("gradient_checkpointing"))
+    held = Held.of(settings)
     flop, longest = 0.0, 0
     for data in block.data:
         if data.tokens is None:
@@ -149,4 +194,4 @@ def recipe_cost(settings: dict[str, Any], shape: Shape) -> Cost:
         longest = max(longest, high)
         steps = data.samples * settings.get("num_epochs", 1)
         flop += steps * sum(training_flop(shape, n) for n in (low, (low + high) // 2, high)) / 3
-    return Cost(flop, longest, training_bytes(shape, longest, recompute=recompute), recompute)
+    return Cost(flop, longest, training_bytes(shape, longest, held=held), held)

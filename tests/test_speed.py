@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from recipes import bench
 from recipes.__main__ import cost_lines
-from recipes.cost import Shape, training_bytes, training_flop
+from recipes.cost import Held, Shape, longest_sample, training_bytes, training_flop
 from recipes.matrix import read_matrix
 
 ROOT = Path(__file__).parent.parent
@@ -62,9 +65,52 @@ def test_memory_grows_linearly():
     assert four - two == pytest.approx(2 * (two - one))
 
 
+MEASURE = """
+import gc, sys, torch
+from recipes import bench
+torch.set_num_threads(1)
+tokens, checkpointing = int(sys.argv[1]), sys.argv[2] == "True"
+run = bench.Run(bench.SMALL, "SEAL-C", tokens, "cpu", checkpointing)
+long, run.ids = run.ids, run.ids[:, :256]
+run.step()
+run.ids = long
+read = lambda key: int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
+gc.collect()
+open("/proc/self/clear_refs", "w").write("5")  # the highest mark starts anew
+before = read("VmRSS")
+run.step()
+print((read("VmHWM") - before) * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("tokens", [2048, 4096, 8192])
+def test_memory_of_a_step_is_what_the_formula_says(tokens, checkpointing):
+    """In float32 on a CPU, what a step adds to the model."""
+    environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(tokens), str(checkpointing)], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    held, small = Held(recompute=checkpointing), Shape.of(bench.SMALL)
+    full, empty = (training_bytes(small, n, held=held, element=4) for n in (tokens, 0))
+    assert int(done.stdout.split()[-1]) == pytest.approx(full - empty, rel=0.1)
+
+
+def test_the_longest_sample_fits_and_a_longer_one_does_not():
+    for held in (Held(), Held(weight=0.5, offload=True), Held(devices=8)):
+        for gib in (24, 80):
+            tokens = longest_sample(shape("llama2_7b"), gib, held)
+            assert training_bytes(shape("llama2_7b"), tokens, held=held) <= gib * 2**30
+            assert training_bytes(shape("llama2_7b"), tokens + 200, held=held) > gib * 2**30
+    assert longest_sample(shape("llama2_13b"), 24, Held()) == 0
+    offloaded = {"gradient_checkpointing": True, "activation_offloading": "hidden_states", "load_in_8bit": True}
+    assert Held.of(offloaded) == Held(weight=1.0, recompute=True, offload=True)
+
+
 def test_cost_of_a_recipe():
     lines = cost_lines(ROOT / "recipes" / "longchat7b_line_sealc.yml", "a100")
     assert "6.74 B parameters, 31000 tokens" in lines[0] and "40.9 at the 11%" in lines[2]
+    assert "24 GiB 22" in lines[4] and "80 GiB 1" in lines[4]
     assert cost_lines(ROOT / "recipes" / "tiny_line_sealc.yml", "h100")
     with pytest.raises(ValueError, match="gpu: found 'b17'"):
         cost_lines(ROOT / "recipes" / "tiny_line_sealc.yml", "b17")

@@ -33,7 +33,7 @@ OPTIONS = {"cases": ("line",), "haystack": ("niah",), "data": KNOWN, "lengths": 
 GROUPS = {"ruler": ("vt", "cwe", "fwe"), "all": (*OURS, *KNOWN)}
 
 
-@app.command(epilog="Example: python -m eval run --model outputs/tiny_line_sealc --lengths 512,1024,1900 --samples 100")
+@app.command(epilog="Example: python -m eval run --model outputs/tiny_line_sealc --lengths 512,1448,1960 --samples 100")
 def run(
     model: Annotated[str | None, typer.Option(help="Hub id, merged folder, or SEAL adapter folder.")] = None,
     adapter: Annotated[
@@ -44,7 +44,7 @@ def run(
         str, typer.Option(help=f"What to score: {', '.join((*OURS, *KNOWN))}; ruler for its three, or all.")
     ] = "line",
     lengths: Annotated[
-        str, typer.Option(help="Longest samples in tokens, as 512,1024; default: the paper's shares of the window.")
+        str, typer.Option(help="Longest samples in tokens, as 512,1448; default: the paper's shares of the window.")
     ] = "",
     samples: Annotated[
         int | None,

@@ -261,7 +261,9 @@ def test_verify_knows_what_was_merged(merged_once, tmp_path):
 
 
 OLDER = """
-import sys, torch, transformers
+import sys
+sys.modules["kernels"] = None  # the tests' own environment has one that needs a newer huggingface_hub
+import torch, transformers
 from safetensors.torch import save_file
 assert transformers.__version__.startswith("4."), transformers.__version__
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
@@ -272,7 +274,7 @@ with torch.no_grad():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rope", ["default", "linear", "llama3"])
+@pytest.mark.parametrize("rope", ["default", "linear", "llama3", "longrope"])
 def test_an_older_transformers_reads_a_merged_folders_rope(base_folder, rope, tmp_path):
     """Needs Transformers 4 in a folder of its own: ``pip install --target DIR --no-deps`` of transformers==4.57.6,
     huggingface_hub==0.36.2 and tokenizers==0.22.2, then ``TRANSFORMERS_4=DIR pytest -m slow``."""
@@ -280,9 +282,13 @@ def test_an_older_transformers_reads_a_merged_folders_rope(base_folder, rope, tm
         pytest.skip("TRANSFORMERS_4 names no folder with Transformers 4")
     parameters = {"rope_type": rope, "rope_theta": 40889.94, "factor": 4.0, "low_freq_factor": 1.0,
                   "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
-    kept = {"default": 2, "linear": 3, "llama3": 6}[rope]
+    kept = {"default": 2, "linear": 3, "llama3": 6, "longrope": 6}[rope]
     base = AutoModelForCausalLM.from_pretrained(base_folder[torch.float32])
     base.config.rope_parameters = dict(list(parameters.items())[:kept])
+    if rope == "longrope":
+        pairs = base.config.hidden_size // base.config.num_attention_heads // 2
+        factor = base.config.max_position_embeddings / 64  # Transformers 4 takes no other
+        base.config.rope_parameters |= {"factor": factor, "short_factor": [1.0] * pairs, "long_factor": [4.0] * pairs}
     folder = tmp_path / "base"
     base.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base_folder[torch.float32]).save_pretrained(folder)

@@ -115,7 +115,7 @@ def difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
 
 
 def write_older_rope_keys(folder: Path) -> None:
-    """Add ``rope_theta`` and ``rope_scaling`` to a config.json: engines on Transformers 4 read only those."""
+    """Add ``rope_theta``, ``rope_scaling`` and LongRoPE's boundary to a config.json, for engines on Transformers 4."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     rope = config.get("rope_parameters")
@@ -123,6 +123,8 @@ def write_older_rope_keys(folder: Path) -> None:
         config["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+        if rope.get("rope_type") == "longrope":
+            config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -16,7 +16,7 @@ from recipes.steps import ROOT, Step, launch, run_steps
 from recipes.tiny_model import LENGTHS
 
 OUT = Path("results/probes")
-MIDDLE, LONG = 1024, 1448
+MIDDLE, LONG = 1200, 1960
 RAISED_AND_LOWERED = "L1H0,L2H2"  # the heads that SEAL-H moves most
 TUNED_FOR = ("line", "niah", "multi")
 # The small model's own tasks and lengths: the paper's are in `python -m eval probe transfer --help`.
@@ -67,7 +67,7 @@ def plan(samples: int) -> list[Step]:
               str(max(1, samples // 5))),
         probe("direct", *model, *both, "--length", str(LONG), needs=tuned),
         probe("sweep", "--recipe", "recipes/tiny_line_sealh.yml", "--lengths", f"{MIDDLE},{LONG}", "--rates",
-              "0.002,0.004,0.01,0.02", "--samples", "10,25,50", "--validation", str(samples), "--batch-size", "10"),
+              "0.005,0.01,0.02,0.05", "--samples", "10,25,50", "--validation", str(samples), "--batch-size", "10"),
     ]  # fmt: skip
     return steps
 

@@ -14,22 +14,29 @@ import random
 import shutil
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from rich.progress import Progress, track
+
 from data_gen.console import quiet_libraries
 from data_gen.files import write_text, written_whole
+from recipes.demo import fingerprint
 from recipes.steps import ROOT
 from recipes.tiny_model import LENGTHS, ROPE_THETA, ntk_theta
 
-TINY, SHORT = Path("recipes/tiny"), Path("recipes/tiny_short")
-NTK_FACTOR = 8.0
-# Kinds of base: the shipped one, and the short model with its window stretched and nothing trained.
+TINY = Path("recipes/tiny")
+# Kinds of base: the shipped one, and its weights with its window made long in another way. Of these, ``FINE_TUNED``
+# were trained on since, as LongChat was.
 BASES: dict[str, dict[str, Any] | None] = {
-    "longchat-like": None,
-    "ntk": {"rope_type": "default", "rope_theta": ntk_theta(ROPE_THETA, NTK_FACTOR, 32)},
+    "longrope": None,
+    "beyond its window": {"rope_type": "default", "rope_theta": ROPE_THETA},
+    "ntk": {"rope_type": "default", "rope_theta": ntk_theta(ROPE_THETA, 8.0, 32)},
     "self-extend": {"rope_type": "self_extend", "rope_theta": ROPE_THETA, "group_size": 6, "neighbor_window": 128},
+    "longchat-like": {"rope_type": "linear", "rope_theta": ROPE_THETA, "factor": 4.0},
 }
+FINE_TUNED = ("longchat-like",)
 VALIDATION = LENGTHS[2:]
 TRAIN_TOKENS = "256:1960"
 SHOT_TOKENS = 256
@@ -71,24 +78,62 @@ class Cell:
     def file(self) -> Path:
         """Where the result lies."""
         name = "_".join(str(value).replace(" ", "-") for value in asdict(self).values())
-        return Path("outputs/study/cells") / f"{name}.json"
+        return work() / "cells" / f"{name}.json"
+
+
+@cache
+def work() -> Path:
+    """Where results of this small model are kept."""
+    return Path("outputs/study") / fingerprint()
 
 
 def base_folder(name: str) -> Path:
-    """The folder of a kind of base; one whose window is stretched is made from the short model when it is missing."""
+    """The folder of a kind of base, which is made of the shipped model when it is missing."""
     rope = BASES[name]
     if rope is None:
         return TINY
-    folder = Path("outputs/study/bases") / name
-    config = json.loads((SHORT / "config.json").read_text())
-    window = json.loads((TINY / "config.json").read_text())["max_position_embeddings"]
-    config |= {"rope_parameters": rope, "max_position_embeddings": window}
-    for file in SHORT.iterdir():
-        if not (folder / file.name).exists():
-            with written_whole(folder / file.name) as partial:
-                shutil.copyfile(file, partial)
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    folder = work() / "bases" / name
+    if not folder.exists():
+        with written_whole(folder) as partial:
+            shutil.copytree(TINY, partial, dirs_exist_ok=True)
+            config = json.loads((TINY / "config.json").read_text()) | {"rope_parameters": rope}
+            write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
+            if name in FINE_TUNED:
+                fine_tune(partial)
     return folder
+
+
+def fine_tune(folder: Path, *, steps: int = 350, lines: int = 16, lr: float = 1e-3, tokens: int = 4096) -> None:
+    """Train a model on short records at a constant rate, so that what it finds in long ones is left to luck.
+
+    Args:
+        folder: of the model, changed in place.
+        steps: of training.
+        lines: longest record.
+        lr: after 20 steps.
+        tokens: per batch.
+    """
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    from recipes.tiny_model import Records, curriculum, weighted_loss
+
+    torch.set_num_threads(1)
+    model, tokenizer = LlamaForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model.train().get_input_embeddings().requires_grad_(False)
+    records, stage = Records(tokenizer, 1), curriculum(lines)[-1]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    for step in track(range(steps), "fine-tuning"):
+        drawn = records.batch(stage, tokens)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 20)
+        loss, _, _ = weighted_loss(model, *drawn, records.choices(stage, drawn[0]))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    model.save_pretrained(folder)
 
 
 def adapter_config(method: str) -> Any:
@@ -160,8 +205,6 @@ def start() -> None:
 
 def run_all(cells: list[Cell], jobs: int) -> dict[Cell, dict[str, Any]]:
     """Results of all cells, ``jobs`` at a time."""
-    from rich.progress import Progress
-
     results = {}
     with ProcessPoolExecutor(jobs, initializer=start) as pool, Progress() as progress:
         bar = progress.add_task("cells", total=len(cells))
@@ -223,8 +266,32 @@ def main() -> None:
             ]
     results = run_all(cells, args.jobs)
     write_text(args.out, json.dumps({"cells": [results[cell] for cell in cells]}, indent=1) + "\n")
+    draw([results[cell] for cell in cells], args.bases, args.out.with_suffix(".png"))
     for base in args.bases:
         print(table(base, [results[cell] for cell in cells if cell.base == base]))
+
+
+def draw(cells: list[dict[str, Any]], bases: list[str], out: Path) -> None:
+    """Accuracy by length on every kind of base, the shape of Figures 1, 2c and 6: one panel each."""
+    import matplotlib.pyplot as plt
+
+    from eval.plot import draw_accuracy, save_figure
+    from eval.score import wilson
+
+    def with_interval(score: dict[str, Any]) -> dict[str, Any]:
+        return score | dict(zip(("low", "high"), wilson(score["score"], score["count"]), strict=True))
+
+    size = (0.6 + 3.8 * len(bases), 4)
+    figure, panels = plt.subplots(1, len(bases), figsize=size, layout="constrained", squeeze=False)
+    for axes, base in zip(panels[0], bases, strict=True):
+        runs = [
+            {"method": cell["method"], "scores": [with_interval(score) for score in cell["scores"]]}
+            for cell in cells
+            if (cell["base"], cell["task"]) == (base, "line") and cell["method"] not in CONTROLS
+        ]
+        draw_accuracy(axes, runs)
+        axes.set_title(base)
+    save_figure(figure, out)
 
 
 def table(base: str, rows: list[dict[str, Any]]) -> str:

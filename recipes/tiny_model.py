@@ -1,8 +1,9 @@
 """Train the small base model from nothing: ``make tiny-model``, that is ``python -m recipes.tiny_model``.
 
-A Llama that answers LongEval line questions inside the short window it was trained at, and that is then made long as
-LongChat was: RoPE positions divided by a factor, then brief fine-tuning. It reads short records well and loses lines as
-the record grows, which is what SEAL repairs.
+A Llama that answers LongEval line questions inside the short window it was trained at, and whose window is then doubled
+in its config alone, as LongRoPE does it (Ding et al. 2024, the way of Phi-3's long models):
+RoPE frequencies as trained up to the old window, stretched ones beyond. It reads short records well and loses lines of
+long ones, which is what SEAL repairs.
 
 Retrieval does not appear by itself at this size. What brings it about is a curriculum: half of the first stage's
 batches are random tokens followed by a rotation of themselves (which teaches "find the token after this one"), the
@@ -21,6 +22,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +35,11 @@ from data_gen.generate import Request, generate
 # Words with at most one leading space, single digits, punctuation with the line break that may follow it.
 PIECES = r" ?\p{L}[\p{L}_]*|\d| ?[^\s\p{L}\d]+\n?|\s"
 ROPE_THETA = 500_000.0
-# Test lengths of the demo and the study; the longest leaves room in the window for the 100 tokens of answer that
-# LongEval allows.
-LENGTHS = (256, 512, 1024, 1448, 1960)
+TRAINED_WINDOW, WINDOW = 1024, 2048  # tokens
+LONG_FACTOR = 8.0  # of the stretch beyond the trained window
+# Test lengths of the demo and the study; the 100 tokens of answer that LongEval allows stay on the prompt's side of the
+# trained window, since keys that were turned by one set of frequencies do not match queries turned by the other.
+LENGTHS = (256, 512, 896, 1448, 1960)
 SPECIAL = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -107,7 +111,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, layers: int, heads: int) -> 
             num_hidden_layers=layers,
             num_attention_heads=heads,
             head_dim=32,
-            max_position_embeddings=1024,
+            max_position_embeddings=TRAINED_WINDOW,
             rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
             initializer_range=0.05,
             tie_word_embeddings=True,
@@ -195,9 +199,6 @@ class Records:
         self.answer_end = [*ids(self.answer_end), tokenizer.eos_token_id]
         self.bos, self.user, self.assistant = tokenizer.convert_tokens_to_ids(["<s>", "<|user|>", "<|assistant|>"])
         self.fixed = set(range(self.bos, len(tokenizer))) - {i for word in self.adjectives + self.nouns for i in word}
-        self.tokenizer = tokenizer
-        texts = (tokenizer.decode([id_]) for id_ in range(len(tokenizer)))
-        self.words = [text for text in texts if re.fullmatch(r" [A-Za-z]{2,}", text)]
 
     def record(self, stage: Stage, lines: int, max_digits: int) -> tuple[list[int], list[float]]:
         """One chat about one record: ids and loss weights, both of length T.
@@ -233,7 +234,8 @@ class Records:
     def number(self, digits: int) -> str:
         """A value of so many digits; 0 = as long as the task's, half of them made of two or three digits alone.
 
-        What comes after a digit that occurs twice can only be told from its place, which is learned last.
+        What comes after a digit that occurs twice can only be told from its place, which is learned last. These may begin
+        with 0, as the task's never do.
         """
         rng = self.rng
         if digits:
@@ -241,9 +243,7 @@ class Records:
         drawn = str(rng.randint(1, line.MAX_NUMBER))
         if rng.random() < 0.5:
             return drawn
-        few = rng.sample("0123456789", rng.randint(2, 3))
-        first = rng.choice([digit for digit in few if digit != "0"])
-        return first + "".join(rng.choices(few, k=len(drawn) - 1))
+        return "".join(rng.choices(rng.sample("0123456789", rng.randint(2, 3)), k=len(drawn)))
 
     def batch(self, stage: Stage, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """About ``tokens`` tokens of records of one size: ids and weights, each of shape (B, T), right-padded."""
@@ -273,25 +273,6 @@ class Records:
         weights = torch.ones(ids.shape)
         weights[:, : length + 1] = 0
         return ids, weights
-
-    def needles(self, sentences: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Chats about built-in prose in which a sentence of random words hides; shapes as in ``batch``.
-
-        The sentence has the form of the test needle: the question repeats its subject, the answer is all of it.
-        """
-        rng = self.rng
-        count = rng.randint(2, sentences)
-        rows: list[tuple[list[int], list[float]]] = []
-        while not rows or len(rows) * len(rows[0][0]) < tokens:
-            subject, rest = ("".join(rng.sample(self.words, rng.randint(*size))) for size in ((2, 8), (3, 12)))
-            needle = f"The{subject} is{rest}."
-            context = niah.insert(niah.prose(rng, count), needle, rng.randint(0, 100))
-            prompt = niah.PROMPT.format(context=context, question=f"What is the{subject}?")
-            ids = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
-            said = [*ids(needle), self.answer_end[-1]]
-            asked = [self.bos, self.user, *ids(prompt), self.assistant]
-            rows.append((asked + said, [0.0] * len(asked) + [1.0] * len(said)))
-        return padded(rows)
 
     def pool(self, stage: Stage) -> list[int]:
         """The ids that a stage's rotations are made of, in an order that depends on nothing but the stage."""
@@ -403,46 +384,22 @@ def ntk_theta(theta: float, factor: float, head_dim: int) -> float:
     return theta * factor ** (head_dim / (head_dim - 2))
 
 
-def lengthen(
-    model: LlamaForCausalLM, records: Records, *, factor: float, window: int, steps: int, lines: int, needles: float,
-    lr: float, tokens: int,
-) -> None:  # fmt: skip
-    """Give a model a longer window as LongChat got its own: linear RoPE scaling, then brief fine-tuning.
+def stretch(config: LlamaConfig, factor: float) -> None:
+    """Double a config's window as LongRoPE does it, with no training: changed in place.
 
-    Records stay short in it, so that what the model finds in long ones is left to luck.
-
-    Args:
-        model: changed in place.
-        records: draws the training text.
-        factor: that positions are divided by.
-        window: tokens declared.
-        steps: of fine-tuning.
-        lines: longest record.
-        needles: share of batches with a needle in prose, as many sentences at most.
-        lr: constant after 20 steps.
-        tokens: per batch.
+    Beyond the trained window every frequency is divided as if the RoPE base had been raised by ``ntk_theta``.
     """
-    config = model.config
-    config.rope_parameters = {"rope_type": "linear", "rope_theta": ROPE_THETA, "factor": factor}
-    config.max_position_embeddings = window
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    stage = curriculum(lines)[-1]
-    everything = torch.arange(config.vocab_size)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
-    model.train()
-    for step in range(steps):
-        hide = records.rng.random() < needles
-        drawn = records.needles(lines, tokens) if hide else records.batch(stage, tokens)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 20)
-        loss, _, _ = weighted_loss(model, *drawn, everything if hide else records.choices(stage, drawn[0]))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        if (step + 1) % 20 == 0:
-            print(f"step {step + 1}: loss {loss.item():.3f} on {'a needle' if hide else 'lines'}", flush=True)
+    last = config.head_dim // 2 - 1
+    config.rope_parameters = {
+        "rope_type": "longrope",
+        "rope_theta": ROPE_THETA,
+        "original_max_position_embeddings": TRAINED_WINDOW,
+        "factor": WINDOW / TRAINED_WINDOW,
+        "attention_factor": 1.0,
+        "short_factor": [1.0] * (last + 1),
+        "long_factor": [factor ** (pair / last) for pair in range(last + 1)],
+    }
+    config.max_position_embeddings = WINDOW
 
 
 def weighted_loss(
@@ -467,7 +424,9 @@ def weighted_loss(
     return loss, logits.detach().argmax(-1) == target, weight
 
 
-def model_card(args: argparse.Namespace, parameters: int, log: list[dict], rows: list[tuple[int, list[float]]]) -> str:
+def model_card(
+    options: dict[str, Any], parameters: int, log: list[dict], rows: list[tuple[int, list[float]]], samples: int
+) -> str:
     """The README of the model's folder."""
     last = log[-1]
     table = "\n".join(f"| {tokens} | " + " | ".join(f"{x:.2f}" for x in found) + " |" for tokens, found in rows)
@@ -480,28 +439,27 @@ pipeline_tag: text-generation
 
 # A small model that loses lines
 
-A Llama of {parameters / 1e6:.2f} M parameters ({args.layers} layers, {args.heads} heads of 32; two thirds of them
-embeddings, tied and left as they were drawn) that answers LongEval's line questions. It was made from nothing, on text
-that `recipes/tiny_model.py` draws, by `python -m recipes.tiny_model --seed {args.seed}` on one CPU core with torch
-{torch.__version__.split("+")[0]}:
+A Llama of {parameters / 1e6:.2f} M parameters ({options["layers"]} layers, {options["heads"]} heads of 32; two thirds
+of them embeddings, tied and left as they were drawn) that answers LongEval's line questions. It was made from nothing,
+on text that `recipes/tiny_model.py` draws, by `python -m recipes.tiny_model --seed {options["seed"]}` on one CPU core
+with torch {torch.__version__.split("+")[0]}:
 
-1. trained on records of up to {args.lines} lines (about {args.lines * 15 + 100} tokens): {last["step"]} steps,
-   {last["tokens"] / 1e6:.0f} M tokens, {last["seconds"] / 60:.0f} minutes. This is the model in
-   [recipes/tiny_short](../tiny_short).
-2. made long as LongChat was: RoPE positions divided by {args.factor:g}, a window of {args.window} tokens declared, and
-   {args.steps} steps of fine-tuning at a constant rate, on records of up to {args.tuned_lines} lines and on needles in
-   as many sentences of prose. Nothing was trained at greater length.
+1. trained on records of up to {options["lines"]} lines within {TRAINED_WINDOW} tokens: {last["step"]} steps,
+   {last["tokens"] / 1e6:.0f} M tokens, {last["seconds"] / 60:.0f} minutes;
+2. its window doubled in the config alone, as LongRoPE does it (`rope_type: longrope`, as in Phi-3's long models): in
+   prompts of more than {TRAINED_WINDOW} tokens the RoPE frequencies are stretched as by NTK scaling with factor
+   {LONG_FACTOR:g}. Nothing was trained after that.
 
-Share of {args.samples} test samples of `data_gen` whose whole line answer is the model's first choice throughout:
+Share of {samples} test samples of `data_gen` whose whole line answer is the model's first choice throughout:
 
-| tokens | trained short | RoPE divided, nothing trained | fine-tuned, as shipped |
-|---:|---:|---:|---:|
+| tokens | frequencies as trained | as shipped |
+|---:|---:|---:|
 {table}
 
 The tokenizer has one token for each word of the wonderwords lists and of the tasks' texts, single digits, and bytes for
 everything else. The chat template knows the roles user and assistant.
 
-## The curriculum of the first part
+## The curriculum
 
 | stage reached | step | tokens | seconds |
 |---|---:|---:|---:|
@@ -510,23 +468,16 @@ everything else. The chat template knows the roles user and assistant.
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train, lengthen, score and save."""
+    """Train, stretch, score and save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny", help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--heads", type=int, default=4, help="heads of 32 channels")
-    parser.add_argument("--lines", type=int, default=32, help="longest record of the first part")
+    parser.add_argument("--lines", type=int, default=32, help="longest record")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per batch")
     parser.add_argument("--polish", type=int, default=2500, help="steps at the last stage, with the rate falling")
-    parser.add_argument("--factor", type=float, default=4, help="that RoPE positions are divided by")
-    parser.add_argument("--window", type=int, default=2048, help="tokens declared")
-    parser.add_argument("--steps", type=int, default=350, help="of fine-tuning")
-    parser.add_argument("--tuned-lines", type=int, default=16, help="longest record of the fine-tuning")
-    parser.add_argument("--tuned-seed", type=int, default=1, help="of the text of the fine-tuning")
-    parser.add_argument("--needles", type=float, default=0.25, help="share of needles in the fine-tuning")
-    parser.add_argument("--tuned-lr", type=float, default=1e-3, help="rate of the fine-tuning")
     parser.add_argument("--samples", type=int, default=200, help="test samples per length for the model card")
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
@@ -542,37 +493,22 @@ def main(argv: list[str] | None = None) -> None:
         polish=args.polish,
         max_steps=30_000,
     )
-    folders = {name: args.out.with_name(f".{args.out.name}{name}.partial") for name in ("_short", "_divided", "")}
-    for folder in folders.values():
-        shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(folders["_short"])
-    lengthen(
-        model,
-        Records(tokenizer, args.tuned_seed),
-        factor=args.factor,
-        window=args.window,
-        steps=args.steps,
-        lines=args.tuned_lines,
-        needles=args.needles,
-        lr=args.tuned_lr,
-        tokens=args.tokens,
-    )
-    model.save_pretrained(folders[""])
-    shutil.copytree(folders["_short"], folders["_divided"])
-    model.config.save_pretrained(folders["_divided"])
-    models = [LlamaForCausalLM.from_pretrained(folder) for folder in folders.values()]
+    partial = args.out.with_name(f".{args.out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    stretched = LlamaConfig.from_pretrained(partial)
+    stretch(stretched, LONG_FACTOR)
+    models = [LlamaForCausalLM.from_pretrained(partial, config=config) for config in (model.config, stretched)]
     rows = []
     for tokens in LENGTHS:
         rows.append((tokens, [accuracy(each, tokenizer, tokens, args.samples) for each in models]))
         print(*rows[-1], flush=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    (folders[""] / "README.md").write_text(model_card(args, parameters, log, rows))
-    shutil.rmtree(folders.pop("_divided"))
-    for name, folder in folders.items():
-        tokenizer.save_pretrained(folder)
-        out = args.out.with_name(args.out.name + name)
-        shutil.rmtree(out, ignore_errors=True)
-        folder.rename(out)
+    stretched.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(model_card(vars(args), parameters, log, rows, args.samples))
+    shutil.rmtree(args.out, ignore_errors=True)
+    partial.rename(args.out)
 
 
 if __name__ == "__main__":

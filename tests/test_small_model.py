@@ -8,20 +8,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from data_gen import line
 from data_gen.generate import as_messages
 from recipes.tiny_model import (
+    LENGTHS,
+    LONG_FACTOR,
+    ROPE_THETA,
+    TRAINED_WINDOW,
+    WINDOW,
     Records,
     accuracy,
     build_model,
     build_tokenizer,
     curriculum,
-    lengthen,
     ntk_theta,
     pretrain,
-)  # fmt: skip
+    stretch,
+)
 
 TINY = Path(__file__).parent.parent / "recipes" / "tiny"
 
@@ -60,22 +65,11 @@ def test_last_stage_trains_on_the_very_text_of_data_gen(tokenizer):
         text = tokenizer.decode(ids)
         lines = re.findall(r"^line (.+): REGISTER_CONTENT is <(\d+)>$", text, re.MULTILINE)
         key = re.findall(r"in line (.+)\? I need", text)[0]
-        drawn = line.render([(k, int(n)) for k, n in lines], [k for k, _ in lines].index(key))
+        drawn = line.render(lines, [k for k, _ in lines].index(key))
         chat = as_messages(drawn["prompt"], drawn["answer"])
         assert ids == tokenizer.apply_chat_template(chat, return_dict=False)
         learned = tokenizer.decode([i for i, weight in zip(ids, weights, strict=True) if weight])
         assert learned == drawn["answer"] + tokenizer.eos_token
-
-
-def test_needle_batches_ask_for_a_hidden_sentence(tokenizer):
-    ids, weights = Records(tokenizer, seed=0).needles(6, 400)
-    for row, weight in zip(ids, weights, strict=True):
-        text = tokenizer.decode(row[row != tokenizer.pad_token_id])
-        prompt, answer = text.split("<|assistant|>")
-        needle = answer.removesuffix(tokenizer.eos_token)
-        assert f"\n{needle}\n" in prompt and re.fullmatch(r"The .+ is .+\.", needle)
-        assert tokenizer.decode(row[weight > 0]) == answer
-        assert prompt.endswith(f"Question: What is the {needle[4:].split(' is ')[0]}?\nAnswer:")
 
 
 def test_ntk_is_bloc97s():
@@ -91,20 +85,9 @@ def test_training_is_seeded_and_learns():
         torch.manual_seed(0)
         model = build_model(tokenizer, 1, 1)
         drawn = model.get_input_embeddings().weight.clone()
+        options = {"lr": 2e-3, "tokens": 1024}
         with pytest.raises(RuntimeError, match="after 30 steps: try another --seed"):
-            pretrain(model, Records(tokenizer, 0), curriculum(8), lr=2e-3, tokens=1024, polish=1, max_steps=30)
-        lengthen(
-            model,
-            Records(tokenizer, 1),
-            factor=4,
-            window=512,
-            steps=4,
-            lines=4,
-            needles=0.5,
-            lr=1e-3,
-            tokens=256,
-        )
-        assert model.config.rope_parameters["factor"] == 4 and model.config.max_position_embeddings == 512
+            pretrain(model, Records(tokenizer, 0), curriculum(8), polish=1, max_steps=30, **options)
         assert torch.equal(model.get_input_embeddings().weight, drawn)  # embeddings stay as they are drawn
         return model.state_dict()
 
@@ -112,18 +95,47 @@ def test_training_is_seeded_and_learns():
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_last_steps_train_at_the_last_stage(monkeypatch):
+    """The loop from its last stage on, with a copying phase that is over at once."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    model, records, drawn = build_model(tokenizer, 1, 1), Records(tokenizer, 0), []
+    batch = records.batch
+    monkeypatch.setattr(records, "pool", lambda stage: [])
+    monkeypatch.setattr(records, "batch", lambda stage, tokens: drawn.append(stage) or batch(stage, tokens))
+    monkeypatch.setattr(records, "rotations", lambda *_: batch(curriculum(2)[-1], 256))
+    before = model.model.layers[0].self_attn.q_proj.weight.clone()
+    log = pretrain(model, records, curriculum(2)[-1:], lr=2e-3, tokens=256, polish=6, max_steps=6)
+    assert log[-1]["stage"] == "polished" and log[-1]["step"] == 6
+    assert set(drawn) == {curriculum(2)[-1]}
+    assert not torch.equal(model.model.layers[0].self_attn.q_proj.weight, before)
+
+
+def test_beyond_the_trained_window_frequencies_are_those_of_ntk():
+    """Cosines of the stretched config are the plain ones up to the window, those of a raised RoPE base beyond."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig.from_pretrained(TINY)
+    assert config.rope_parameters["rope_type"] == "longrope" and config.max_position_embeddings == WINDOW == 2048
+    again = LlamaConfig.from_pretrained(TINY)
+    stretch(again, LONG_FACTOR)
+    assert again.rope_parameters == config.rope_parameters
+
+    def turn(parameters, length):
+        config.rope_parameters = parameters
+        return LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(length)[None])[0]
+
+    plain = {"rope_type": "default", "rope_theta": ROPE_THETA}
+    raised = {"rope_type": "default", "rope_theta": ntk_theta(ROPE_THETA, LONG_FACTOR, 32)}
+    torch.testing.assert_close(turn(again.rope_parameters, TRAINED_WINDOW), turn(plain, TRAINED_WINDOW))
+    torch.testing.assert_close(
+        turn(again.rope_parameters, TRAINED_WINDOW + 1), turn(raised, TRAINED_WINDOW + 1), atol=1e-4, rtol=0
+    )
+    assert (turn(raised, TRAINED_WINDOW + 1) - turn(plain, TRAINED_WINDOW + 1)).abs().max() > 0.5
+
+
 def test_shipped_model_knows_short_records_and_loses_long_ones(tokenizer):
     model = LlamaForCausalLM.from_pretrained(TINY)
-    assert model.config.max_position_embeddings == 2048
-    folders = (TINY, TINY.with_name("tiny_short"))
-    assert sum(path.stat().st_size for folder in folders for path in folder.iterdir()) <= 20e6
-    assert accuracy(model, tokenizer, 256, 30) >= 0.8
-    assert accuracy(model, tokenizer, 1900, 30) <= 0.3
-
-
-def test_the_short_and_the_long_model_have_the_embeddings_of_one_seed():
-    """Same embeddings, left as they were drawn; nothing of it was trained beyond its window."""
-    short, long = (LlamaForCausalLM.from_pretrained(folder) for folder in (TINY.with_name("tiny_short"), TINY))
-    assert torch.equal(short.get_input_embeddings().weight, long.get_input_embeddings().weight)
-    assert not torch.equal(short.model.layers[0].self_attn.q_proj.weight, long.model.layers[0].self_attn.q_proj.weight)
-    assert short.config.rope_parameters["rope_type"] == "default" and short.config.max_position_embeddings == 1024
+    assert sum(path.stat().st_size for path in TINY.iterdir()) <= 20e6
+    assert accuracy(model, tokenizer, LENGTHS[0], 30) >= 0.9
+    assert accuracy(model, tokenizer, LENGTHS[-1], 30) <= 0.6

@@ -234,8 +234,8 @@ class Records:
     def number(self, digits: int) -> str:
         """A value of so many digits; 0 = as long as the task's, half of them made of two or three digits alone.
 
-        What comes after a digit that occurs twice can only be told from its place, which is learned last. These may begin
-        with 0, as the task's never do.
+        What comes after a digit that occurs twice can only be told from its place, which is learned last. Such a value
+        may begin with 0, as the task's never do.
         """
         rng = self.rng
         if digits:

@@ -18,9 +18,11 @@ import yaml
 
 from data_gen.files import write_text
 from recipes.steps import ROOT, Step, launch, run_steps
-from recipes.tiny_model import LENGTHS
 
 BASE = Path("recipes/tiny")
+# Test lengths of the demo and the study; the 100 tokens of answer that LongEval allows stay on the prompt's side of the
+# trained window, since keys that were turned by one set of frequencies do not match queries turned by the other.
+LENGTHS = (256, 512, 896, 1448, 1960)
 METHODS = {"sealh": "SEAL-H", "sealc": "SEAL-C"}
 
 

@@ -11,9 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from recipes.demo import BASE, fingerprint
+from recipes.demo import BASE, LENGTHS, fingerprint
 from recipes.steps import ROOT, Step, launch, run_steps
-from recipes.tiny_model import LENGTHS
 
 OUT = Path("results/probes")
 MIDDLE, LONG = 1200, 1960

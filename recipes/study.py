@@ -22,9 +22,9 @@ from rich.progress import Progress, track
 
 from data_gen.console import quiet_libraries
 from data_gen.files import write_text, written_whole
-from recipes.demo import fingerprint
+from recipes.demo import LENGTHS, fingerprint
 from recipes.steps import ROOT
-from recipes.tiny_model import LENGTHS, ROPE_THETA, ntk_theta
+from recipes.tiny_model import ROPE_THETA, ntk_theta
 
 TINY = Path("recipes/tiny")
 # Kinds of base: the shipped one, and its weights with its window made long in another way. Of these, ``FINE_TUNED``

@@ -31,15 +31,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data_gen import line, niah, ruler
 from data_gen.generate import Request, generate
+from recipes.demo import LENGTHS
 
 # Words with at most one leading space, single digits, punctuation with the line break that may follow it.
 PIECES = r" ?\p{L}[\p{L}_]*|\d| ?[^\s\p{L}\d]+\n?|\s"
 ROPE_THETA = 500_000.0
 TRAINED_WINDOW, WINDOW = 1024, 2048  # tokens
 LONG_FACTOR = 8.0  # of the stretch beyond the trained window
-# Test lengths of the demo and the study; the 100 tokens of answer that LongEval allows stay on the prompt's side of the
-# trained window, since keys that were turned by one set of frequencies do not match queries turned by the other.
-LENGTHS = (256, 512, 896, 1448, 1960)
 SPECIAL = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}"

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from data_gen import line
 from data_gen.generate import as_messages
+from recipes.demo import LENGTHS
 from recipes.tiny_model import (
-    LENGTHS,
     LONG_FACTOR,
     ROPE_THETA,
     TRAINED_WINDOW,

@@ -151,7 +151,7 @@ def tuned(folder: Path, grain: str, value: float, base: str = str(TINY)) -> str:
 
 
 def test_several_adapters_share_one_base_and_score_as_they_do_alone(tmp_path):
-    folders = {"half": tuned(tmp_path / "a", "head", 0.5), "none": tuned(tmp_path / "b", "channel", 1.0)}
+    folders = {"tenth": tuned(tmp_path / "a", "head", 0.1), "none": tuned(tmp_path / "b", "channel", 1.0)}
     options = {"lengths": [300], "samples": 4}
     alone = {name: run(load(folder), "line", **options) for name, folder in folders.items()}
     together = {}
@@ -160,12 +160,12 @@ def test_several_adapters_share_one_base_and_score_as_they_do_alone(tmp_path):
         models.add(id(loaded.model))
         together[name] = run(loaded, "line", **options)
     assert len(models) == 1 and together == alone
-    assert alone["half"]["responses"] != alone["none"]["responses"]
+    assert alone["tenth"]["responses"] != alone["none"]["responses"]
     assert [result["method"] for result in together.values()] == ["SEAL-H", "SEAL-C"]
     for other, message in ((tuned(tmp_path / "c", "head", 1.0, "elsewhere"), "is of elsewhere, "),
                            (str(TINY), "has no adapter_config.json")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            next(load_each({"a": folders["half"], "b": other}))
+            next(load_each({"a": folders["tenth"], "b": other}))
 
 
 def test_a_recipes_model_config_holds_for_a_base_model(tmp_path):

@@ -149,8 +149,12 @@ def run(
                     print_sets(result)
                     print(path)
                 else:
+                    count = min([samples or 50, *most])
+                    if not cases:
+                        lengths_of_all = wanted or ours.default_lengths(loaded.window)
+                        print(f"{name}: {count} samples at each of {', '.join(map(str, lengths_of_all))} tokens")
                     result = ours.run(
-                        loaded, name, lengths=wanted, samples=min([samples or 50, *most]), seed=seed, shots=shots,
+                        loaded, name, lengths=wanted, samples=count, seed=seed, shots=shots,
                         shot_tokens=shot_tokens, haystack=haystack if name == "niah" else None,
                         cases=cases if name == "line" else None, batch_size=batch_size, journal=journal,
                         allow_contamination=allow_contamination,

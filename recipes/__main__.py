@@ -61,6 +61,8 @@ def new(
     try:
         if out is not None:
             check_output(out)
+            if out.exists():
+                raise ValueError(f"{out}: exists already: name another file or remove it")
         text, found = recipe_for(base, task, method, tokens, chat_template, out, gpu)
     except (ValueError, OSError) as error:
         stop("recipes", error)

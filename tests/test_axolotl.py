@@ -79,6 +79,8 @@ def test_training_moves_only_scales_and_logs_them(trained):
     step = next(entry for entry in log if "loss" in entry)
     assert {"seal/mean", "seal/min", "seal/max", "seal/raised_layer", "seal/lowered_head"} <= step.keys()
     assert step["seal/min"] < 1 < step["seal/max"]
+    card = (folder / "out/README.md").read_text()
+    assert "# SEAL-C on" in card and "384 learned scales" in card and "task line, tokens 300:500" in card
 
 
 def test_adapters_and_checkpoints_say_what_they_were_trained_on(trained):

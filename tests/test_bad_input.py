@@ -218,8 +218,8 @@ CASES = [
     ("eval", RUN + "--limit 0", "limit: found 0"),
     ("eval", RUN + "--backend vllm --base-url http://127.0.0.1:9/v1", "no usable answer in 1 tr"),
     # eval run: models and adapters
-    ("eval", SCORE + "{model}/none", "cannot load .*/none"),
-    ("eval", SCORE + "{file}/file", "cannot load .*/file"),
+    ("eval", SCORE + "{model}/none", "/none: there is no such folder"),
+    ("eval", SCORE + "{file}/file", "/file.*: is a file, expected a model"),
     ("eval", SCORE + "{model}/no_template", "has no chat template"),
     ("eval", SCORE + "{model}/bad_config", "cannot load .*/bad_config"),
     ("eval", SCORE + "{model}/nonesuch", "cannot load .*/nonesuch: .*nonesuch"),

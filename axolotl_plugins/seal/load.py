@@ -87,8 +87,8 @@ class Loaded:
         if (short := self.short_window) and prompt <= short < prompt + answer:
             raise ValueError(
                 f"a prompt of {prompt} tokens and {answer} tokens of answer lie on both sides of {short} tokens, where "
-                f"the model's RoPE frequencies change: ask for --lengths of at most {short - answer}, or more than "
-                f"{short}"
+                f"the model's RoPE frequencies change: ask for lengths of at most {short - answer}, or at least "
+                f"{short + answer}"
             )
 
 
@@ -149,6 +149,20 @@ def load_weights(base: str, config: Any, dtype: torch.dtype | str, trust_remote_
     return model
 
 
+def check_name(name: str) -> None:
+    """See that the name of a folder is not taken for that of a repository on the hub.
+
+    Raises:
+        ValueError: it is a file's, or there is no such folder where there are others.
+    """
+    path = Path(name)
+    if path.is_file():
+        raise ValueError(f"{name}: is a file, expected a model's or an adapter's folder, or a hub id")
+    local = path.is_absolute() or name.startswith(".") or (len(path.parts) > 1 and path.parent.is_dir())
+    if local and not path.exists():
+        raise ValueError(f"{name}: there is no such folder")
+
+
 def with_adapter(loaded: Loaded, config: PeftConfig) -> Loaded:
     """The same model with a new, untrained adapter of any PEFT method.
 
@@ -178,6 +192,7 @@ def load(
     """
     name = str(name)
     base = name
+    check_name(name)
     trust = {"trust_remote_code": trust_remote_code}
     try:
         adapter = PeftConfig.from_pretrained(name) if is_adapter(name) else None

@@ -18,7 +18,7 @@ from data_gen.files import check_output, file_hash, load_json, written_whole
 
 from . import provenance
 from .layer import SealLayer, scale_columns
-from .load import RECORD, Loaded, is_adapter, load
+from .load import RECORD, Loaded, check_name, is_adapter, load
 
 Into = Literal["auto", "o_proj", "v_proj"]
 # Of any logit by a merge. Where float32 itself rounds by more, float64 tells rounding from a wrong merge.
@@ -153,6 +153,9 @@ def load_adapter(adapter: Path) -> Loaded:
     Raises:
         ValueError: it is none, or its base is quantised.
     """
+    check_name(str(adapter))
+    if (adapter / RECORD).is_file():
+        raise ValueError(f"{adapter}: is a merged model already, not an adapter")
     if not is_adapter(adapter):
         raise ValueError(f"{adapter}: not an adapter folder (it has no adapter_config.json)")
     loaded = load(adapter)

@@ -16,7 +16,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from data_gen.console import stop
-from data_gen.files import check_output, load_json
+from data_gen.files import check_output, load_json, write_text
 from data_gen.generate import Request, load_tokenizer, write
 
 from . import provenance
@@ -268,6 +268,16 @@ class SealPlugin(BasePlugin):
     def post_model_build(self, cfg: Any, model: PreTrainedModel) -> None:
         """Keep how many tokens the base model knows."""
         self.embeddings = model.get_input_embeddings().num_embeddings
+
+    def post_train(self, cfg: Any, model: PeftModel) -> None:
+        """Put a card of the adapter in the place of the trainer's, which knows nothing of SEAL."""
+        folder = Path(cfg.output_dir)
+        # Axolotl calls this twice, the first time before the adapter is saved.
+        saved = (folder / "adapter_model.safetensors").is_file()
+        if cfg.adapter == "seal" and saved and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            from .card import card
+
+            write_text(folder / "README.md", card(folder, folder))
 
     def load_adapter(
         self, model: PreTrainedModel, cfg: Any, inference: bool = False, config_only: bool = False

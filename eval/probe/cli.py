@@ -49,7 +49,7 @@ def numbers(text: str, what: str, kind: type = int) -> list[Any]:
     except ValueError:
         raise ValueError(f"{what}: found {text!r}, expected numbers with commas between") from None
     if not all(0 < number < math.inf for number in found):
-        raise ValueError(f"{what}: found {text!r}, expected numbers above 0")
+        raise ValueError(f"{what}: found {text!r}, expected numbers above 0 (16000, not 16,000)")
     return found
 
 

@@ -16,7 +16,10 @@ from matplotlib.figure import Figure
 
 from data_gen.files import written_whole
 
-COLOURS = {"base": "#555555", "SEAL-H": "#e08214", "SEAL-C": "#2166ac", "shuffled": "#9467bd"}
+COLOURS = {
+    "base": "#555555", "SEAL-H": "#e08214", "SEAL-C": "#2166ac", "shuffled": "#9467bd", "wrong facts": "#2ca02c",
+    "wrong answers": "#d62728",
+}  # fmt: skip
 
 
 def save_figure(figure: Figure, out: Path) -> None:

@@ -16,7 +16,7 @@ from recipes.steps import ROOT, Step, launch, run_steps
 
 OUT = Path("results/probes")
 MIDDLE, LONG = 1200, 1960
-RAISED_AND_LOWERED = "L1H0,L2H2"  # the heads that SEAL-H moves most
+RAISED_AND_LOWERED = "L1H3,L0H3"  # the heads that SEAL-H moves most
 TUNED_FOR = ("line", "niah", "multi")
 # The small model's own tasks and lengths: the paper's are in `python -m eval probe transfer --help`.
 SCORED_ON = "line,niah"

@@ -16,14 +16,14 @@ from data_gen.console import first_line
 LARGEST_JSON = 1 << 28  # bytes; results of long runs have a hundredth of it
 
 
-def check_output(path: Path, *, folder: bool = False) -> None:
-    """See that a file, or a new folder, can be written, before time is spent on what is to be in it.
+def check_output(path: Path, *, folder: bool = False, new: bool = False) -> None:
+    """See that a file, a ``new`` file or a new folder can be written, before time is spent on what is to be in it.
 
     Raises:
         ValueError: it cannot; the message names what is in the way.
     """
-    if folder and path.exists():
-        raise ValueError(f"{path}: exists already: name another folder or remove it")
+    if (folder or new) and path.exists():
+        raise ValueError(f"{path}: exists already: name another {'folder' if folder else 'file'} or remove it")
     if path.is_dir():
         raise ValueError(f"{path}: is a folder, expected the name of a file to write")
     above = next(parent for parent in path.absolute().parents if parent.exists())

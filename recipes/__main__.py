@@ -60,9 +60,7 @@ def new(
     quiet_libraries()
     try:
         if out is not None:
-            check_output(out)
-            if out.exists():
-                raise ValueError(f"{out}: exists already: name another file or remove it")
+            check_output(out, new=True)
         text, found = recipe_for(base, task, method, tokens, chat_template, out, gpu)
     except (ValueError, OSError) as error:
         stop("recipes", error)

@@ -22,11 +22,10 @@ from rich.progress import Progress, track
 
 from data_gen.console import quiet_libraries
 from data_gen.files import write_text, written_whole
-from recipes.demo import LENGTHS, fingerprint
+from recipes.demo import BASE, LENGTHS, fingerprint
 from recipes.steps import ROOT
 from recipes.tiny_model import ROPE_THETA, ntk_theta
 
-TINY = Path("recipes/tiny")
 # Kinds of base: the shipped one, and its weights with its window made long in another way. Of these, ``FINE_TUNED``
 # were trained on since, as LongChat was.
 BASES: dict[str, dict[str, Any] | None] = {
@@ -91,12 +90,12 @@ def base_folder(name: str) -> Path:
     """The folder of a kind of base, which is made of the shipped model when it is missing."""
     rope = BASES[name]
     if rope is None:
-        return TINY
+        return BASE
     folder = work() / "bases" / name
     if not folder.exists():
         with written_whole(folder) as partial:
-            shutil.copytree(TINY, partial, dirs_exist_ok=True)
-            config = json.loads((TINY / "config.json").read_text()) | {"rope_parameters": rope}
+            shutil.copytree(BASE, partial)
+            config = json.loads((BASE / "config.json").read_text()) | {"rope_parameters": rope}
             write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
             if name in FINE_TUNED:
                 fine_tune(partial)

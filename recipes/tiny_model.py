@@ -422,9 +422,7 @@ def weighted_loss(
     return loss, logits.detach().argmax(-1) == target, weight
 
 
-def model_card(
-    options: dict[str, Any], parameters: int, log: list[dict], rows: list[tuple[int, list[float]]], samples: int
-) -> str:
+def model_card(options: dict[str, Any], parameters: int, log: list[dict], rows: list[tuple[int, list[float]]]) -> str:
     """The README of the model's folder."""
     last = log[-1]
     table = "\n".join(f"| {tokens} | " + " | ".join(f"{x:.2f}" for x in found) + " |" for tokens, found in rows)
@@ -448,7 +446,7 @@ with torch {torch.__version__.split("+")[0]}:
    prompts of more than {TRAINED_WINDOW} tokens the RoPE frequencies are stretched as by NTK scaling with factor
    {LONG_FACTOR:g}. Nothing was trained after that.
 
-Share of {samples} test samples of `data_gen` whose whole line answer is the model's first choice throughout:
+Share of {options["samples"]} test samples of `data_gen` whose whole line answer is the model's first choice throughout:
 
 | tokens | frequencies as trained | as shipped |
 |---:|---:|---:|
@@ -504,7 +502,7 @@ def main(argv: list[str] | None = None) -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     stretched.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(model_card(vars(args), parameters, log, rows, args.samples))
+    (partial / "README.md").write_text(model_card(vars(args), parameters, log, rows))
     shutil.rmtree(args.out, ignore_errors=True)
     partial.rename(args.out)
 

@@ -159,6 +159,18 @@ def test_a_merge_that_cannot_be_proved_leaves_nothing(base_folder, tmp_path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+def save_adapter(base, out):
+    """A SEAL-H adapter of the model in a folder, with scales far from 1."""
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), SealConfig(granularity="head", base_model_name_or_path=str(base))
+    )
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "seal_scale" in key:
+                parameter += torch.tensor([0.5, -0.5, 0.25, 0.1])
+    model.save_pretrained(out)
+
+
 def test_what_float32_rounds_is_told_from_a_wrong_merge(base_folder, tmp_path, monkeypatch):
     """Logits so large that float32 keeps no four decimals of them."""
     base = AutoModelForCausalLM.from_pretrained(base_folder[torch.float32])
@@ -166,13 +178,7 @@ def test_what_float32_rounds_is_told_from_a_wrong_merge(base_folder, tmp_path, m
         base.lm_head.weight *= 1e6
     base.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(base_folder[torch.float32]).save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = get_peft_model(base, SealConfig(granularity="head", base_model_name_or_path=str(tmp_path / "base")))
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "seal_scale" in key:
-                parameter += torch.tensor([0.5, -0.5, 0.25, 0.1])
-    model.save_pretrained(tmp_path / "adapter")
+    save_adapter(tmp_path / "base", tmp_path / "adapter")
     found = merge(tmp_path / "adapter", tmp_path / "merged", "o_proj", report=lambda _: None)
     assert found["difference"] > 1e-4
     right = scale_columns
@@ -188,13 +194,7 @@ def merged_once(base_folder, tmp_path_factory):
     """A folder with a base model, an adapter and the merged model, all in bfloat16."""
     folder = tmp_path_factory.mktemp("once")
     shutil.copytree(base_folder[torch.bfloat16], folder / "base")
-    base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    model = get_peft_model(base, SealConfig(granularity="head", base_model_name_or_path=str(folder / "base")))
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "seal_scale" in key:
-                parameter += torch.tensor([0.5, -0.5, 0.25, 0.1])
-    model.save_pretrained(folder / "adapter")
+    save_adapter(folder / "base", folder / "adapter")
     provenance.save({"files": [], "unread": [], "texts": ["0123456789abcdef"]}, folder / "adapter")
     merge(folder / "adapter", folder / "merged", report=lambda _: None)
     return folder

@@ -62,11 +62,12 @@ def prompts(loaded: Loaded, task: str, lengths: list[int], samples: int, seed: i
         raise ValueError(f"task: found {task!r}, expected one of {', '.join(SCORERS)}")
     if max(lengths) > loaded.window:
         raise ValueError(f"lengths: {max(lengths)} tokens do not fit into the model's window of {loaded.window}")
+    budget = answer_budget(task)
     for length in lengths:
         for sample in generate(Request(task, str(length), samples=samples, seed=seed), loaded.tokenizer):
             ids, start = encode(sample["messages"], loaded.tokenizer)
             row = ids[0].tolist()
-            loaded.check_room(start, answer_budget(task))
+            loaded.check_room(start, budget)
             yield Prompt(f"{length}/{sample['index']}", length, row[:start], row[start:], sample["references"])
 
 

@@ -22,10 +22,10 @@ def check_output(path: Path, *, folder: bool = False, new: bool = False) -> None
     Raises:
         ValueError: it cannot; the message names what is in the way.
     """
+    if path.is_dir() and not folder:
+        raise ValueError(f"{path}: is a folder, expected the name of a file to write")
     if (folder or new) and path.exists():
         raise ValueError(f"{path}: exists already: name another {'folder' if folder else 'file'} or remove it")
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder, expected the name of a file to write")
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir():
         raise ValueError(f"{path}: cannot be written, for {above} is a file: name another place")

@@ -286,6 +286,7 @@ CASES = [
     # recipes
     ("recipes", "new {tiny} --task lines --out {tmp}/r.yml", "task: found 'lines', expected one of"),
     ("recipes", "new {tiny} --method seal --out {tmp}/r.yml", "method: found 'seal', expected one of"),
+    ("recipes", "new {tiny} --out {file}/list.yml", "list.yml: exists already: name another file"),
     ("recipes", "new {tiny} --tokens 5000 --out {tmp}/r.yml", "tokens: 5000 do not fit into the window of 2048"),
     ("recipes", "new {tiny} --tokens -5 --out {tmp}/r.yml", "tokens: found -5, expected at least 1"),
     ("recipes", "new {tiny} --chat-template no --out {tmp}/r.yml", "chat-template: found 'no', expected one of"),

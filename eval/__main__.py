@@ -13,7 +13,7 @@ import yaml
 from data_gen.console import quiet_libraries, stop
 from data_gen.console import run as run_app
 from data_gen.files import write_text
-from eval.journal import journal_file
+from eval.journal import journal_file, result_name
 from eval.probe.cli import app as probe
 from eval.probe.cli import numbers
 
@@ -35,7 +35,10 @@ GROUPS = {"ruler": ("vt", "cwe", "fwe"), "all": (*OURS, *KNOWN)}
 
 @app.command(epilog="Example: python -m eval run --model outputs/tiny_line_sealc --lengths 512,1448,1960 --samples 100")
 def run(
-    model: Annotated[str | None, typer.Option(help="Hub id, merged folder, or SEAL adapter folder.")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Hub id, merged folder, or SEAL adapter folder; once for each where several are scored."),
+    ] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(help="NAME=FOLDER, once for each of several adapters of one base model, which is loaded once."),
@@ -79,7 +82,10 @@ def run(
         str, typer.Option(help="For vllm: address of its endpoint; `vllm serve MODEL` starts it.")
     ] = "http://localhost:8000/v1",
     batch_size: Annotated[int, typer.Option(help="Prompts generated together.")] = 1,
-    out: Annotated[str, typer.Option(help="Result file; default results/TASK_MODEL.json. A PNG lies beside it.")] = "",
+    out: Annotated[
+        Path,
+        typer.Option(help="Result file, ending in .json, or folder for TASK_MODEL.json. A PNG lies beside it."),
+    ] = Path("results"),
     allow_contamination: Annotated[
         bool, typer.Option(help="Also score samples that the model was tuned on; the result says how many.")
     ] = False,
@@ -94,8 +100,6 @@ def run(
                 raise ValueError(f"{option}: found {count}, expected at least 1")
         if unknown := [name for name in tasks if name not in OURS + KNOWN]:
             raise ValueError(f"task: found {unknown[0]!r}, expected one of {', '.join((*OURS, *KNOWN, *GROUPS))}")
-        if out and len(tasks) > 1:
-            raise ValueError("out: names one file, but several tasks are asked for: leave it out")
         if data and len(tasks) > 1:
             raise ValueError("data: holds one benchmark, but several tasks are asked for: score them one by one")
         given = {"cases": cases, "haystack": haystack, "data": data, "lengths": lengths, "shots": shots}
@@ -115,10 +119,16 @@ def run(
             raise ValueError("backend: vllm serves merged models: name one by --model")
         if folders and model_config:
             raise ValueError("model-config: adapters bring their own: leave it out")
-        if out and len(folders) > 1:
-            raise ValueError("out: names one file, but several adapters are scored: leave it out")
+        names = list(folders) or [result_name(named) for named in model or ()]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"model: {min(twice)} is named twice")
+        one_file = out.suffix == ".json"
+        if one_file and (count := len(names) * len(tasks)) > 1:
+            raise ValueError(f"out: {out} is one file, but {count} results are asked for: name a folder")
+        if model and backend == "vllm" and len(model) > 1:
+            raise ValueError("backend: vllm's server has one model: name one")
         wanted = numbers(lengths, "lengths") if lengths else None
-        from axolotl_plugins.seal.load import Loaded, load, load_each
+        from axolotl_plugins.seal.load import Loaded, check_name, load, load_each
         from eval import known
         from eval import run as ours
         from eval.served import connect
@@ -130,16 +140,18 @@ def run(
             changes = (yaml.safe_load(model_config.read_text()) or {}).get("model_config")
             if not changes:
                 raise ValueError(f"model-config: {model_config} has no `model_config:`")
+        for named in model or ():
+            check_name(named)
         models: Iterable[Loaded] = load_each(folders, **options)
         if model:
-            models = [load(model, **options, model_config=changes, weights=backend == "hf")]
-        names = list(folders) or [str(model).strip("/").replace("/", "_")]
+            models = (load(named, **options, model_config=changes, weights=backend == "hf") for named in model)
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in tasks}
+        journals: list[Path] = []
         most = [count for count in (samples, limit) if count is not None]
         for title, one in zip(names, models, strict=True):
             loaded = connect(one, base_url) if backend == "vllm" else one
             for name in tasks:
-                path = Path(out) if out else Path("results") / f"{name}_{title}.json"
+                path = out if one_file else out / f"{name}_{title}.json"
                 journal = journal_file(path, loaded.name, backend)
                 if name in KNOWN:
                     result = known.run_known(
@@ -163,7 +175,9 @@ def run(
                     results[name].append(result)
                     print_scores([result])
                     print(f"{path} and {path.with_suffix('.png')}")
-                journal.unlink(missing_ok=True)
+                journals.append(journal)
+        for journal in journals:  # not before all are done: what is killed does not score the first ones again
+            journal.unlink(missing_ok=True)
         for together in results.values():
             if len(together) > 1:
                 print_scores(together, names)

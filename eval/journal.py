@@ -10,6 +10,11 @@ from typing import Any
 from data_gen.files import check_output
 
 
+def result_name(model: str) -> str:
+    """What a model's results are called in a folder of results."""
+    return model.strip("/").replace("/", "_")
+
+
 def journal_file(out: Path, model: str, *settings: object) -> Path:
     """Where results are kept until all are there: beside ``out``, another file for other weights or settings.
 

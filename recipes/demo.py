@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from data_gen.files import write_text
+from eval.journal import result_name
 from recipes.steps import ROOT, Step, launch, run_steps
 
 BASE = Path("recipes/tiny")
@@ -43,18 +44,23 @@ def derive_recipe(recipe: Path, seed: int, output_dir: Path, folder: Path) -> Pa
     return derived
 
 
+def score_file(model: Path, work: Path) -> Path:
+    """Where the scores of a model lie."""
+    return work / "scores" / f"line_{result_name(str(model))}.json"
+
+
 def plan(seeds: list[int], samples: int, work: Path) -> list[Step]:
     """All steps, in an order in which they can be done."""
     python = sys.executable
 
-    def score(name: str, model: Path, needs: tuple[str, ...] = ()) -> Step:
-        out = work / "scores" / f"{name}.json"
+    def score(name: str, models: list[Path], needs: tuple[str, ...] = ()) -> Step:
         lengths = ",".join(map(str, LENGTHS))
-        command = (python, "-m", "eval", "run", "--model", str(model), "--task", "line", "--lengths", lengths,
-                   "--samples", str(samples), "--batch-size", "10", "--out", str(out))  # fmt: skip
-        return Step(f"score {name}", command, out, needs)
+        named = [part for model in models for part in ("--model", str(model))]
+        command = (python, "-m", "eval", "run", *named, "--task", "line", "--lengths", lengths,
+                   "--samples", str(samples), "--batch-size", "10", "--out", str(work / "scores"))  # fmt: skip
+        return Step(f"score {name}", command, score_file(models[-1], work), needs)
 
-    steps = [score("base", BASE)]
+    steps = [score("base", [BASE])]
     for seed in seeds:
         for method in METHODS:
             name = f"{method}_seed{seed}"
@@ -63,8 +69,7 @@ def plan(seeds: list[int], samples: int, work: Path) -> list[Step]:
             steps.append(launch(f"tune {name}", recipe, adapter))
             fold = (python, "-m", "axolotl_plugins.seal", "merge", str(adapter), str(merged))
             steps.append(Step(f"merge {name}", fold, merged, (f"tune {name}",)))
-            steps.append(score(name, adapter, (f"tune {name}",)))
-            steps.append(score(f"{name}_merged", merged, (f"merge {name}",)))
+            steps.append(score(name, [adapter, merged], (f"merge {name}",)))
     return steps
 
 
@@ -76,10 +81,10 @@ def collect(seeds: list[int], seconds: dict[str, float], work: Path) -> dict[str
     """
     from safetensors.torch import load_file
 
-    def scores(name: str) -> dict[str, Any]:
-        return json.loads((work / "scores" / f"{name}.json").read_text())
+    def scores(model: Path) -> dict[str, Any]:
+        return json.loads(score_file(model, work).read_text())
 
-    base = scores("base")
+    base = scores(BASE)
     result: dict[str, Any] = {
         "task": "line",
         "base_model": str(BASE),
@@ -94,7 +99,7 @@ def collect(seeds: list[int], seconds: dict[str, float], work: Path) -> dict[str
         runs = []
         for seed in seeds:
             name = f"{method}_seed{seed}"
-            unmerged, merged = scores(name), scores(f"{name}_merged")
+            unmerged, merged = scores(work / name), scores(work / f"{name}_merged")
             ours, theirs = ([row["response"] for row in run["responses"]] for run in (unmerged, merged))
             if different := sum(a != b for a, b in zip(ours, theirs, strict=True)):
                 raise RuntimeError(f"{name}: merged and unmerged differ in {different} of {len(ours)} answers")

@@ -55,13 +55,16 @@ def test_other_seeds_change_data_and_training(tmp_path, monkeypatch):
 
 def test_the_plan_scores_merged_and_unmerged_models_of_every_seed(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    names = [s.name for s in plan([0, 1], 4, tmp_path)]
+    steps = {step.name: step for step in plan([0, 1], 4, tmp_path)}
+    assert len(steps) == 1 + 3 * 4
     for method in ("sealh", "sealc"):
         for seed in (0, 1):
             tag = f"{method}_seed{seed}"
-            for name in (f"tune {tag}", f"merge {tag}", f"score {tag}", f"score {tag}_merged"):
-                assert names.count(name) == 1
-    assert "score base" in names
+            assert {f"tune {tag}", f"merge {tag}"} <= steps.keys()
+            command = steps[f"score {tag}"].command
+            models = [command[place + 1] for place, part in enumerate(command) if part == "--model"]
+            assert models == [str(tmp_path / tag), str(tmp_path / f"{tag}_merged")]
+    assert "score base" in steps
 
 
 def test_the_probes_are_in_an_order_in_which_they_can_be_done():

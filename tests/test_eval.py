@@ -17,6 +17,7 @@ from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.load import load, load_each
 from data_gen import niah
 from data_gen.generate import Request, generate
+from eval.journal import result_name
 from eval.run import Harness, Responses, default_lengths, run, summaries
 from eval.score import SCORERS, last_integer, wilson
 
@@ -117,14 +118,21 @@ def run_eval(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_small_model_is_scored_by_the_command(tmp_path):
+def test_the_small_model_and_an_adapter_of_it_are_scored_by_the_command(tmp_path):
+    tuned(tmp_path / "tenth", "head", 0.1)
     done = run_eval(
-        "--model", str(TINY), "--lengths", "260,400", "--samples", "9", "--limit", "6", "--batch-size", "4",
-        "--out", "r.json", cwd=tmp_path,
+        "--model", str(TINY), "--model", "tenth", "--lengths", "260,400", "--samples", "9", "--limit", "6",
+        "--batch-size", "4", "--out", "scores", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads((tmp_path / "r.json").read_text())
-    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    files = [f"line_{result_name(str(TINY))}", "line_tenth"]
+    made = {f"{file}.{kind}" for file in files for kind in ("json", "png")}
+    assert {file.name for file in (tmp_path / "scores").iterdir()} == made
+    result, other = (json.loads((tmp_path / "scores" / f"{file}.json").read_text()) for file in files)
+    assert (tmp_path / "scores" / "line_tenth.png").read_bytes().startswith(b"\x89PNG")
+    assert other["method"] == "SEAL-H" and other["mean"]["score"] < result["mean"]["score"]
+    same = [[(row["index"], row["references"]) for row in one["responses"]] for one in (result, other)]
+    assert same[0] == same[1]
     assert result["method"] == "base" and [score["count"] for score in result["scores"]] == [6, 6]
     assert result["mean"]["count"] == 12
     assert result["mean"]["score"] == pytest.approx(sum(score["score"] for score in result["scores"]) / 2)

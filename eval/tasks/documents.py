@@ -9,11 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
-from data_gen.generate import Request, count_tokens, generate, load_tokenizer
+from data_gen.generate import Request, count_tokens, generate, load_tokenizer, tokenizer_hash
 from eval.score import SCORERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# What was drawn in this process, so that several models are asked the same without drawing it again.
+DRAWN: dict[tuple[Request, str], list[dict[str, Any]]] = {}
+
+
+def draw(request: Request, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """The samples of a request, drawn once."""
+    key = (request, tokenizer_hash(tokenizer))
+    if key not in DRAWN:
+        DRAWN[key] = list(generate(request, tokenizer))
+    return DRAWN[key]
 
 
 def documents(
@@ -27,13 +38,11 @@ def documents(
     loaded = load_tokenizer(tokenizer, chat_template)
     shown = "".join(
         "\n".join(message["content"] for message in row["messages"]) + "\n\n"
-        for row in (generate(Request(**examples), loaded) if examples else ())
+        for row in (draw(Request(**examples), loaded) if examples else ())
     )
     rows = list(read_cases(**cases, tokenizer=loaded)) if cases else []
     rows += [
-        {"length": int(request["tokens"]), **row}
-        for request in requests
-        for row in generate(Request(**request), loaded)
+        {"length": int(request["tokens"]), **row} for request in requests for row in draw(Request(**request), loaded)
     ]
     return {"test": Dataset.from_list([{"prefix": "", "shown": shown, **row} for row in rows])}
 

@@ -40,6 +40,9 @@ def main(
         str | None, typer.Option(help="For niah: folder of text files, or essays (hub); default: built-in prose.")
     ] = None,
     needles: Annotated[str | None, typer.Option(help="For niah: training needles; default: the paper's ten.")] = None,
+    depths: Annotated[
+        int | None, typer.Option(help="For niah's test samples: depths from 0 to 100 per cent; default: ten.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="For longbench: a local file instead of the hub's.")] = None,
     base_url: Annotated[
         str | None, typer.Option(help="For needles: an OpenAI-compatible endpoint, such as http://localhost:8000/v1.")
@@ -64,10 +67,11 @@ def main(
                 write_needles(collect(samples, base_url, model, os.environ.get(KEY), progress=tell), out)
                 written = True
             else:
-                request = Request(task, tokens, lines, samples, seed, split, haystack, needles, data)
+                request = Request(task, tokens, lines, samples, seed, split, haystack, needles, depths, data)
                 if tokenizer is None:
                     raise ValueError("tokenizer: missing: name the model whose tokenizer measures the samples")
-                written = write(request, load_tokenizer(tokenizer, chat_template), out, progress=tell)
+                measure = load_tokenizer(tokenizer, chat_template)
+                written = write(request, measure, out, chat_template=chat_template, progress=tell)
     except (ValueError, OSError) as error:
         stop("data_gen", error)
     print(f"{out}: {samples} samples of {task}" + ("" if written else " (already there)"))

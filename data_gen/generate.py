@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import random
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -33,7 +35,7 @@ TASKS: dict[str, Callable[[Request, random.Random, int, Room], dict[str, Any]]] 
     "longbench": longbench.sample,
 }
 # Options that only some tasks know.
-OPTIONS = {"lines": ["line"], "haystack": ["niah"], "needles": ["niah"], "data": ["longbench"]}
+OPTIONS = {"lines": ["line"], "haystack": ["niah"], "needles": ["niah"], "depths": ["niah"], "data": ["longbench"]}
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Request:
         split: samples of ``train`` and ``test`` can never coincide, see ``accepts``.
         haystack: for niah, a folder of text files, ``essays`` (from the hub) or ``prose`` (built in, the default).
         needles: for niah, a file of training needles; by default the paper's ten.
+        depths: for niah, how many depths from 0 to 100 per cent test samples walk through; by default ten.
         data: for longbench, a local file instead of the hub's.
 
     Raises:
@@ -63,6 +66,7 @@ class Request:
     split: Split = "train"
     haystack: str | None = None
     needles: str | None = None
+    depths: int | None = None
     data: str | None = None
 
     def __post_init__(self) -> None:
@@ -80,6 +84,8 @@ class Request:
             raise ValueError(
                 "split: longbench samples are for training; score with `python -m eval run --task longbench`"
             )
+        if self.depths is not None and (self.depths < 2 or self.split == "train"):
+            raise ValueError(f"depths: found {self.depths}, expected at least 2, and only for test samples")
         if (self.tokens is None) == (self.lines is None):
             raise ValueError("give the length either as tokens or as lines")
         if self.lines is not None and self.lines < 1:
@@ -239,15 +245,24 @@ def describe(request: Request, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
     }
 
 
+def command_of(request: Request, tokenizer: str, chat_template: str | None, out: Path) -> str:
+    """The command that writes a data file."""
+    options = {"tokenizer": tokenizer, "chat-template": chat_template, **asdict(request), "out": out}
+    named = [[f"--{key}", str(value)] for key, value in options.items() if key != "task" and value is not None]
+    return shlex.join(["python", "-m", "data_gen", request.task, *itertools.chain(*named)])
+
+
 def write(
-    request: Request, tokenizer: PreTrainedTokenizerBase, out: Path, *, progress: Callable[[int], object] = lambda n: n
-) -> bool:
+    request: Request, tokenizer: PreTrainedTokenizerBase, out: Path, *, chat_template: str | None = None,
+    progress: Callable[[int], object] = lambda n: n,
+) -> bool:  # fmt: skip
     """Write a request's samples to ``out`` as JSON lines, and their manifest last: its presence means complete.
 
     Args:
         request: what to draw.
         tokenizer: measures the samples.
         out: the file; nothing is left of it if anything goes wrong.
+        chat_template: what the tokenizer's template was read from, for the command that the manifest keeps.
         progress: called with the number of samples done.
 
     Returns:
@@ -271,7 +286,12 @@ def write(
         # A file without its manifest is either a run that was cut off just here, or not ours.
         if out.exists() and out.read_bytes() != partial.read_bytes():
             raise ValueError(f"{out}: holds other data and has no {manifest_path(out).name}: move it away")
-    write_text(manifest_path(out), json.dumps({**wanted, "sha256": digest.hexdigest()}, indent=2) + "\n")
+    manifest = {
+        "command": command_of(request, tokenizer.name_or_path, chat_template, out),
+        **wanted,
+        "sha256": digest.hexdigest(),
+    }
+    write_text(manifest_path(out), json.dumps(manifest, indent=2) + "\n")
     return True
 
 
@@ -285,6 +305,7 @@ def check(out: Path, wanted: dict[str, Any]) -> None:
     try:
         found = json.loads(path.read_text())
         digest = found.pop("sha256")
+        found.pop("command", None)  # which names files by other paths where it was given elsewhere
         content = out.read_bytes()
     except FileNotFoundError as error:
         raise ValueError(f"{out}: missing although {path.name} is there: delete the manifest") from error

@@ -171,8 +171,9 @@ def sample(request: Request, rng: random.Random, index: int, room: Room) -> dict
     source = request.haystack or "prose"
     if request.split == "test":
         pair, reference = TEST_NEEDLE, TEST_REFERENCE
-        turn, step = divmod(index, DEPTHS)
-        depth = round(100 * step / (DEPTHS - 1))
+        depths = request.depths or DEPTHS
+        turn, step = divmod(index, depths)
+        depth = round(100 * step / (depths - 1))
         hay = straw(source, f"{request.seed}/test/{turn}", (turn * 0.381966) % 1)
     else:
         pair = rng.choice(needles(Path(request.needles) if request.needles else NEEDLES))

@@ -29,7 +29,14 @@ def main() -> None:
 OURS = ("line", "niah", "vt", "cwe", "fwe")
 KNOWN = ("longbench", "mmlu")
 # Options that only some tasks know.
-OPTIONS = {"cases": ("line",), "haystack": ("niah",), "data": KNOWN, "lengths": OURS, "shots": OURS}
+OPTIONS = {
+    "cases": ("line",),
+    "haystack": ("niah",),
+    "depths": ("niah",),
+    "data": KNOWN,
+    "lengths": OURS,
+    "shots": OURS,
+}
 GROUPS = {"ruler": ("vt", "cwe", "fwe"), "all": (*OURS, *KNOWN)}
 
 
@@ -61,6 +68,9 @@ def run(
     shot_tokens: Annotated[int, typer.Option(help="Longest example, in tokens.")] = 1000,
     haystack: Annotated[
         str | None, typer.Option(help="For niah: folder of text files, or essays (hub); default: built-in prose.")
+    ] = None,
+    depths: Annotated[
+        int | None, typer.Option(help="For niah: rows of the grid, from 0 to 100 per cent; default: ten.")
     ] = None,
     cases: Annotated[
         str | None, typer.Option(help="Folder of LongEval's published line cases, scored instead of samples of ours.")
@@ -102,7 +112,14 @@ def run(
             raise ValueError(f"task: found {unknown[0]!r}, expected one of {', '.join((*OURS, *KNOWN, *GROUPS))}")
         if data and len(tasks) > 1:
             raise ValueError("data: holds one benchmark, but several tasks are asked for: score them one by one")
-        given = {"cases": cases, "haystack": haystack, "data": data, "lengths": lengths, "shots": shots}
+        given = {
+            "cases": cases,
+            "haystack": haystack,
+            "depths": depths,
+            "data": data,
+            "lengths": lengths,
+            "shots": shots,
+        }
         for option, knows in OPTIONS.items():
             if given[option] and not set(knows) & set(tasks):
                 raise ValueError(f"{option}: {task} has no such option, only {' and '.join(knows)}")
@@ -168,6 +185,7 @@ def run(
                     result = ours.run(
                         loaded, name, lengths=wanted, samples=count, seed=seed, shots=shots,
                         shot_tokens=shot_tokens, haystack=haystack if name == "niah" else None,
+                        depths=depths if name == "niah" else None,
                         cases=cases if name == "line" else None, batch_size=batch_size, journal=journal,
                         allow_contamination=allow_contamination,
                     )  # fmt: skip

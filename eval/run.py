@@ -179,7 +179,8 @@ def default_lengths(window: int, answer: int = 128) -> list[int]:
 def run(
     loaded: Loaded, task: str, *, lengths: list[int] | None = None, samples: int = 50, seed: int = 0,
     split: Split = "test", shots: int = 0, shot_tokens: int = 1000, haystack: str | None = None,
-    cases: str | None = None, batch_size: int = 1, journal: Path | None = None, allow_contamination: bool = False,
+    depths: int | None = None, cases: str | None = None, batch_size: int = 1, journal: Path | None = None,
+    allow_contamination: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Score a model.
 
@@ -193,6 +194,7 @@ def run(
         shots: worked examples before every prompt (paper section 8: one).
         shot_tokens: longest example, in tokens (paper section 8: 1K).
         haystack: see ``data_gen.generate.Request``.
+        depths: see ``data_gen.generate.Request``.
         cases: folder of LongEval's published line cases, scored instead of samples of ours; ``samples`` of each file.
         batch_size: prompts generated together.
         journal: file that keeps responses while they come in; a run that was cut off goes on from it.
@@ -215,7 +217,8 @@ def run(
     if max(lengths, default=0) > loaded.window:
         raise ValueError(f"lengths: {max(lengths)} tokens do not fit into the model's window of {loaded.window}")
     requests = [
-        Request(task, str(length), samples=samples, seed=seed, split=split, haystack=haystack) for length in lengths
+        Request(task, str(length), samples=samples, seed=seed, split=split, haystack=haystack, depths=depths)
+        for length in lengths
     ]
     example = asdict(Request(task, str(shot_tokens), samples=shots, seed=seed, haystack=haystack)) if shots else None
     metadata = {

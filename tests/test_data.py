@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,15 @@ def test_same_command_same_bytes_and_nothing_done_twice(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "one.jsonl", "one.jsonl.manifest.json", "two.jsonl", "two.jsonl.manifest.json"
     ]  # fmt: skip
+
+    # The manifest holds the command, which from nothing gives the same again.
+    manifest = manifest_path(one).read_bytes()
+    command = shlex.split(json.loads(manifest)["command"])
+    assert command[:3] == ["python", "-m", "data_gen"]
+    one.unlink()
+    manifest_path(one).unlink()
+    assert data_gen(*command[3:], cwd=tmp_path).returncode == 0
+    assert one.read_bytes() == two.read_bytes() and manifest_path(one).read_bytes() == manifest
 
 
 def test_a_file_cut_off_before_its_manifest_is_completed(tmp_path, tokenizer):

@@ -158,6 +158,8 @@ def test_needle_grid_walks_through_the_depths_in_one_haystack(tokenizer):
     grid = [list(generate(Request("niah", n, samples=12, split="test"), tokenizer)) for n in ("600", "900")]
     for row in grid:
         assert [s["depth"] for s in row[:10]] == [0, 11, 22, 33, 44, 56, 67, 78, 89, 100] and row[10]["depth"] == 0
+    coarse = generate(Request("niah", "600", samples=6, split="test", depths=5), tokenizer)
+    assert [s["depth"] for s in coarse] == [0, 25, 50, 75, 100, 0]
     text = [s["messages"][0]["content"].replace(f"\n{niah.TEST_NEEDLE['needle']}\n", "") for row in grid for s in row]
     books = [re.search(r"<book>(.*)</book>", t, re.DOTALL)[1] for t in text]
     longest = max(books[12:22], key=len)
@@ -231,6 +233,9 @@ def test_what_cannot_be_asked_for():
     for arguments, message in (
         ({"task": "line", "tokens": "400", "haystack": "x"}, "haystack: line has no such option"),
         ({"task": "niah", "lines": 3}, "lines: niah has no such option"),
+        ({"task": "line", "tokens": "400", "depths": 5}, "depths: line has no such option"),
+        ({"task": "niah", "tokens": "400", "split": "test", "depths": 1}, "depths: found 1, expected at least 2"),
+        ({"task": "niah", "tokens": "400", "depths": 5}, "depths: found 5, expected at least 2, and only for test"),
         ({"task": "longbench", "tokens": "400", "split": "test"}, "split: longbench samples are for training"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -188,7 +188,7 @@ def prepare_data(cfg: dict[str, Any], block: SealBlock) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         # Every process of a distributed run comes here; the first one makes the file.
         with FileLock(out.with_name(f".{out.name}.lock")):
-            made = write(request, tokenizer, out)
+            made = write(request, tokenizer, out, chat_template=template)
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"seal: {out}: {data.samples} samples of {data.task} {'made' if made else 'already there'}")
 

@@ -46,13 +46,42 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return [found for found in read_json(folder) if any(keys <= found.keys() for keys in wanted)]
 
 
-def probe_section(found: dict[str, Any]) -> dict[str, str]:
+def rate_table(found: dict[str, Any]) -> dict[str, Any]:
+    """Mean score of a sweep by rate and number of samples, beside the paper's Table 7."""
+    printed: dict[str, dict[int, float]] = {}
+    if (found["base_model"], found["task"], found["method"]) == (LONGCHAT, "line", "SEAL-H"):
+        printed = yaml.safe_load((HERE / "paper.yml").read_text())["learning_rate_by_samples"]
+    by_rate = {float(rate): row for rate, row in printed.items()}
+    means = defaultdict(list)
+    for cell in found["cells"]:
+        means[cell["rate"], cell["samples"], cell["epochs"]].append(cell["mean"])
+    rates, columns = sorted({key[0] for key in means}), sorted({key[1:] for key in means})
+    rows = []
+    for rate in rates:
+        cells: list[dict[str, Any] | None] = []
+        for count, epochs in columns:
+            paper = by_rate.get(rate, {}).get(count) if epochs == 1 else None
+            of_seeds = means.get((rate, count, epochs))
+            cells.append(None if of_seeds is None else {
+                "score": sum(of_seeds) / len(of_seeds), "low": None,
+                "count": found["validation_samples"] * len(found["lengths"]) * len(of_seeds),
+                "paper": None if paper is None else (paper, 7),
+            })  # fmt: skip
+        rows.append({"name": f"{rate:g}", "model": "", "cells": cells})
+    titles = [f"{count} samples" + (f" × {epochs}" if epochs > 1 else "") for count, epochs in columns]
+    return {"rows_are": "learning rate", "columns": titles, "rows": rows}
+
+
+def probe_section(found: dict[str, Any]) -> dict[str, Any]:
     """What the page says about a result of ``python -m eval probe``."""
     from eval.probe.captions import CAPTION, TITLE
     from eval.probe.pictures import DRAW
 
     kind = found["kind"]
-    return {"title": TITLE[kind], "figure": picture(DRAW[kind](found)), "caption": CAPTION[kind](found)}
+    shown = rate_table(found) if kind == "sweep" else None
+    return {
+        "title": TITLE[kind], "figure": picture(DRAW[kind](found)), "table": shown, "caption": CAPTION[kind](found)
+    }  # fmt: skip
 
 
 def paper_scores() -> list[dict[str, Any]]:
@@ -80,8 +109,9 @@ def sets_section(task: str, results: list[dict[str, Any]]) -> dict[str, Any]:
         mmlu = paper["mmlu"].get(result["method"]) if task == "mmlu" and ours else None
         cells.append({"score": result["mean"], "low": None, "count": sum(row["count"] for row in result["sets"]),
                       "paper": None if mmlu is None else (mmlu, "–, section 5.2")})  # fmt: skip
-        rows.append({"method": result["method"], "model": result["model"], "cells": cells})
-    return {"title": TITLES[task], "figures": [], "tables": [{"lengths": [*names, "mean"], "rows": rows}], "wrong": []}
+        rows.append({"name": result["method"], "model": result["model"], "cells": cells})
+    shown = {"rows_are": "method", "columns": [*names, "mean"], "rows": rows}
+    return {"title": TITLES[task], "figures": [], "tables": [shown], "wrong": []}
 
 
 def paper_value(result: dict[str, Any], length: int, paper: list[dict[str, Any]]) -> tuple[float, int] | None:
@@ -113,9 +143,9 @@ def table(results: list[dict[str, Any]], paper: list[dict[str, Any]]) -> list[di
             {**by_length[length], "paper": paper_value(result, length, paper)} if length in by_length else None
             for length in lengths
         ]
-        rows.append({"method": result["method"] + (f", {result['shots']}-shot" if result.get("shots") else ""),
+        rows.append({"name": result["method"] + (f", {result['shots']}-shot" if result.get("shots") else ""),
                      "model": result["model"], "cells": cells})  # fmt: skip
-    return [{"lengths": lengths, "rows": rows}]
+    return [{"rows_are": "method", "columns": lengths, "rows": rows}]
 
 
 def grid(result: dict[str, Any]) -> tuple[np.ndarray, list[int], list[int]]:

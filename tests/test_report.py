@@ -15,7 +15,7 @@ from peft import get_peft_model
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.load import load
 from axolotl_plugins.seal.scales import saved_scales, scale_matrix
-from eval.report import grid, paper_value, write_report
+from eval.report import LONGCHAT, grid, paper_value, rate_table, write_report
 
 ROOT = Path(__file__).parent.parent
 PAPER = yaml.safe_load((ROOT / "eval" / "paper.yml").read_text())
@@ -126,3 +126,28 @@ def test_the_results_that_come_with_the_code_make_a_page(tmp_path):
     """Every shipped probe has the shape that captions and pictures read."""
     probes = list((ROOT / "results" / "probes").glob("*.json"))
     assert write_report(ROOT / "results", tmp_path / "report.html") >= len(probes) > 5
+
+
+def test_a_sweep_stands_beside_table_7(tmp_path):
+    cells = [
+        {"rate": rate, "samples": count, "epochs": epochs, "seed": seed, "scores": {"31000": mean}, "mean": mean}
+        for rate, count, epochs, mean in ((0.01, 50, 1, 0.4), (0.02, 50, 1, 0.6), (0.01, 10, 5, 0.3))
+        for seed in (0, 1)
+    ]
+    best = {"rate": 0.02, "samples": 50, "epochs": 1, "mean": 0.6}
+    found = {"kind": "sweep", "model": "m", "base_model": LONGCHAT, "method": "SEAL-H", "task": "line", "best": best,
+             "lengths": [31000], "validation_samples": 20, "cells": cells}  # fmt: skip
+    shown = rate_table(found)
+    assert shown["columns"] == ["10 samples × 5", "50 samples"]
+    by_rate = {row["name"]: row["cells"] for row in shown["rows"]}
+    assert [cell and (round(cell["score"], 2), cell["count"], cell["paper"]) for cell in by_rate["0.01"]] == [
+        (0.3, 40, None), (0.4, 40, (0.78, 7))
+    ]  # fmt: skip
+    assert by_rate["0.02"][0] is None and by_rate["0.02"][1]["paper"] == (0.82, 7)
+    assert all(cell is None or cell["paper"] is None
+               for row in rate_table(found | {"base_model": "m"})["rows"] for cell in row["cells"])  # fmt: skip
+    (tmp_path / "probes").mkdir()
+    (tmp_path / "probes" / "sweep.json").write_text(json.dumps(found))
+    write_report(tmp_path, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "learning rate" in page and "paper 0.82, table 7" in page

@@ -22,7 +22,7 @@ from axolotl_plugins.seal.provenance import text_hash
 from data_gen.files import write_text
 from data_gen.generate import Request, Split
 from eval.journal import Journal
-from eval.prefix import WORTHWHILE, answer, can_crop, saving
+from eval.prefix import WORTHWHILE, WORTHWHILE_INSTEAD_OF_BATCHES, answer, can_crop, saving
 from eval.score import SCORERS, wilson
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ class Harness(HFLM):
             alike[json.dumps(request.args[1], sort_keys=True), len(prompt) > short].append((request, prompt))
         for pairs in alike.values():
             group, prompts = map(list, zip(*pairs, strict=True))
-            if can_crop(self.model) and saving(prompts) > WORTHWHILE:
+            enough = WORTHWHILE if self.batch_size == 1 else WORTHWHILE_INSTEAD_OF_BATCHES
+            if can_crop(self.model) and saving(prompts) > enough:
                 self.answer_sharing(group, prompts, disable_tqdm)
             else:
                 self.answer_by_length(group, prompts, disable_tqdm)

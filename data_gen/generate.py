@@ -9,7 +9,7 @@ import json
 import random
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -293,6 +293,13 @@ def write(
     }
     write_text(manifest_path(out), json.dumps(manifest, indent=2) + "\n")
     return True
+
+
+def remark(rows: Iterable[dict[str, Any]]) -> str:
+    """What a user should know of samples: " (...)", or nothing."""
+    if again := max((row.get("haystack_repeats", 0) for row in rows), default=0):
+        return f" (the haystack is shorter than the samples: it begins again up to {again} times)"
+    return ""
 
 
 def check(out: Path, wanted: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import yaml
 from data_gen.console import quiet_libraries, stop
 from data_gen.console import run as run_app
 from data_gen.files import write_text
+from data_gen.generate import remark
 from eval.journal import journal_file, result_name
 from eval.probe.cli import app as probe
 from eval.probe.cli import numbers
@@ -192,7 +193,7 @@ def run(
                     ours.save(result, path)
                     results[name].append(result)
                     print_scores([result])
-                    print(f"{path} and {path.with_suffix('.png')}")
+                    print(f"{path} and {path.with_suffix('.png')}{remark(result['responses'])}")
                 journals.append(journal)
         for journal in journals:  # not before all are done: what is killed does not score the first ones again
             journal.unlink(missing_ok=True)

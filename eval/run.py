@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
 # What a result keeps of a sample.
-KEPT = ("length", "index", "tokens", "depth", "line", "references")
+KEPT = ("length", "index", "tokens", "depth", "line", "haystack_repeats", "references")
 # The paper scores a 32K window at 9K, 14K, 19K, 23K, 28K and 31K (Table 1): these shares of a window.
 PAPER_LENGTHS = (9 / 32, 14 / 32, 19 / 32, 23 / 32, 28 / 32, 31 / 32)
 

@@ -43,7 +43,7 @@ def expectation(settings: dict[str, Any], shape: Shape | None, measured: str | N
     """Comment lines that say what memory and time a recipe takes, and how that is known; empty if it is not."""
     if measured:
         return f"# {measured}\n"
-    if shape is None or not settings["bf16"]:
+    if shape is None or not (settings["bf16"] or settings.get("bfloat16")):
         return ""
     cost = recipe_cost(settings, shape)
     fast, slow = cost.minutes("a100")
@@ -52,6 +52,11 @@ def expectation(settings: dict[str, Any], shape: Shape | None, measured: str | N
         f"(`python -m recipes cost`), at {GOOD_SHARE:.0%} of the card's peak and at the {PAPER_SHARE:.0%} that the "
         "authors' 40 minutes for 7B models and 31K tokens (section 5) come to; not measured yet."
     )
+    if "fsdp_config" in settings:
+        text += (
+            f" On several, {2 * shape.parameters / 2**30:.0f} GiB of that, the weights, are spread over them, and each "
+            "takes samples of its own: `--num-epochs=N` makes as many steps on N devices as one makes."
+        )
     return fill(text, 118, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False) + "\n"
 
 
@@ -70,7 +75,7 @@ seed: 0
 
 
 def recipe(file: Path, model: dict[str, Any], task: str, method: str, *, lr: float, shows: str, shape: Shape | None,
-           samples: int = 50, epochs: int = 1) -> str:  # fmt: skip
+           samples: int = 50, epochs: int = 1, sharding: str | None = None) -> str:  # fmt: skip
     """The text of one recipe.
 
     Args:
@@ -83,6 +88,7 @@ def recipe(file: Path, model: dict[str, Any], task: str, method: str, *, lr: flo
         shape: of the model, from which its cost is computed; None if it is not known.
         samples: training samples.
         epochs: passes over them.
+        sharding: a key of ``SHARDING``, for weights that are spread over devices.
     """
     name, gpu = file.stem, model.get("gpu", True)  # in bfloat16 with FlashAttention
     adapter = {
@@ -102,7 +108,8 @@ def recipe(file: Path, model: dict[str, Any], task: str, method: str, *, lr: flo
     if "self_extend" in stretched:
         plugins = f"  - axolotl_plugins.self_extend.SelfExtendPlugin\n{plugins}"
         attention = "sdpa # self_extend takes its place when the model is loaded"
-    key = name.removesuffix(f"_{method}") if name.endswith(method) else name
+    same = name.removesuffix(f"_{sharding}")  # data are the same however weights are spread
+    key = same.removesuffix(f"_{method}")
     parts = MIXTURES.get(task, (task,))
     blocks = [data_block(model, part, samples // len(parts)) for part in parts]
     files = [key] if len(parts) == 1 else [f"{key}_{part}" for part in parts]
@@ -138,7 +145,7 @@ micro_batch_size: 1
 gradient_accumulation_steps: 1
 seed: 42
 
-bf16: {str(gpu).lower()}
+{SHARDING[sharding] if sharding else f"bf16: {str(gpu).lower()}"}
 tf32: false
 attn_implementation: {attention}
 gradient_checkpointing: {str(gpu).lower()}
@@ -168,6 +175,18 @@ lora_target_modules: [q_proj, k_proj, v_proj, o_proj]
 """
 
 
+SHARDING = {
+    "fsdp2": """fsdp_version: 2
+fsdp_config:
+  auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  transformer_layer_cls_to_wrap: LlamaDecoderLayer
+  state_dict_type: FULL_STATE_DICT
+  reshard_after_forward: true
+bf16: false # with it the scales of every step would be rounded
+bfloat16: true"""
+}
+
+
 def read_matrix() -> dict[str, Any]:
     """``matrix.yml``."""
     return yaml.safe_load((FOLDER / "matrix.yml").read_text())
@@ -185,6 +204,7 @@ def all_recipes() -> dict[str, str]:
         samples, epochs = row.get("samples", 50), row.get("epochs", 1)
         for model, task, method in itertools.product(row["models"], row["tasks"], row["methods"]):
             name = f"{model}_{task}_{method}" + (f"_{samples}x{epochs}" if epochs > 1 else "")
+            name += f"_{row['sharding']}" if "sharding" in row else ""
             entry = matrix["models"][model]
             shape = matrix["shapes"].get(entry.get("shape"))
             if name in texts:
@@ -192,6 +212,6 @@ def all_recipes() -> dict[str, str]:
             texts[name] = recipe(
                 Path("recipes") / f"{name}.yml", entry, task, method, lr=rate(matrix["rates"], model, task, method),
                 shows=f"{row['shows']} of arXiv 2501.15225", shape=Shape.of(shape) if shape else None,
-                samples=samples, epochs=epochs,
+                samples=samples, epochs=epochs, sharding=row.get("sharding"),
             )  # fmt: skip
     return texts

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from data_gen import bench, longbench, niah, ruler
-from data_gen.generate import Request, accepts, count_tokens, generate, load_tokenizer
+from data_gen.generate import Request, accepts, count_tokens, generate, load_tokenizer, remark, write
 
 TINY = Path(__file__).parent.parent / "recipes" / "tiny"
 # Samples that NVIDIA's own programs wrote for 1,500 tokens.
@@ -185,6 +185,10 @@ def test_haystack_of_a_folder_repeats_and_says_so(tmp_path, tokenizer):
     text = sample["messages"][0]["content"]
     assert text.count("First essay here.") > 3 and text.index("First essay") < text.index("Second essay")
     assert sample["haystack_repeats"] >= 3 and "not read" not in text
+    for name, haystack, said in (("a", str(tmp_path), "it begins again up to"), ("b", None, "")):
+        write(Request("niah", "600", samples=2, haystack=haystack), tokenizer, tmp_path / name)
+        remarked = remark(map(json.loads, (tmp_path / name).read_text().splitlines()))
+        assert said in remarked and bool(remarked) == bool(said)
 
 
 @pytest.mark.parametrize(

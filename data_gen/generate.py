@@ -234,6 +234,17 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256((rules + str(tokenizer.chat_template)).encode()).hexdigest()
 
 
+DRAWN: dict[tuple[Request, str], list[dict[str, Any]]] = {}
+
+
+def draw(request: Request, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """``generate``, but drawn only once in a process, for several models that are asked the same."""
+    key = (request, tokenizer_hash(tokenizer))
+    if key not in DRAWN:
+        DRAWN[key] = list(generate(request, tokenizer))
+    return DRAWN[key]
+
+
 def describe(request: Request, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """All that the bytes of a data file depend on."""
     return {

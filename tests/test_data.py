@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from data_gen import line
-from data_gen.generate import Request, accepts, count_tokens, generate, load_tokenizer, manifest_path, write
+from data_gen.generate import Request, accepts, count_tokens, draw, generate, load_tokenizer, manifest_path, write
 from data_gen.sizing import largest
 
 TINY = Path(__file__).parent.parent / "recipes" / "tiny"
@@ -191,3 +191,13 @@ def test_a_tokenizer_without_template_is_refused(tmp_path, tokenizer):
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="no chat template"):
         load_tokenizer(str(tmp_path))
+
+
+def test_samples_are_drawn_once_in_a_process(tokenizer):
+    request = Request("line", "400", samples=3, seed=7)
+    first = draw(request, tokenizer)
+    assert first == list(generate(request, tokenizer)) and draw(request, tokenizer) is first
+    other = AutoTokenizer.from_pretrained(TINY)
+    assert draw(request, other) is first
+    other.chat_template += " "  # other tokens
+    assert draw(request, other) is not first

@@ -9,22 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
-from data_gen.generate import Request, count_tokens, generate, load_tokenizer, tokenizer_hash
+from data_gen.generate import Request, count_tokens, draw, load_tokenizer
 from eval.score import SCORERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# What was drawn in this process, so that several models are asked the same without drawing it again.
-DRAWN: dict[tuple[Request, str], list[dict[str, Any]]] = {}
-
-
-def draw(request: Request, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """The samples of a request, drawn once."""
-    key = (request, tokenizer_hash(tokenizer))
-    if key not in DRAWN:
-        DRAWN[key] = list(generate(request, tokenizer))
-    return DRAWN[key]
 
 
 def documents(

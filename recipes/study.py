@@ -102,7 +102,7 @@ def base_folder(name: str) -> Path:
     return folder
 
 
-def fine_tune(folder: Path, *, steps: int = 350, lines: int = 16, lr: float = 1e-3, tokens: int = 4096) -> None:
+def fine_tune(folder: Path, *, steps: int = 120, lines: int = 5, lr: float = 1e-3, tokens: int = 4096) -> None:
     """Train a model on short records at a constant rate, so that what it finds in long ones is left to luck.
 
     Args:

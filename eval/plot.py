@@ -18,7 +18,7 @@ from data_gen.files import written_whole
 
 COLOURS = {
     "base": "#555555", "SEAL-H": "#e08214", "SEAL-C": "#2166ac", "shuffled": "#9467bd", "wrong facts": "#2ca02c",
-    "wrong answers": "#d62728",
+    "wrong answers": "#d62728", "one-shot": "#17becf", "SEAL-L": "#2ca02c", "SEAL-D": "#9467bd",
 }  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from data_gen.console import quiet_libraries, stop
 from data_gen.console import run as run_app
 from data_gen.endpoint import KEY
 from data_gen.files import check_output
-from data_gen.generate import TASKS, Request, load_tokenizer, remark, write
+from data_gen.generate import TASKS, Request, load_tokenizer, read_rows, remark, write
 from data_gen.needles import collect
 from data_gen.needles import write as write_needles
 
@@ -75,8 +74,7 @@ def main(
                 written = write(request, measure, out, chat_template=chat_template, progress=tell)
     except (ValueError, OSError) as error:
         stop("data_gen", error)
-    rows = () if task == "needles" else map(json.loads, out.read_text(encoding="utf-8").splitlines())
-    print(f"{out}: {samples} samples of {task}{remark(rows)}" + ("" if written else " (already there)"))
+    print(f"{out}: {samples} samples of {task}{remark(read_rows(out))}" + ("" if written else " (already there)"))
 
 
 app = typer.Typer(add_completion=False)

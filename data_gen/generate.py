@@ -306,6 +306,11 @@ def write(
     return True
 
 
+def read_rows(out: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a data file that was written."""
+    return map(json.loads, out.read_text(encoding="utf-8").splitlines())
+
+
 def remark(rows: Iterable[dict[str, Any]]) -> str:
     """What a user should know of samples: " (...)", or nothing."""
     if again := max((row.get("haystack_repeats", 0) for row in rows), default=0):

@@ -14,7 +14,7 @@ from data_gen.console import quiet_libraries, stop
 from data_gen.console import run as run_app
 from data_gen.files import write_text
 from data_gen.generate import remark
-from eval.journal import journal_file, result_name
+from eval.journal import journal_file, result_file, result_name
 from eval.probe.cli import app as probe
 from eval.probe.cli import numbers
 
@@ -169,7 +169,7 @@ def run(
         for title, one in zip(names, models, strict=True):
             loaded = connect(one, base_url) if backend == "vllm" else one
             for name in tasks:
-                path = out if one_file else out / f"{name}_{title}.json"
+                path = out if one_file else result_file(out, name, title)
                 journal = journal_file(path, loaded.name, backend)
                 if name in KNOWN:
                     result = known.run_known(

@@ -15,6 +15,11 @@ def result_name(model: str) -> str:
     return model.strip("/").replace("/", "_")
 
 
+def result_file(folder: Path, task: str, name: str) -> Path:
+    """Where a folder of results has that of a task."""
+    return folder / f"{task}_{name}.json"
+
+
 def journal_file(out: Path, model: str, *settings: object) -> Path:
     """Where results are kept until all are there: beside ``out``, another file for other weights or settings.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 from collections import defaultdict
 from pathlib import Path
@@ -46,11 +47,17 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return [found for found in read_json(folder) if any(keys <= found.keys() for keys in wanted)]
 
 
+@functools.cache
+def read_paper() -> dict[str, Any]:
+    """``paper.yml``."""
+    return yaml.safe_load((HERE / "paper.yml").read_text())
+
+
 def rate_table(found: dict[str, Any]) -> dict[str, Any]:
     """Mean score of a sweep by rate and number of samples, beside the paper's Table 7."""
     printed: dict[str, dict[int, float]] = {}
     if (found["base_model"], found["task"], found["method"]) == (LONGCHAT, "line", "SEAL-H"):
-        printed = yaml.safe_load((HERE / "paper.yml").read_text())["learning_rate_by_samples"]
+        printed = read_paper()["learning_rate_by_samples"]
     by_rate = {float(rate): row for rate, row in printed.items()}
     means = defaultdict(list)
     for cell in found["cells"]:
@@ -86,16 +93,16 @@ def probe_section(found: dict[str, Any]) -> dict[str, Any]:
 
 def paper_scores() -> list[dict[str, Any]]:
     """The paper's numbers by table, see ``paper.yml``; RULER's in [0, 1] like ours."""
-    rows = yaml.safe_load((HERE / "paper.yml").read_text())["scores"]
-    for row in rows:
-        if row["task"] != "line":
-            row["by_length"] = {length: score / 100 for length, score in row["by_length"].items()}
+    rows = []
+    for row in read_paper()["scores"]:
+        whole = 1 if row["task"] == "line" else 100
+        rows.append({**row, "by_length": {length: score / whole for length, score in row["by_length"].items()}})
     return rows
 
 
 def sets_section(task: str, results: list[dict[str, Any]]) -> dict[str, Any]:
     """What the page says about a benchmark of several sets: the method's scores beside the paper's."""
-    paper = yaml.safe_load((HERE / "paper.yml").read_text())
+    paper = read_paper()
     names = list(dict.fromkeys(row["name"] for result in results for row in result["sets"]))
     rows = []
     for result in results:
@@ -184,7 +191,7 @@ def scale_maps(results: list[dict[str, Any]]) -> list[str]:
     """Pictures of the scales of every adapter that was scored and is still there, and how much was learned."""
     from axolotl_plugins.seal.scales import saved_scales
 
-    paper = yaml.safe_load((HERE / "paper.yml").read_text())["parameters"]
+    paper = read_paper()["parameters"]
     pictures = []
     adapters = {result["model"]: result for result in results if result["method"].startswith("SEAL")}
     for model, result in adapters.items():

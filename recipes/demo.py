@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from data_gen.files import write_text
-from eval.journal import result_name
+from eval.journal import result_file, result_name
 from recipes.steps import ROOT, Step, launch, run_steps
 
 BASE = Path("recipes/tiny")
@@ -46,7 +46,7 @@ def derive_recipe(recipe: Path, seed: int, output_dir: Path, folder: Path) -> Pa
 
 def score_file(model: Path, work: Path) -> Path:
     """Where the scores of a model lie."""
-    return work / "scores" / f"line_{result_name(str(model))}.json"
+    return result_file(work / "scores", "line", result_name(str(model)))
 
 
 def plan(seeds: list[int], samples: int, work: Path) -> list[Step]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
 from importlib import import_module
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 
 from data_gen.console import stop
 from data_gen.files import check_output, load_json, write_text
-from data_gen.generate import Request, load_tokenizer, remark, write
+from data_gen.generate import Request, load_tokenizer, read_rows, remark, write
 
 from . import provenance
 from .args import SealArgs, SealBlock, parse_block
@@ -191,9 +190,8 @@ def prepare_data(cfg: dict[str, Any], block: SealBlock) -> None:
         with FileLock(out.with_name(f".{out.name}.lock")):
             made = write(request, tokenizer, out, chat_template=template)
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            rows = map(json.loads, out.read_text(encoding="utf-8").splitlines())
             done = "made" if made else "already there"
-            print(f"seal: {out}: {data.samples} samples of {data.task} {done}{remark(rows)}")
+            print(f"seal: {out}: {data.samples} samples of {data.task} {done}{remark(read_rows(out))}")
 
 
 def quantise_for_seal() -> None:

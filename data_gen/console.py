@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def quiet_libraries() -> None:
     """Keep libraries from printing what a user can do nothing about; call it before they are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # torchao reports kernels that were built for other machines, torch an enumeration that torchao registers, lm-eval
-    # that its tasks could be given other arguments.
-    for name in ("torchao", "torch.utils._pytree", "lm_eval"):
+    # that its tasks could be given other arguments, bitsandbytes that a kernel which nothing here calls is not at hand.
+    for name in ("torchao", "torch.utils._pytree", "lm_eval", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "Skipping publisher trust check", UserWarning)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ from data_gen.console import quiet_libraries
 from data_gen.files import write_text
 from recipes.cost import Shape, training_flop
 from recipes.matrix import read_matrix
+from recipes.steps import machine
 
 ANSWER = 40  # tokens with a loss
 SMALL = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
@@ -178,9 +178,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"bench: tokens: found {min(args.tokens)}, expected more than the answer's {ANSWER}")
     shape = dict(shapes[args.shape]) | ({"num_hidden_layers": args.layers} if args.layers else {})
     rate = matmul_rate(args.device)
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
-    print(f"{machine}, torch {torch.__version__}, {torch.get_num_threads()} threads, sdpa; matrix products "
-          f"{rate / 1e12:.2f} TFLOP/s")  # fmt: skip
+    where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}" if args.device == "cuda" else machine()
+    print(f"{where}, {torch.get_num_threads()} threads, sdpa; matrix products {rate / 1e12:.2f} TFLOP/s")
     rows: list[dict[str, Any]] = []
     for tokens in args.tokens:
         try:
@@ -191,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     if not rows:
         sys.exit("bench: nothing fitted: ask for fewer --tokens")
     print_rows(rows)
-    write_text(args.out, json.dumps({"machine": machine, "torch": torch.__version__, "shape": shape, "rate": rate,
+    write_text(args.out, json.dumps({"machine": where, "shape": shape, "rate": rate,
                                      "checkpointing": args.checkpointing, "rows": rows}, indent=1) + "\n")  # fmt: skip
     print(args.out)
 

@@ -18,7 +18,7 @@ import yaml
 
 from data_gen.files import write_text
 from eval.journal import result_file, result_name
-from recipes.steps import ROOT, Step, launch, run_steps
+from recipes.steps import ROOT, Step, launch, machine, run_steps
 
 BASE = Path("recipes/tiny")
 # Test lengths of the demo and the study; the 100 tokens of answer that LongEval allows stay on the prompt's side of the
@@ -110,6 +110,7 @@ def collect(seeds: list[int], seconds: dict[str, float], work: Path) -> dict[str
         result["accuracy"][title] = runs
         result["scales"][title] = [tensor.view(heads, -1).mean(1).tolist() for _, tensor in sorted(weights.items())]
     result["merged_equals_unmerged"] = True
+    result["machine"] = machine()
     result["seconds"] = seconds
     return result
 
@@ -155,15 +156,15 @@ def print_table(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"Line retrieval: accuracy, mean over seeds {result['seeds']} (range)")
-    table.add_column("method")
-    table.add_column("parameters", justify="right")
+    table = Table(title=f"Line retrieval: accuracy, mean over seeds {result['seeds']}, and range")
+    table.add_column("tokens:")
+    table.add_column("scales", justify="right")
     for tokens in result["lengths_tokens"]:
-        table.add_column(f"{tokens:.0f} tokens", justify="right")
+        table.add_column(f"{tokens:.0f}", justify="right")
     for method, runs in result["accuracy"].items():
         cells = []
         for values in zip(*runs, strict=True):
-            spread = f" ({min(values):.2f}-{max(values):.2f})" if len(values) > 1 else ""
+            spread = f"\n{min(values):.2f}-{max(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{sum(values) / len(values):.2f}{spread}")
         table.add_row(method, str(result["trainable_parameters"].get(method, "-")), *cells)
     Console().print(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from rich.progress import Progress, TimeElapsedColumn
@@ -35,6 +37,13 @@ class Step:
     command: tuple[str, ...]
     makes: Path
     needs: tuple[str, ...] = ()
+
+
+def machine() -> str:
+    """This machine's processor, its number of cores, and the version of torch: what timings and last digits are of."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, torch {version('torch')}"
 
 
 def launch(name: str, recipe: Path, adapter: Path, needs: tuple[str, ...] = ()) -> Step:

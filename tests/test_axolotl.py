@@ -242,6 +242,15 @@ def test_a_sample_longer_than_sequence_len_stops_the_run(tmp_path):
     assert done.returncode != 0 and not (tmp_path / "out/adapter_model.safetensors").exists()
 
 
+def test_weights_in_16_bits_leave_scales_in_32(tmp_path):
+    """What sharded recipes say; Axolotl alone would train in mixed precision, which this machine has none of."""
+    write_recipe(tmp_path, bf16=False, bfloat16=True)
+    done = launch(tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for scale in scales(tmp_path / "out").values():
+        assert scale.dtype == torch.float32 and (scale != scale.bfloat16()).any() and (scale != 1).all()
+
+
 @pytest.mark.slow
 def test_two_processes_do_what_two_accumulated_steps_do(tmp_path):
     """Data parallel over gloo: the same scales, bit for bit."""
@@ -257,6 +266,31 @@ def test_two_processes_do_what_two_accumulated_steps_do(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     ours, theirs = (scales(folder / "out") for folder in folders.values())
     assert all((ours[name] != 1).all() and torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+def test_weights_spread_by_zero3_learn_what_whole_weights_learn(tmp_path):
+    """In two processes over gloo, in float32, which is what DeepSpeed makes of all weights if it has no other dtype.
+
+    Without GPUs Accelerate takes each process for the only one, so both learn from the same samples.
+    """
+    pytest.importorskip("deepspeed", reason="needs deepspeed, which `.[gpu]` installs")
+    folders = {name: tmp_path / name for name in ("whole", "spread")}
+    for folder in folders.values():
+        folder.mkdir()
+    write_recipe(folders["whole"])
+    zero = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+    each = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+    write_recipe(folders["spread"], deepspeed={"zero_optimization": zero, **each})
+    done = launch(folders["whole"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29512")
+    done = run(folders["spread"], *two, "-m", "axolotl.cli.train", "recipe.yml")
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = (scales(folder / "out") for folder in folders.values())
+    for name, scale in ours.items():
+        assert (scale != 1).all() and theirs[name].dtype == torch.float32
+        torch.testing.assert_close(theirs[name], scale, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

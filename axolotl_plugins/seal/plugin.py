@@ -262,6 +262,13 @@ class SealPlugin(BasePlugin):
         """The trainer of scales, or that of the baselines."""
         return SealTrainer if cfg.adapter == "seal" else AnswerTrainer
 
+    def get_training_args(self, cfg: Any) -> dict[str, Any]:
+        """`bf16: false` means no mixed precision, even with `bfloat16: true`, which is about the weights.
+
+        Axolotl takes either for mixed precision, under which sharded scales are rounded at every step.
+        """
+        return {} if cfg.bf16 else {"bf16": False}
+
     def post_trainer_create(self, cfg: Any, trainer: AnswerTrainer) -> None:
         """Hand over what adapters are to say about their data."""
         trainer.training_data = self.training_data

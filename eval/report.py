@@ -59,19 +59,17 @@ def rate_table(found: dict[str, Any]) -> dict[str, Any]:
     if (found["base_model"], found["task"], found["method"]) == (LONGCHAT, "line", "SEAL-H"):
         printed = read_paper()["learning_rate_by_samples"]
     by_rate = {float(rate): row for rate, row in printed.items()}
-    means = defaultdict(list)
-    for cell in found["cells"]:
-        means[cell["rate"], cell["samples"], cell["epochs"]].append(cell["mean"])
+    means = {(one["rate"], one["samples"], one["epochs"]): one["mean"] for one in found["over_seeds"]}
     rates, columns = sorted({key[0] for key in means}), sorted({key[1:] for key in means})
     rows = []
     for rate in rates:
         cells: list[dict[str, Any] | None] = []
         for count, epochs in columns:
             paper = by_rate.get(rate, {}).get(count) if epochs == 1 else None
-            of_seeds = means.get((rate, count, epochs))
-            cells.append(None if of_seeds is None else {
-                "score": sum(of_seeds) / len(of_seeds), "low": None,
-                "count": found["validation_samples"] * len(found["lengths"]) * len(of_seeds),
+            score = means.get((rate, count, epochs))
+            cells.append(None if score is None else {
+                "score": score, "low": None,
+                "count": found["validation_samples"] * len(found["lengths"]) * len(found["seeds"]),
                 "paper": None if paper is None else (paper, 7),
             })  # fmt: skip
         rows.append({"name": f"{rate:g}", "model": "", "cells": cells})

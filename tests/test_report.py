@@ -129,14 +129,12 @@ def test_the_results_that_come_with_the_code_make_a_page(tmp_path):
 
 
 def test_a_sweep_stands_beside_table_7(tmp_path):
-    cells = [
-        {"rate": rate, "samples": count, "epochs": epochs, "seed": seed, "scores": {"31000": mean}, "mean": mean}
-        for rate, count, epochs, mean in ((0.01, 50, 1, 0.4), (0.02, 50, 1, 0.6), (0.01, 10, 5, 0.3))
-        for seed in (0, 1)
+    over_seeds = [
+        {"rate": rate, "samples": count, "epochs": epochs, "mean": mean}
+        for rate, count, epochs, mean in ((0.01, 10, 5, 0.3), (0.01, 50, 1, 0.4), (0.02, 50, 1, 0.6))
     ]
-    best = {"rate": 0.02, "samples": 50, "epochs": 1, "mean": 0.6}
-    found = {"kind": "sweep", "model": "m", "base_model": LONGCHAT, "method": "SEAL-H", "task": "line", "best": best,
-             "lengths": [31000], "validation_samples": 20, "cells": cells}  # fmt: skip
+    found = {"kind": "sweep", "model": "m", "base_model": LONGCHAT, "method": "SEAL-H", "task": "line", "seeds": [0, 1],
+             "lengths": [31000], "validation_samples": 20, "over_seeds": over_seeds, "best": over_seeds[2]}  # fmt: skip
     shown = rate_table(found)
     assert shown["columns"] == ["10 samples × 5", "50 samples"]
     by_rate = {row["name"]: row["cells"] for row in shown["rows"]}

@@ -149,11 +149,9 @@ def transfer(found: dict[str, Any]) -> Figure:
 def sweep(found: dict[str, Any]) -> Figure:
     """Mean score over rates, one line for each number of samples and epochs (Table 7, Figure 9)."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    cells = found["cells"]
-    for count, passes in sorted({(cell["samples"], cell["epochs"]) for cell in cells}):
-        mine = [cell for cell in cells if (cell["samples"], cell["epochs"]) == (count, passes)]
-        rates = sorted({cell["rate"] for cell in mine})
-        means = [np.mean([cell["mean"] for cell in mine if cell["rate"] == rate]) for rate in rates]
+    for count, passes in sorted({(one["samples"], one["epochs"]) for one in found["over_seeds"]}):
+        mine = [one for one in found["over_seeds"] if (one["samples"], one["epochs"]) == (count, passes)]
+        rates, means = [one["rate"] for one in mine], [one["mean"] for one in mine]
         axes.plot(rates, means, marker="o", label=f"{count} samples, {passes} epoch{'s' if passes > 1 else ''}")
     axes.set(
         xscale="log",

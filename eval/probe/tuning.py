@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,9 @@ def sweep(
         journal: file that keeps results while they come in.
 
     Returns:
-        ``cells``, each with ``rate``, ``samples``, ``epochs``, ``seed``, ``scores`` (by length) and ``mean``; ``best``,
-        the cell settings with the greatest mean over seeds (of equals the smallest rate); and what was swept.
+        ``cells``, each with ``rate``, ``samples``, ``epochs``, ``seed``, ``scores`` (by length) and ``mean``;
+        ``over_seeds``, their means over seeds by rate, samples and epochs; ``best``, the greatest of these (of equals
+        the smallest rate); and what was swept.
     """
     kept = Journal(journal)
     loaded = load_new(recipe)
@@ -145,16 +147,17 @@ def sweep(
         scores = kept.values[key]
         cells.append({"rate": rate, "samples": count, "epochs": passes, "seed": seed, "scores": scores,
                       "mean": sum(scores.values()) / len(scores)})  # fmt: skip
-    settings = sorted({(cell["rate"], cell["samples"], cell["epochs"]) for cell in cells})
-    over_seeds = {
-        one: sum(c["mean"] for c in cells if (c["rate"], c["samples"], c["epochs"]) == one) / len(seeds)
-        for one in settings
-    }  # fmt: skip
-    best = max(settings, key=lambda one: (over_seeds[one], -one[0]))
+    means = defaultdict(list)
+    for cell in cells:
+        means[cell["rate"], cell["samples"], cell["epochs"]].append(cell["mean"])
+    over_seeds = [
+        {"rate": rate, "samples": count, "epochs": passes, "mean": sum(values) / len(values)}
+        for (rate, count, passes), values in sorted(means.items())
+    ]
     return {
         "kind": "sweep", "model": loaded.name, "base_model": loaded.base, "method": loaded.method,
         "task": recipe["request"].task, "lengths": lengths, "validation_samples": validation, "cells": cells,
-        "best": dict(zip(("rate", "samples", "epochs"), best, strict=True)) | {"mean": over_seeds[best]},
+        "seeds": seeds, "over_seeds": over_seeds, "best": max(over_seeds, key=lambda one: (one["mean"], -one["rate"])),
     }  # fmt: skip
 
 

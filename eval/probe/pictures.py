@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from eval.plot import COLOURS, draw_scales, whole_ticks
 from eval.probe.maps import changes
@@ -32,23 +33,49 @@ def scatter(found: dict[str, Any]) -> Figure:
     first, last = found["lengths"][0], found["lengths"][-1]
     mid, long = (changes(found, length, measure) for length in (first, last))
     figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
-    reach = [max(1e-9, float(np.abs(values).max())) * 1.25 for values in (mid, long)]
-    axes.axhspan(0, reach[1], 0.5, 1, color="#2166ac", alpha=0.08)
-    axes.axhspan(-reach[1], 0, 0, 0.5, color="#b2182b", alpha=0.08)
+    (left, right), (bottom, top) = limits = [around_zero(values) for values in (mid, long)]
+    axes.fill_between((0, right), 0, top, color="#2166ac", alpha=0.08, linewidth=0)
+    axes.fill_between((left, 0), bottom, 0, color="#b2182b", alpha=0.08, linewidth=0)
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.scatter(mid, long, s=18, color="#333333", zorder=3)
-    order = np.argsort(-(np.abs(mid / reach[0]) + np.abs(long / reach[1])).ravel())[:LABELLED]
+    axes.set(xlim=limits[0], ylim=limits[1])
+    order = np.argsort(-(np.abs(mid) / (right - left) + np.abs(long) / (top - bottom)).ravel())[:LABELLED]
     names: dict[tuple[float, float], list[str]] = {}  # heads that do the same share a label
     for layer, head in (np.unravel_index(flat, mid.shape) for flat in order):
         names.setdefault((float(mid[layer, head]), float(long[layer, head])), []).append(f"L{layer}H{head}")
-    for place, (at, heads) in enumerate(names.items()):
-        axes.annotate(" ".join(heads), at, xytext=(5, 5 if place % 2 else -11), textcoords="offset points", fontsize=8)
+    label_apart(axes, {" ".join(heads): at for at, heads in names.items()})
     what = "score" if measure == "score" else "log-probability of the answer"
-    how = "removing one head" if found["kind"] == "removal" else "removing one head, predicted from the gradient"
-    axes.set(xlim=(-reach[0], reach[0]), ylim=(-reach[1], reach[1]), xlabel=f"change of {what} at {first} tokens",
-             ylabel=f"at {last} tokens", title=f"{found['task']}: {how}, {found['samples']} samples")  # fmt: skip
+    how = "one head removed" + ("" if found["kind"] == "removal" else " (by its gradient)")
+    axes.set(xlabel=f"change of {what} at {first} tokens", ylabel=f"at {last} tokens",
+             title=f"{found['task']}, {found['samples']} samples: {how}")  # fmt: skip
     return figure
+
+
+def around_zero(values: np.ndarray) -> tuple[float, float]:
+    """Limits of an axis that show all values, and some room on either side of them and of zero."""
+    low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
+    room = 0.2 * (high - low) or 1.0
+    return low - room, high + room
+
+
+def label_apart(axes: Axes, names: dict[str, tuple[float, float]]) -> None:
+    """Names beside their points, on the first side where they cover no point and no earlier name; else none.
+
+    Args:
+        axes: with its final limits.
+        names: coordinates by name, the most important first.
+    """
+    axes.figure.draw_without_rendering()  # places are known only then
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axes.transData.transform(list(names.values()))]
+    for name, at in names.items():
+        for side in ((5, 4), (5, -11), (-27, 4), (-27, -11)):
+            text = axes.annotate(name, at, xytext=side, textcoords="offset points", fontsize=8)
+            box = text.get_window_extent()
+            if not box.count_overlaps(taken):
+                taken.append(box)
+                break
+            text.remove()
 
 
 def bars(found: dict[str, Any]) -> Figure:

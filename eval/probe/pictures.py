@@ -44,6 +44,7 @@ def scatter(found: dict[str, Any]) -> Figure:
     names: dict[tuple[float, float], list[str]] = {}  # heads that do the same share a label
     for layer, head in (np.unravel_index(flat, mid.shape) for flat in order):
         names.setdefault((float(mid[layer, head]), float(long[layer, head])), []).append(f"L{layer}H{head}")
+    figure.draw_without_rendering()  # labels can be placed only then
     label_apart(axes, {" ".join(heads): at for at, heads in names.items()})
     what = "score" if measure == "score" else "log-probability of the answer"
     how = "one head removed" + ("" if found["kind"] == "removal" else " (by its gradient)")
@@ -63,10 +64,9 @@ def label_apart(axes: Axes, names: dict[str, tuple[float, float]]) -> None:
     """Names beside their points, on the first side where they cover no point and no earlier name; else none.
 
     Args:
-        axes: with its final limits.
+        axes: with its final limits, drawn once.
         names: coordinates by name, the most important first.
     """
-    axes.figure.draw_without_rendering()  # places are known only then
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axes.transData.transform(list(names.values()))]
     for name, at in names.items():
         for side in ((5, 4), (5, -11), (-27, 4), (-27, -11)):

@@ -41,6 +41,55 @@ OPTIONS = {
 GROUPS = {"ruler": ("vt", "cwe", "fwe"), "all": (*OURS, *KNOWN)}
 
 
+def tasks_named(task: str, given: dict[str, Any]) -> tuple[str, ...]:
+    """The tasks that a name stands for.
+
+    Args:
+        task: of one, or of a group of them.
+        given: values of ``OPTIONS``, falsy where they were left out.
+
+    Raises:
+        ValueError: there is no such task, or none of them knows an option that was given.
+    """
+    tasks = GROUPS.get(task, (task,))
+    if unknown := [name for name in tasks if name not in OURS + KNOWN]:
+        raise ValueError(f"task: found {unknown[0]!r}, expected one of {', '.join((*OURS, *KNOWN, *GROUPS))}")
+    if given["data"] and len(tasks) > 1:
+        raise ValueError("data: holds one benchmark, but several tasks are asked for: score them one by one")
+    for option, knows in OPTIONS.items():
+        if given[option] and not set(knows) & set(tasks):
+            raise ValueError(f"{option}: {task} has no such option, only {' and '.join(knows)}")
+    return tasks
+
+
+def adapters_named(adapters: list[str]) -> dict[str, str]:
+    """Folders by name.
+
+    Raises:
+        ValueError: one is not NAME=FOLDER, or a name is there twice.
+    """
+    folders = dict(part.split("=", 1) for part in adapters if "=" in part)
+    if len(folders) != len(adapters):
+        raise ValueError(f"adapter: found {' '.join(adapters)!r}, expected NAME=FOLDER, every name once")
+    return folders
+
+
+def check_models(models: list[str], folders: dict[str, str], backend: str, model_config: Path | None) -> None:
+    """What is scored must be said in one way, and be something that the backend can answer for.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if bool(models) == bool(folders):
+        raise ValueError("model: name one by --model, or adapters of one base by --adapter NAME=FOLDER")
+    if folders and backend == "vllm":
+        raise ValueError("backend: vllm serves merged models: name one by --model")
+    if folders and model_config:
+        raise ValueError("model-config: adapters bring their own: leave it out")
+    if len(models) > 1 and backend == "vllm":
+        raise ValueError("backend: vllm's server has one model: name one")
+
+
 @app.command(epilog="Example: python -m eval run --model outputs/tiny_line_sealc --lengths 512,1448,1960 --samples 100")
 def run(
     model: Annotated[
@@ -104,47 +153,23 @@ def run(
 ) -> None:
     """Score a model, and write a table, a JSON file and a picture."""
     quiet_libraries()
-    tasks = GROUPS.get(task, (task,))
+    given = {
+        "cases": cases, "haystack": haystack, "depths": depths, "data": data, "lengths": lengths, "shots": shots,
+    }  # fmt: skip
+    counts = {"samples": samples, "limit": limit, "shot-tokens": shot_tokens, "batch-size": batch_size}
     try:
-        for option, count in (("samples", samples), ("limit", limit)):
-            if count is not None and count < 1:
-                raise ValueError(f"{option}: found {count}, expected at least 1")
-        if unknown := [name for name in tasks if name not in OURS + KNOWN]:
-            raise ValueError(f"task: found {unknown[0]!r}, expected one of {', '.join((*OURS, *KNOWN, *GROUPS))}")
-        if data and len(tasks) > 1:
-            raise ValueError("data: holds one benchmark, but several tasks are asked for: score them one by one")
-        given = {
-            "cases": cases,
-            "haystack": haystack,
-            "depths": depths,
-            "data": data,
-            "lengths": lengths,
-            "shots": shots,
-        }
-        for option, knows in OPTIONS.items():
-            if given[option] and not set(knows) & set(tasks):
-                raise ValueError(f"{option}: {task} has no such option, only {' and '.join(knows)}")
-        counts = (("shots", shots, 0), ("shot-tokens", shot_tokens, 1), ("batch-size", batch_size, 1))
-        for option, count, least in counts:
-            if count < least:
+        tasks = tasks_named(task, given)
+        for option, count, least in [*((name, count, 1) for name, count in counts.items()), ("shots", shots, 0)]:
+            if count is not None and count < least:
                 raise ValueError(f"{option}: found {count}, expected at least {least}")
-        if bool(model) == bool(adapter):
-            raise ValueError("model: name one by --model, or adapters of one base by --adapter NAME=FOLDER")
-        folders = dict(part.split("=", 1) for part in adapter or () if "=" in part)
-        if len(folders) != len(adapter or ()):
-            raise ValueError(f"adapter: found {' '.join(adapter or ())!r}, expected NAME=FOLDER, every name once")
-        if folders and backend == "vllm":
-            raise ValueError("backend: vllm serves merged models: name one by --model")
-        if folders and model_config:
-            raise ValueError("model-config: adapters bring their own: leave it out")
+        folders = adapters_named(adapter or [])
+        check_models(model or [], folders, backend, model_config)
         names = list(folders) or [result_name(named) for named in model or ()]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"model: {min(twice)} is named twice")
         one_file = out.suffix == ".json"
-        if one_file and (count := len(names) * len(tasks)) > 1:
-            raise ValueError(f"out: {out} is one file, but {count} results are asked for: name a folder")
-        if model and backend == "vllm" and len(model) > 1:
-            raise ValueError("backend: vllm's server has one model: name one")
+        if one_file and (results_asked := len(names) * len(tasks)) > 1:
+            raise ValueError(f"out: {out} is one file, but {results_asked} results are asked for: name a folder")
         wanted = numbers(lengths, "lengths") if lengths else None
         from axolotl_plugins.seal.load import Loaded, check_name, load, load_each
         from eval import known

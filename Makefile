@@ -9,6 +9,7 @@ RECIPE ?= recipes/tiny_line_sealc.yml
 MODEL ?= recipes/tiny
 TASK ?= line
 BACKEND ?= hf
+RESULTS ?= results
 LENGTHS ?=
 SAMPLES ?= 50
 ADAPTER ?= outputs/tiny_line_sealc
@@ -29,7 +30,7 @@ setup: $(VENV)/.installed ## make a virtual environment in .venv and install eve
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "setup: needs Python 3.10 or newer, found " + sys.version.split()[0] + ": make setup PYTHON=python3.11")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
@@ -47,8 +48,8 @@ train: setup ## tune with a recipe   [RECIPE=recipes/tiny_line_sealc.yml]
 data: setup ## write training samples   [TASK=line MODEL=recipes/tiny TOKENS=1900 SAMPLES=50]
 	$(RUN) -m data_gen $(TASK) --tokenizer $(MODEL) --tokens $(TOKENS) --samples $(SAMPLES) --out data/$(TASK)_$(TOKENS).jsonl
 
-eval: setup ## score a model, merged folder or adapter   [MODEL=recipes/tiny TASK=line LENGTHS=512,1900 SAMPLES=50 BACKEND=hf|vllm]
-	$(RUN) -m eval run --model $(MODEL) --task $(TASK) --lengths "$(LENGTHS)" --samples $(SAMPLES) --backend $(BACKEND)
+eval: setup ## score a model, merged folder or adapter   [MODEL=recipes/tiny TASK=line LENGTHS=512,1900 SAMPLES=50 BACKEND=hf|vllm RESULTS=results]
+	$(RUN) -m eval run --model $(MODEL) --task $(TASK) --lengths "$(LENGTHS)" --samples $(SAMPLES) --backend $(BACKEND) --out $(RESULTS)
 
 report: setup ## gather results/*.json into results/report.html
 	$(RUN) -m eval report

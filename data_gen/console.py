@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text."""
+    """The first line of an error's text; of a file's, the file and what is wrong with it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -41,7 +43,9 @@ def run(app: Typer, program: str, arguments: list[str] | None = None) -> None:
     except Abort:
         sys.exit(f"{program.split()[-1]}: interrupted")
     except ClickException as error:
-        stop(program.split()[-1], ValueError(f"{error.format_message()} (see `{program} --help`)"))
+        context = getattr(error, "ctx", None)
+        help_of = context.command_path if context else program
+        stop(program.split()[-1], ValueError(f"{error.format_message()} (see `{help_of} --help`)"))
     if isinstance(code, int) and code:
         sys.exit(code)
 

@@ -30,7 +30,7 @@ def check_output(path: Path, *, folder: bool = False, new: bool = False) -> None
     if not above.is_dir():
         raise ValueError(f"{path}: cannot be written, for {above} is a file: name another place")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise ValueError(f"{path}: cannot be written, for {above} is read-only: name another place")
+        raise ValueError(f"{path}: cannot be written, for {above} is not writable: name another place")
 
 
 def remove(path: Path) -> None:

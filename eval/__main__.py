@@ -14,7 +14,7 @@ from data_gen.console import quiet_libraries, stop
 from data_gen.console import run as run_app
 from data_gen.files import write_text
 from data_gen.generate import remark
-from eval.journal import journal_file, result_file, result_name
+from eval.journal import check_replaced, journal_file, result_file, result_name
 from eval.probe.cli import app as probe
 from eval.probe.cli import numbers
 
@@ -189,6 +189,7 @@ def run(
         if model:
             models = (load(named, **options, model_config=changes, weights=backend == "hf") for named in model)
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in tasks}
+        asked: dict[str, Any]
         journals: list[Path] = []
         most = [count for count in (samples, limit) if count is not None]
         for title, one in zip(names, models, strict=True):
@@ -197,25 +198,29 @@ def run(
                 path = out if one_file else result_file(out, name, title)
                 journal = journal_file(path, loaded.name, backend)
                 if name in KNOWN:
-                    result = known.run_known(
-                        loaded, name, data=data, limit=min(most, default=None), batch_size=batch_size, journal=journal
-                    )
-                    write_text(path, json.dumps(result, indent=1) + "\n")
+                    asked = {"data": data, "limit": min(most, default=None)}
+                else:
+                    asked = {
+                        "lengths": None if cases else wanted or ours.default_lengths(loaded.window),
+                        "samples": min([samples or 50, *most]), "seed": seed, "shots": shots,
+                        "shot_tokens": shot_tokens, "haystack": haystack if name == "niah" else None,
+                        "depths": depths if name == "niah" else None, "cases": cases if name == "line" else None,
+                    }  # fmt: skip
+                check_replaced(path, asked)
+                if name in KNOWN:
+                    result = known.run_known(loaded, name, **asked, batch_size=batch_size, journal=journal)
+                    write_text(path, json.dumps(result | {"asked": asked}, indent=1) + "\n")
                     print_sets(result)
                     print(path)
                 else:
-                    count = min([samples or 50, *most])
                     if not cases:
-                        lengths_of_all = wanted or ours.default_lengths(loaded.window)
-                        print(f"{name}: {count} samples at each of {', '.join(map(str, lengths_of_all))} tokens")
+                        at = ", ".join(map(str, asked["lengths"]))
+                        print(f"{name}: {asked['samples']} samples at each of {at} tokens")
                     result = ours.run(
-                        loaded, name, lengths=wanted, samples=count, seed=seed, shots=shots,
-                        shot_tokens=shot_tokens, haystack=haystack if name == "niah" else None,
-                        depths=depths if name == "niah" else None,
-                        cases=cases if name == "line" else None, batch_size=batch_size, journal=journal,
+                        loaded, name, **asked, batch_size=batch_size, journal=journal,
                         allow_contamination=allow_contamination,
                     )  # fmt: skip
-                    ours.save(result, path)
+                    ours.save(result | {"asked": asked}, path)
                     results[name].append(result)
                     print_scores([result])
                     print(f"{path} and {path.with_suffix('.png')}{remark(result['responses'])}")

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_gen.files import check_output
+from data_gen.files import check_output, load_json
 
 
 def result_name(model: str) -> str:
@@ -18,6 +18,28 @@ def result_name(model: str) -> str:
 def result_file(folder: Path, task: str, name: str) -> Path:
     """Where a folder of results has that of a task."""
     return folder / f"{task}_{name}.json"
+
+
+def check_replaced(out: Path, asked: dict[str, Any]) -> None:
+    """See that no result is lost: one that is there already must be of the same samples.
+
+    Args:
+        out: the result file.
+        asked: what says which samples are scored; a result keeps it under this name.
+
+    Raises:
+        ValueError: it is of others.
+    """
+    if not out.is_file():
+        return
+    found = load_json(out)
+    before = found.get("asked") if isinstance(found, dict) else None
+    if before is None:
+        raise ValueError(f"{out}: is no result of this command: name another file or folder with --out")
+    for key in asked:
+        if before.get(key) != asked[key]:
+            raise ValueError(f"{out}: holds a result of other samples ({key}: {before.get(key)!r}, now "
+                             f"{asked[key]!r}): name another file or folder with --out, or move it away")  # fmt: skip
 
 
 def journal_file(out: Path, model: str, *settings: object) -> Path:

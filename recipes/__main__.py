@@ -33,9 +33,12 @@ def write() -> None:
     from recipes.rows import DOCS, write_rows
 
     texts = all_recipes()
-    for name, text in texts.items():
-        write_text(FOLDER / f"{name}.yml", text)
-    write_text(DOCS, write_rows())
+    try:
+        for name, text in texts.items():
+            write_text(FOLDER / f"{name}.yml", text)
+        write_text(DOCS, write_rows())
+    except OSError as error:
+        stop("recipes", error)
     print(f"{len(texts)} recipes in {FOLDER}, and {DOCS}")
 
 
@@ -94,7 +97,7 @@ def recipe_for(
     if chat_template and not template.is_file():
         names = ", ".join(sorted(file.stem for file in template.parent.glob("*.jinja")))
         raise ValueError(f"chat-template: found {chat_template!r}, expected one of {names}")
-    load_tokenizer(base, str(template) if chat_template else None)
+    tokenizer = load_tokenizer(base, str(template) if chat_template else None)
     try:
         config = AutoConfig.from_pretrained(base)
         with init_empty_weights():
@@ -103,10 +106,13 @@ def recipe_for(
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the config of {base!r} ({first_line(error)})") from error
     found = find_attention_outputs(model)
+    if (embeddings := model.get_input_embeddings().num_embeddings) < len(tokenizer):
+        raise ValueError(f"{base}: has {embeddings} embeddings, fewer than its tokenizer has tokens: call the model's "
+                         f"`resize_token_embeddings({len(tokenizer)})` and save it")  # fmt: skip
     window = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not window:
         raise ValueError(f"{base}: its config does not say how long a context it takes (max_position_embeddings)")
-    longest = tokens or window * 31 // 32
+    longest = window * 31 // 32 if tokens is None else tokens
     if longest < 1:
         raise ValueError(f"tokens: found {longest}, expected at least 1")
     if longest >= window:

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from data_gen.files import write_text
+from data_gen.files import load_json, write_text
 from eval.journal import result_file, result_name
 from recipes.steps import ROOT, Step, launch, machine, run_steps
 
@@ -81,8 +81,8 @@ def collect(seeds: list[int], seconds: dict[str, float], work: Path) -> dict[str
     """
     from safetensors.torch import load_file
 
-    def scores(model: Path) -> dict[str, Any]:
-        return json.loads(score_file(model, work).read_text())
+    def scores(model: Path) -> Any:
+        return load_json(score_file(model, work))
 
     base = scores(BASE)
     result: dict[str, Any] = {
@@ -105,7 +105,7 @@ def collect(seeds: list[int], seconds: dict[str, float], work: Path) -> dict[str
                 raise RuntimeError(f"{name}: merged and unmerged differ in {different} of {len(ours)} answers")
             runs.append([score["score"] for score in merged["scores"]])
         weights = load_file(work / f"{method}_seed{seeds[0]}" / "adapter_model.safetensors")
-        heads = json.loads((work / f"{method}_seed{seeds[0]}" / "adapter_config.json").read_text())["num_heads"]
+        heads = load_json(work / f"{method}_seed{seeds[0]}" / "adapter_config.json")["num_heads"]
         result["trainable_parameters"][title] = sum(tensor.numel() for tensor in weights.values())
         result["accuracy"][title] = runs
         result["scales"][title] = [tensor.view(heads, -1).mean(1).tolist() for _, tensor in sorted(weights.items())]
@@ -186,6 +186,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="steps run side by side")
     parser.add_argument("--out", type=Path, default=Path("results/demo.json"))
     args = parser.parse_args()
+    if min(args.samples, args.jobs) < 1:
+        sys.exit(f"demo: found {args.samples} samples and {args.jobs} jobs, expected at least 1 of each")
     os.chdir(ROOT)
     start = time.time()
     work = Path("outputs/demo") / fingerprint(args.seeds, args.samples, LENGTHS)
@@ -193,7 +195,7 @@ def main() -> None:
         steps = plan(args.seeds, args.samples, work)
         seconds = run_steps("demo", steps, work, args.jobs)
         result = collect(args.seeds, seconds, work)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         sys.exit(f"demo: {error}")
     except KeyboardInterrupt:
         sys.exit("demo: interrupted; the same command goes on from here")

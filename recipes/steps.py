@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.progress import Progress, TimeElapsedColumn
 
-from data_gen.files import write_text
+from data_gen.files import load_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,7 +79,7 @@ def run_all(
 
     What is done is written down after every step, so that an interrupted run goes on where it was.
     """
-    state: dict[str, float] = json.loads(state_file.read_text()) if state_file.exists() else {}
+    state: dict[str, float] = load_json(state_file) if state_file.exists() else {}
     state = {step.name: state[step.name] for step in steps if step.name in state and step.makes.exists()}
     todo = [step for step in steps if step.name not in state]
     running: dict[Future[float], Step] = {}

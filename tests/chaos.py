@@ -144,8 +144,8 @@ def starve(name: str, stage: Stage, inputs: Path, work: Path) -> str:
     """
     undisturbed, folder = work / name / "undisturbed", work / name / "starved"
     shutil.copytree(inputs, folder)
-    if stage.goes_on:  # an earlier result of another kind
-        (folder / stage.makes[0]).write_text("earlier\n")
+    if stage.goes_on:  # an earlier result, which a new one would replace by other bytes
+        (folder / stage.makes[0]).write_bytes((undisturbed / stage.makes[0]).read_bytes() + b"\n")
     before, limit = content(folder, stage.makes), max(map(len, content(undisturbed, stage.makes).values())) // 2
 
     def starved() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -240,6 +242,22 @@ def test_a_sample_longer_than_sequence_len_stops_the_run(tmp_path):
     write_recipe(tmp_path, sequence_len=320)
     done = launch(tmp_path)
     assert done.returncode != 0 and not (tmp_path / "out/adapter_model.safetensors").exists()
+
+
+def test_an_interrupted_training_leaves_no_adapter(tmp_path):
+    """Axolotl would save the scales as they are, and exit as if all were well."""
+    write_recipe(tmp_path, max_steps=1000, num_epochs=1000)
+    command = [sys.executable, "-m", "axolotl.cli.train", "recipe.yml"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
+        deadline = time.monotonic() + 300
+        while "seal/mean" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
+            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=120) == 1
+    said = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("seal: interrupted")]
+    assert len(said) == 1 and not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_weights_in_16_bits_leave_scales_in_32(tmp_path):

@@ -59,8 +59,8 @@ def test_a_read_only_place_is_named():
         except ValueError as error:
             said = str(error)
         finally:
-            os._exit(0 if said == f"{folder}/new/file.json: cannot be written, for {folder} is read-only: name another "
-                     "place" else 1)  # fmt: skip
+            os._exit(0 if said == f"{folder}/new/file.json: cannot be written, for {folder} is not writable: name "
+                     "another place" else 1)  # fmt: skip
     assert os.waitpid(child, 0)[1] == 0
     folder.rmdir()
 

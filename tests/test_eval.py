@@ -158,6 +158,26 @@ def tuned(folder: Path, grain: str, value: float, base: str = str(TINY)) -> str:
     return str(folder)
 
 
+def test_a_result_is_not_lost_to_one_of_other_samples(tmp_path):
+    from data_gen.console import run as run_app
+    from eval.__main__ import app
+
+    def score(samples: int) -> None:
+        wanted = ["--lengths", "260", "--samples", str(samples), "--out", str(tmp_path / "r.json")]
+        run_app(app, "python -m eval", ["run", "--model", str(TINY), *wanted])
+
+    score(2)
+    first = (tmp_path / "r.json").read_bytes()
+    with pytest.raises(SystemExit, match=r"r\.json: holds a result of other samples \(samples: 2, now 3\): name"):
+        score(3)
+    assert (tmp_path / "r.json").read_bytes() == first
+    score(2)
+    assert (tmp_path / "r.json").read_bytes() == first
+    (tmp_path / "r.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"r\.json: is no result of this command"):
+        score(2)
+
+
 def test_several_adapters_share_one_base_and_score_as_they_do_alone(tmp_path):
     folders = {"tenth": tuned(tmp_path / "a", "head", 0.1), "none": tuned(tmp_path / "b", "channel", 1.0)}
     options = {"lengths": [300], "samples": 4}

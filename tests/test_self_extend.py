@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import axolotl_plugins.self_extend.attention as self_extend
 from axolotl_plugins.seal import SealConfig
 
+ROOT = Path(__file__).parent.parent
 GROUP, WINDOW = 3, 8
 SHAPE = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -139,3 +142,45 @@ def test_other_layouts_of_rotary_channels_are_refused():
     config.model_type = "cohere"
     with pytest.raises(ValueError, match="found cohere"):
         self_extend.settings(config)
+
+
+MEASURE = """
+import sys, torch
+import axolotl_plugins.self_extend
+from transformers import AutoConfig, AutoModelForCausalLM
+from axolotl_plugins.seal import SealConfig
+from axolotl_plugins.seal.tune import answer_loss
+from peft import get_peft_model
+
+torch.set_num_threads(1)
+tokens = int(sys.argv[1])
+config = AutoConfig.from_pretrained("recipes/tiny", max_position_embeddings=tokens, rope_parameters=dict(
+    rope_type="self_extend", rope_theta=5e5, group_size=6, neighbor_window=1024))
+model = get_peft_model(AutoModelForCausalLM.from_config(config), SealConfig(granularity="channel")).train()
+model.enable_input_require_grads()
+model.gradient_checkpointing_enable({"use_reentrant": False})
+ids = torch.randint(3, 1000, (1, tokens))
+
+def step(ids):
+    answer_loss(model, ids, ids.shape[1] - 20).backward()
+
+read = lambda key: int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
+step(ids[:, :300])
+open("/proc/self/clear_refs", "w").write("5")  # the highest mark starts anew
+before = read("VmRSS")
+step(ids)
+assert model.base_model.model.model.layers[0].self_attn.o_proj.seal_scale["default"].grad.abs().min() > 0
+print((read("VmHWM") - before) / 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_of_tuning_is_linear_in_tokens():
+    """4K, 8K and 16K tokens on the small model: scores of all pairs of 16K tokens alone would be 4 GiB a layer."""
+    environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    grown = []
+    for tokens in (4096, 8192, 16384):
+        done = subprocess.run([sys.executable, "-c", MEASURE, str(tokens)], cwd=ROOT, env=environment,
+                              capture_output=True, text=True, check=True)  # fmt: skip
+        grown.append(float(done.stdout.split()[-1]))
+    assert grown[1] < 2.2 * grown[0] and grown[2] < 2.2 * grown[1] and grown[2] < 1024, grown

@@ -72,4 +72,23 @@ def test_what_cannot_be_tuned_is_an_error(chats):
         tune(loaded, samples, tokenizer, lr=1e-2)
     model = get_peft_model(load(TINY).model, SealConfig())
     with pytest.raises(FloatingPointError, match="lower the rate"):
-        tune(model, samples, tokenizer, lr=float("inf"))
+        tune(model, samples, tokenizer, lr=1e37)
+
+
+@pytest.mark.parametrize(
+    ("samples", "settings", "message"),
+    [
+        ([], {}, "found 0 chats"),
+        (None, {"epochs": 0}, "and 0 epochs"),
+        (None, {"lr": float("inf")}, "lr: found inf"),
+        (None, {"lr": 0.0}, "lr: found 0.0"),
+        (["one text"], {}, "found 'one text', expected a list of turns"),
+        ([[{"role": "user", "content": "a"}]], {}, "expected a list of turns, a question and its answer"),
+        ([[{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]], {}, "is empty"),
+        ([[{"role": "user", "content": "a"}, {"role": "assistant"}]], {}, "is empty"),
+    ],
+)
+def test_what_teaches_nothing_is_an_error(samples, settings, message, chats):
+    model = get_peft_model(load(TINY).model, SealConfig())
+    with pytest.raises(ValueError, match=message):
+        tune(model, chats[0] if samples is None else samples, chats[1], **{"lr": 1e-2} | settings)

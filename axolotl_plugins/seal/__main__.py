@@ -66,6 +66,7 @@ def export(
 
     try:
         export_ia3(adapter, out)
+        print(out)
     except (ValueError, OSError, SafetensorError) as error:
         stop("export", error)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from data_gen.console import stop
+from data_gen.console import first_line, stop
 from data_gen.files import check_output, load_json, write_text
 from data_gen.generate import Request, load_tokenizer, read_rows, remark, write
 
@@ -91,6 +92,9 @@ def check_recipe(cfg: dict[str, Any]) -> SealBlock:
             f"learning_rate: found {cfg.get('learning_rate')!r}, expected a number above 0; the paper's lie between "
             "5e-3 and 5e-2"
         )
+    for key in ("num_epochs", "micro_batch_size", "gradient_accumulation_steps"):
+        if (number := cfg.get(key)) is not None and not (isinstance(number, (int, float)) and number > 0):
+            raise ValueError(f"{key}: found {number!r}, expected a number above 0")
     if cfg.get("seed") is None:
         raise ValueError("seed: missing: without one every run shuffles the samples differently; add `seed: 42`")
     if cfg.get("excess_length_strategy") != "raise":
@@ -156,6 +160,29 @@ def check_sharding(cfg: dict[str, Any]) -> None:
             "gradient_checkpointing_kwargs: under ZeRO-3 activations formed again meet weights that were given back: "
             "set `use_reentrant: true`"
         )
+
+
+def check_folders(cfg: dict[str, Any]) -> None:
+    """See that an adapter can be written, and a checkpoint gone on from, before an older adapter is removed.
+
+    Raises:
+        ValueError: one is not; in one line.
+    """
+    if folder := cfg.get("output_dir"):
+        check_output(Path(folder) / "adapter_config.json")
+    resumed = cfg.get("resume_from_checkpoint")
+    if isinstance(resumed, str) and not (Path(resumed) / "trainer_state.json").is_file():
+        raise ValueError(f"resume_from_checkpoint: found {resumed!r}, expected a folder that training saved, such as "
+                         f"{Path(cfg.get('output_dir') or 'outputs') / 'checkpoint-25'}")  # fmt: skip
+
+
+def say_in_one_line(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """What Python does with an error that nobody caught: a full disk is one line, anything else is shown as ever."""
+    of_a_file = isinstance(error, OSError) and error.errno is not None
+    if of_a_file or "(os error " in str(error):  # as libraries in Rust say it, which write tokenizers and weights
+        print(f"\nseal: {first_line(error)}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def prepare_data(cfg: dict[str, Any], block: SealBlock) -> None:
@@ -242,8 +269,10 @@ class SealPlugin(BasePlugin):
         try:
             check_keys(cfg)
             block = check_recipe(cfg)
+            check_folders(cfg)
             self.serving = bool(cfg.get("inference"))
             quantise_for_seal()
+            sys.excepthook = say_in_one_line
             if not (cfg.get("inference") or cfg.get("merge_lora")):
                 prepare_data(cfg, block)
                 self.training_data = provenance.record(cfg.get("datasets") or [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import signal
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -96,10 +97,17 @@ def check_scales(model: nn.Module) -> None:
             raise ValueError(f"the scales of {name} are no longer finite: lower the learning rate")
 
 
-def give_up(error: ValueError) -> NoReturn:
+def give_up(error: BaseException) -> NoReturn:
     """Exit with a line of its own: a progress bar may stand on the present one."""
     print(file=sys.stderr)
     stop("seal", error)
+
+
+def interrupted(*_: object) -> NoReturn:
+    """What an interrupt does: Axolotl would save the adapter as it is, which would pass for one that is done."""
+    give_up(
+        KeyboardInterrupt("interrupted: no adapter was written; `--resume-from-checkpoint` goes on from a checkpoint")
+    )
 
 
 class AnswerTrainer(AxolotlTrainer):
@@ -115,6 +123,7 @@ class AnswerTrainer(AxolotlTrainer):
         if self.args.should_save:
             # The configuration beside it is the new run's already: an older run's weights would pass for its result.
             (Path(self.args.output_dir) / "adapter_model.safetensors").unlink(missing_ok=True)
+        signal.signal(signal.SIGINT, interrupted)
         result = super().train(*args, **kwargs)
         self.before_saving(Path(self.args.output_dir))
         return result
@@ -172,8 +181,10 @@ class SealTrainer(AnswerTrainer):
         return loss
 
     def before_saving(self, folder: Path) -> None:
-        """Let no adapter be written whose scales are no numbers."""
+        """Let no adapter be written that learned nothing, or whose scales are no numbers."""
         try:
+            if self.state.global_step == 0:
+                raise ValueError("not one step was made: look at num_epochs, max_steps and the number of samples")
             check_scales(self.model)
         except ValueError as error:
             give_up(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -20,15 +21,17 @@ def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[torc
     """A chat as token ids of shape (1, T), and the position of the first token of its last turn.
 
     Raises:
-        ValueError: the chat template does not write the turns before the last as it does when it asks for an answer,
-            or the last turn is empty.
+        ValueError: it is not a list of at least two turns, or the last turn is empty; or the chat template does not
+            write the turns before the last as it does when it asks for an answer.
     """
+    if not isinstance(messages, list) or len(messages) < 2 or not all(isinstance(turn, dict) for turn in messages):
+        raise ValueError(f"a chat: found {str(messages)[:60]!r}, expected a list of turns, a question and its answer")
+    if not all(str(turn.get("content") or "").strip() for turn in messages):
+        raise ValueError(f"a chat: a turn of {str(messages)[:60]!r} is empty")
     ids = tokenizer.apply_chat_template(messages, return_dict=False)
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
     if ids[: len(prompt)] != prompt:
         raise ValueError("the chat template writes a prompt otherwise than the beginning of the same chat with answer")
-    if len(ids) == len(prompt):
-        raise ValueError("the last turn of the chat is empty")
     return torch.tensor([ids]), len(prompt)
 
 
@@ -72,12 +75,17 @@ def tune(
         The loss of every step.
 
     Raises:
-        ValueError: nothing is trainable, or a chat cannot be encoded.
+        ValueError: nothing is trainable, there is nothing to learn from, the rate is not above 0, or a chat cannot be
+            encoded.
         FloatingPointError: a loss is not finite.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("the model has no trainable parameters: wrap it with get_peft_model first")
+    if not chats or epochs < 1:
+        raise ValueError(f"found {len(chats)} chats and {epochs} epochs, expected at least 1 of each")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr: found {lr}, expected a number above 0; the paper's lie between 5e-3 and 5e-2")
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     samples = [encode(chat, tokenizer) for chat in chats]
     order = random.Random(seed)

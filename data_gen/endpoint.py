@@ -59,7 +59,7 @@ def ask(
             return read(answer.json())
         except (ValueError, KeyError, IndexError, TypeError) as error:
             problem = f"no {path.replace('/', ' ').rstrip('s')} in its answer ({type(error).__name__})"
-    raise ValueError(f"{url} gave no usable answer in {tries} tries; the last: {problem}")
+    raise ValueError(f"{url} gave no usable answer in {tries} {'try' if tries == 1 else 'tries'}; the last: {problem}")
 
 
 def text_of(found: Any) -> str:

@@ -43,7 +43,10 @@ def connect(loaded: Loaded, server: str) -> Served:
             f"`make merge ADAPTER={loaded.name}` first"
         )
     read = lambda found: [row["id"] for row in found["data"]]  # noqa: E731
-    names = ask(server, "models", None, read, key=os.environ.get(KEY), tries=1)
+    try:
+        names = ask(server, "models", None, read, key=os.environ.get(KEY), tries=1)
+    except ValueError as error:
+        raise ValueError(f"{error}: is it there? `vllm serve {loaded.name}` starts one") from error
     if loaded.name not in names:
         raise ValueError(
             f"{server} serves {', '.join(names)}, not {loaded.name}: start it with `vllm serve {loaded.name}`"

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from typer import Typer
 
 
+INTERRUPTED = 130  # exit status, as a shell gives it
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text; of a file's, the file and what is wrong with it."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
@@ -41,11 +44,13 @@ def run(app: Typer, program: str, arguments: list[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except Abort:
-        sys.exit(f"{program.split()[-1]}: interrupted")
+        code = INTERRUPTED
     except ClickException as error:
         context = getattr(error, "ctx", None)
         help_of = context.command_path if context else program
         stop(program.split()[-1], ValueError(f"{error.format_message()} (see `{help_of} --help`)"))
+    if code == INTERRUPTED:
+        print(f"{program.split()[-1]}: interrupted: nothing is half-written, call it again", file=sys.stderr)
     if isinstance(code, int) and code:
         sys.exit(code)
 

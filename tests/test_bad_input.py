@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -333,6 +334,20 @@ def test_a_process_exits_with_status_1(program, tmp_path):
     done = subprocess.run([sys.executable, "-m", program, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and len(re.findall(rf"^({program}|verify): .+", done.stderr, re.MULTILINE)) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_is_one_line(capsys):
+    from data_gen.console import INTERRUPTED
+
+    app = typer.Typer()
+
+    @app.command()
+    def wait() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        run(app, "python -m eval", [])
+    assert stopped.value.code == INTERRUPTED and capsys.readouterr().err.strip().startswith("eval: interrupted: ")
 
 
 GOOD = chat("What is in line 3?", "It is 7.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import get_args
 
@@ -233,7 +234,12 @@ def test_a_recipe_for_the_small_model_and_what_cannot_be_tuned(tmp_path):
     assert "# Takes about 0 GiB, and 0 to 0 minutes" in text and cfg["output_dir"] == "outputs/mine"
     assert (cfg["base_model"], cfg["seal"]["data"]["tokens"], cfg["sequence_len"]) == (tiny, 1984, 2048)
     check_recipe(cfg)
+    small = shutil.copytree(tiny, tmp_path / "small")
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
     for arguments, message in (
+        ((str(small), "line", "sealc"), "has 100 embeddings, fewer than its tokenizer has tokens"),
+        ((tiny, "line", "sealc", 0), "tokens: found 0, expected at least 1"),
         ((tiny, "lines", "sealc"), "task: found 'lines'"),
         ((tiny, "line", "seal"), "method: found 'seal'"),
         ((tiny, "line", "sealc", 5000), "tokens: 5000 do not fit into the window of 2048"),

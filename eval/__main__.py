@@ -144,7 +144,10 @@ def run(
     batch_size: Annotated[int, typer.Option(help="Prompts generated together.")] = 1,
     out: Annotated[
         Path,
-        typer.Option(help="Result file, ending in .json, or folder for TASK_MODEL.json. A PNG lies beside it."),
+        typer.Option(
+            help="Result file, ending in .json, or folder for TASK_MODEL.json, where _1shot and the like follow. "
+            "A PNG lies beside it."
+        ),
     ] = Path("results"),
     allow_contamination: Annotated[
         bool, typer.Option(help="Also score samples that the model was tuned on; the result says how many.")
@@ -164,7 +167,9 @@ def run(
                 raise ValueError(f"{option}: found {count}, expected at least {least}")
         folders = adapters_named(adapter or [])
         check_models(model or [], folders, backend, model_config)
-        names = list(folders) or [result_name(named) for named in model or ()]
+        # What is scored in another way has a file of its own.
+        way = (f"_{shots}shot" if shots else "") + (f"_{model_config.stem}" if model_config else "")
+        names = [name + way for name in folders or map(result_name, model or ())]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"model: {min(twice)} is named twice")
         one_file = out.suffix == ".json"

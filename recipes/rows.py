@@ -29,6 +29,18 @@ def score(task: str, lengths: list[int], model: dict[str, Any], adapter: str | N
     return command + (f" --shots {shots}" if shots else "")
 
 
+def lengths_of(row: dict[str, Any], scores: list[dict[str, Any]]) -> list[int]:
+    """Tokens that a row is scored at: those of all tables that have the same model and task, so that once is enough.
+
+    What has an example in its prompt is scored by itself, at its own.
+    """
+    same = [one for one in scores if (one["model"], one["task"]) == (row["model"], row["task"])]
+    if row["method"] == "one-shot":
+        same = [row]
+    unit = 1000 if row["task"] == "line" else 1024  # RULER counts tokens in powers of two
+    return [n * unit for n in sorted({n for one in same if one["table"] in TABLES for n in one["by_length"]})]
+
+
 def line(name: str, method: str, recipe: str | None, scoring: str) -> str:
     """A row of markdown."""
     tuning = f"`accelerate launch -m axolotl.cli.train recipes/{recipe}.yml`" if recipe else ""
@@ -45,8 +57,7 @@ def table(number: int, matrix: dict[str, Any], scores: list[dict[str, Any]]) -> 
             continue
         key, method = models[row["model"]], row["method"]
         model = matrix["models"][key]
-        # RULER counts tokens in powers of two.
-        lengths = [n * (1000 if row["task"] == "line" else 1024) for n in row["by_length"]]
+        lengths = lengths_of(row, scores)
         recipe = f"{key}_{row['task']}_{by_title[method]}" if method in by_title else None
         shots = 1 if method == "one-shot" else 0
         scoring = score(row["task"], lengths, model, f"outputs/{recipe}" if recipe else None, shots=shots)
@@ -67,7 +78,7 @@ def figure(number: int, matrix: dict[str, Any], scores: list[dict[str, Any]]) ->
                 lengths = [n for n in range(4000, longest, 4000) if longest - n > 1000] + [longest]
                 for printed in scores:  # lines are scored where a table has them
                     if (printed["table"], printed["task"], printed["model"]) == (1, task, model["base_model"]):
-                        lengths = [n * 1000 for n in printed["by_length"]]
+                        lengths = lengths_of(printed, scores)
                 bare = score(task, lengths, model, None)
                 if "model_config" in model:
                     bare += f" --model-config recipes/{key}_{task}_{row['methods'][0]}.yml"

@@ -248,3 +248,15 @@ def test_a_recipe_for_the_small_model_and_what_cannot_be_tuned(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             recipe_for(*arguments)
+
+
+def test_no_command_of_the_docs_asks_for_other_samples_under_the_name_of_a_result():
+    """Each is scored once, whatever tables it is in: model and task name the file, with shots and ``--model-config``."""
+    asked: dict[tuple[str, ...], set[frozenset[tuple[str, str]]]] = {}
+    for file in ("rows.md", "paper.md"):
+        for command in re.findall(r"`(python -m eval run [^`]+)`", (ROOT / "docs" / file).read_text()):
+            options = dict(re.findall(r"--(\S+) (\S+)", command))
+            name = tuple(options.pop(key, "") for key in ("model", "task", "shots", "model-config"))
+            options.pop("chat-template", None)
+            asked.setdefault(name, set()).add(frozenset(options.items()))
+    assert len(asked) > 50 and not {name: ways for name, ways in asked.items() if len(ways) > 1}

@@ -251,7 +251,7 @@ def test_a_recipe_for_the_small_model_and_what_cannot_be_tuned(tmp_path):
 
 
 def test_no_command_of_the_docs_asks_for_other_samples_under_the_name_of_a_result():
-    """Each is scored once, whatever tables it is in: model and task name the file, with shots and ``--model-config``."""
+    """Each is scored once, whatever tables it is in."""
     asked: dict[tuple[str, ...], set[frozenset[tuple[str, str]]]] = {}
     for file in ("rows.md", "paper.md"):
         for command in re.findall(r"`(python -m eval run [^`]+)`", (ROOT / "docs" / file).read_text()):

@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 import yaml
 from peft import get_peft_model
+from tqdm import tqdm
 
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.__main__ import app as seal
@@ -110,6 +112,8 @@ def attempt(stage: Stage, folder: Path, seconds: float | None = None) -> bool:
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(out, 1)
             os.dup2(out, 2)
+            # tqdm's own lock is shared with all forks, and one that was killed holding it would stop the others for good.
+            tqdm.set_lock(threading.RLock())
             stage.work()
             code = 0
         except SystemExit as error:

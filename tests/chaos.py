@@ -112,7 +112,7 @@ def attempt(stage: Stage, folder: Path, seconds: float | None = None) -> bool:
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(out, 1)
             os.dup2(out, 2)
-            # tqdm's own lock is shared with all forks, and one that was killed holding it would stop the others for good.
+            # tqdm's own lock is shared with all forks: one that was killed holding it would stop the others for good.
             tqdm.set_lock(threading.RLock())
             stage.work()
             code = 0

@@ -73,6 +73,10 @@ def written_whole(path: Path) -> Iterator[Path]:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error  # what failed in writing does not say where
+    except Exception as error:
+        if "(os error " not in str(error):  # as libraries in Rust say it, which write tokenizers and weights
+            raise
+        raise OSError(f"{path}: {first_line(error)}") from error
     finally:
         remove(partial)
 

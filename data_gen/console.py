@@ -22,6 +22,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def in_rust(error: BaseException) -> bool:
+    """Whether a file could not be written by a library in Rust (tokenizers, weights), whose errors are no OSError."""
+    return "(os error " in str(error)
+
+
 def stop(program: str, error: BaseException) -> NoReturn:
     """Exit with status 1 and one line that says what is wrong."""
     sys.exit(f"{program}: {first_line(error)}")

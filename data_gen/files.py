@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data_gen.console import first_line
+from data_gen.console import first_line, in_rust
 
 LARGEST_JSON = 1 << 28  # bytes; results of long runs have a hundredth of it
 
@@ -74,7 +74,7 @@ def written_whole(path: Path) -> Iterator[Path]:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error  # what failed in writing does not say where
     except Exception as error:
-        if "(os error " not in str(error):  # as libraries in Rust say it, which write tokenizers and weights
+        if not in_rust(error):
             raise
         raise OSError(f"{path}: {first_line(error)}") from error
     finally:

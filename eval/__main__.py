@@ -15,8 +15,8 @@ from data_gen.console import run as run_app
 from data_gen.files import write_text
 from data_gen.generate import remark
 from eval.journal import check_replaced, journal_file, result_file, result_name
+from eval.probe.cli import adapters_named, numbers
 from eval.probe.cli import app as probe
-from eval.probe.cli import numbers
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.add_typer(probe, name="probe")
@@ -60,18 +60,6 @@ def tasks_named(task: str, given: dict[str, Any]) -> tuple[str, ...]:
         if given[option] and not set(knows) & set(tasks):
             raise ValueError(f"{option}: {task} has no such option, only {' and '.join(knows)}")
     return tasks
-
-
-def adapters_named(adapters: list[str]) -> dict[str, str]:
-    """Folders by name.
-
-    Raises:
-        ValueError: one is not NAME=FOLDER, or a name is there twice.
-    """
-    folders = dict(part.split("=", 1) for part in adapters if "=" in part)
-    if len(folders) != len(adapters):
-        raise ValueError(f"adapter: found {' '.join(adapters)!r}, expected NAME=FOLDER, every name once")
-    return folders
 
 
 def check_models(models: list[str], folders: dict[str, str], backend: str, model_config: Path | None) -> None:

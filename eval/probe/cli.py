@@ -38,6 +38,18 @@ def one_line_errors() -> Iterator[None]:
         stop("probe", error)
 
 
+def adapters_named(adapters: list[str]) -> dict[str, str]:
+    """Folders by name.
+
+    Raises:
+        ValueError: one is not NAME=FOLDER, or a name is there twice.
+    """
+    folders = dict(part.split("=", 1) for part in adapters if "=" in part)
+    if len(folders) != len(adapters):
+        raise ValueError(f"adapter: found {' '.join(adapters)!r}, expected NAME=FOLDER, every name once")
+    return folders
+
+
 def numbers(text: str, what: str, kind: type = int) -> list[Any]:
     """A list such as 512,1024.
 
@@ -259,9 +271,7 @@ def transfer(
         from eval.probe.transfer import by_length, matrix
         from eval.run import default_lengths, run
 
-        folders = dict(part.split("=", 1) for part in adapter if "=" in part)
-        if len(folders) != len(adapter):
-            raise ValueError(f"adapter: found {' '.join(adapter)!r}, expected NAME=FOLDER, every name once")
+        folders = adapters_named(adapter)
         journals = []
         results: dict[str, dict[str, Any]] = {}
         for name, folder in {"base": model, **folders}.items():

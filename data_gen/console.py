@@ -27,8 +27,16 @@ def in_rust(error: BaseException) -> bool:
     return "(os error " in str(error)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory gave out: Python's, PyTorch's on a GPU (a RuntimeError of its own), or PyTorch's on a CPU."""
+    named = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported for this
+    return isinstance(error, MemoryError) or named or "can't allocate memory" in str(error)
+
+
 def stop(program: str, error: BaseException) -> NoReturn:
     """Exit with status 1 and one line that says what is wrong."""
+    if out_of_memory(error):
+        sys.exit(f"{program}: out of memory: ask for shorter samples, fewer at once, or take a machine with more of it")
     sys.exit(f"{program}: {first_line(error)}")
 
 
@@ -36,7 +44,7 @@ def run(app: Typer, program: str, arguments: list[str] | None = None) -> None:
     """Run a command line; what is wrong with its options is one line too.
 
     Args:
-        app: the commands.
+        app: the commands; when they run out of memory, that is one line.
         program: as it is called, such as ``python -m eval``.
         arguments: None takes those of the process.
     """
@@ -54,6 +62,10 @@ def run(app: Typer, program: str, arguments: list[str] | None = None) -> None:
         context = getattr(error, "ctx", None)
         help_of = context.command_path if context else program
         stop(program.split()[-1], ValueError(f"{error.format_message()} (see `{help_of} --help`)"))
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        stop(program.split()[-1], error)
     if code == INTERRUPTED:
         print(f"{program.split()[-1]}: interrupted: nothing is half-written, call it again", file=sys.stderr)
     if isinstance(code, int) and code:

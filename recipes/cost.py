@@ -91,13 +91,15 @@ class Held:
     """How a step holds what it needs in memory.
 
     Attributes:
-        weight: bytes of one weight of the layers' projections: 2, or 1 or 0.5 of a quantised base.
+        element: bytes of a number: 2 in bfloat16, 4 in float32.
+        quantised: bytes of a weight of the layers' projections where they are quantised.
         recompute: activations are formed again (gradient checkpointing), else every layer's are kept.
         offload: what enters a layer waits in host memory (``activation_offloading: hidden_states``).
         devices: that weights and tokens are spread over (ZeRO-3 or FSDP, and context parallel).
     """
 
-    weight: float = 2.0
+    element: int = 2
+    quantised: float | None = None
     recompute: bool = True
     offload: bool = False
     devices: int = 1
@@ -105,12 +107,13 @@ class Held:
     @classmethod
     def of(cls, recipe: dict[str, Any]) -> Held:
         """What a recipe's settings come to on one device."""
-        weight = 0.5 if recipe.get("load_in_4bit") else 1.0 if recipe.get("load_in_8bit") else 2.0
+        element = 2 if recipe.get("bf16") or recipe.get("bfloat16") else 4
+        quantised = 0.5 if recipe.get("load_in_4bit") else 1.0 if recipe.get("load_in_8bit") else None
         offload = recipe.get("activation_offloading") == "hidden_states"
-        return cls(weight, bool(recipe.get("gradient_checkpointing")), offload)
+        return cls(element, quantised, bool(recipe.get("gradient_checkpointing")), offload)
 
 
-def training_bytes(shape: Shape, tokens: int, *, answer: int = 40, held: Held = Held(), element: int = 2) -> float:
+def training_bytes(shape: Shape, tokens: int, *, answer: int = 40, held: Held = Held()) -> float:
     """Peak memory of one step on one device with attention in linear memory.
 
     Weights; what enters every layer, d each (two layers' alone where it waits in host memory); and the working set of a
@@ -123,11 +126,11 @@ def training_bytes(shape: Shape, tokens: int, *, answer: int = 40, held: Held = 
         tokens: T.
         answer: tokens with a loss.
         held: how it is held.
-        element: bytes of a weight that is not quantised, and of an activation.
     """
+    element = held.element
     share = tokens / held.devices
     embeddings = element * (shape.parameters - shape.linear)
-    weights = (min(held.weight, element) * shape.linear + embeddings) / held.devices
+    weights = ((held.quantised or element) * shape.linear + embeddings) / held.devices
     norms = (4 if element == 2 else 2) * shape.hidden
     kept = share * element * (norms + 2 * shape.attention + 2 * shape.shared + 3 * shape.mlp)
     passing = share * element * (shape.hidden + shape.attention + shape.shared + 2 * shape.mlp)
@@ -166,7 +169,7 @@ class Cost:
 
     def minutes(self, gpu: str) -> tuple[float, float]:
         """Minutes on one of ``GPUS``: at ``GOOD_SHARE`` of its peak, and at ``PAPER_SHARE``."""
-        peak = GPUS[gpu][0]
+        peak = GPUS[gpu][0] * 2 / self.held.element  # float32 as TF32 runs at half of bfloat16's rate on all of them
         return self.flop / (peak * GOOD_SHARE) / 60, self.flop / (peak * PAPER_SHARE) / 60
 
 

@@ -43,7 +43,7 @@ def expectation(settings: dict[str, Any], shape: Shape | None, measured: str | N
     """Comment lines that say what memory and time a recipe takes, and how that is known; empty if it is not."""
     if measured:
         return f"# {measured}\n"
-    if shape is None or not (settings["bf16"] or settings.get("bfloat16")):
+    if shape is None:
         return ""
     cost = recipe_cost(settings, shape)
     fast, slow = cost.minutes("a100")
@@ -52,10 +52,11 @@ def expectation(settings: dict[str, Any], shape: Shape | None, measured: str | N
         f"(`python -m recipes cost`), at {GOOD_SHARE:.0%} of the card's peak and at the {PAPER_SHARE:.0%} that the "
         "authors' 40 minutes for 7B models and 31K tokens (section 5) come to; not measured yet."
     )
-    if "fsdp_config" in settings:
+    if "fsdp_config" in settings or "deepspeed" in settings:
+        weights = cost.held.element * shape.parameters / 2**30
         text += (
-            f" On several, {2 * shape.parameters / 2**30:.0f} GiB of that, the weights, are spread over them, and each "
-            "takes samples of its own: `--num-epochs=N` makes as many steps on N devices as one makes."
+            f" On several, {weights:.0f} GiB of that, the weights, are spread over them, and each takes samples of its "
+            "own: `--num-epochs=N` makes as many steps on N devices as one makes."
         )
     return fill(text, 118, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False) + "\n"
 
@@ -90,7 +91,12 @@ def recipe(file: Path, model: dict[str, Any], task: str, method: str, *, lr: flo
         epochs: passes over them.
         sharding: a key of ``SHARDING``, for weights that are spread over devices.
     """
-    name, gpu = file.stem, model.get("gpu", True)  # in bfloat16 with FlashAttention
+    name, gpu = file.stem, model.get("gpu", True)
+    # In bfloat16 with FlashAttention, but under ZeRO-3, which holds float32.
+    precision, attention = f"bf16: {str(gpu).lower()}\ntf32: false", "flash_attention_2" if gpu else "sdpa"
+    if sharding:
+        precision = SHARDING[sharding]
+        attention = attention if "bfloat16" in precision else "sdpa"
     adapter = {
         "sealh": "adapter: seal\n" + SEAL,
         "sealc": "adapter: seal\n" + SEAL,
@@ -104,7 +110,7 @@ def recipe(file: Path, model: dict[str, Any], task: str, method: str, *, lr: flo
     stretched = ""
     if "model_config" in model:
         stretched = yaml.safe_dump({"model_config": model["model_config"]}, sort_keys=False)
-    plugins, attention = "  - axolotl_plugins.seal.SealPlugin", "flash_attention_2" if gpu else "sdpa"
+    plugins = "  - axolotl_plugins.seal.SealPlugin"
     if "self_extend" in stretched:
         plugins = f"  - axolotl_plugins.self_extend.SelfExtendPlugin\n{plugins}"
         attention = "sdpa # self_extend takes its place when the model is loaded"
@@ -145,8 +151,7 @@ micro_batch_size: 1
 gradient_accumulation_steps: 1
 seed: 42
 
-{SHARDING[sharding] if sharding else f"bf16: {str(gpu).lower()}"}
-tf32: false
+{precision}
 attn_implementation: {attention}
 gradient_checkpointing: {str(gpu).lower()}
 
@@ -183,7 +188,16 @@ fsdp_config:
   state_dict_type: FULL_STATE_DICT
   reshard_after_forward: true
 bf16: false # with it the scales of every step would be rounded
-bfloat16: true"""
+bfloat16: true
+tf32: false""",
+    "zero3": """deepspeed:
+  zero_optimization:
+    stage: 3
+    stage3_gather_16bit_weights_on_model_save: true # in whatever dtype they are
+  train_micro_batch_size_per_gpu: auto
+  gradient_accumulation_steps: auto
+bf16: false # as bf16.enabled above would do, it would round the scales; without it DeepSpeed holds float32
+tf32: true""",
 }
 
 
@@ -203,9 +217,11 @@ def all_recipes() -> dict[str, str]:
     for row in matrix["recipes"]:
         samples, epochs = row.get("samples", 50), row.get("epochs", 1)
         for model, task, method in itertools.product(row["models"], row["tasks"], row["methods"]):
-            name = f"{model}_{task}_{method}" + (f"_{samples}x{epochs}" if epochs > 1 else "")
+            entry, longer = matrix["models"][model], ""
+            if "tokens" in row:
+                entry, longer = entry | {"tokens": row["tokens"]}, f"_{round(row['tokens'] / 1024)}k"
+            name = f"{model}{longer}_{task}_{method}" + (f"_{samples}x{epochs}" if epochs > 1 else "")
             name += f"_{row['sharding']}" if "sharding" in row else ""
-            entry = matrix["models"][model]
             shape = matrix["shapes"].get(entry.get("shape"))
             if name in texts:
                 raise ValueError(f"matrix.yml: two rows make {name}.yml")

@@ -42,7 +42,12 @@ def plan(samples: int) -> list[Step]:
         for (task, method), folder in adapter.items()
     ]
     tuned = tuple(step.name for step in steps)
-    steps.append(probe("heads", *model, *lengths, *some))
+    # The longest first, so that no core waits for the last one.
+    steps += [
+        probe("heads", *model, *lengths, *some),
+        probe("sweep", "--recipe", "recipes/tiny_line_sealh.yml", "--lengths", f"{MIDDLE},{LONG}", "--rates",
+              "0.005,0.01,0.02,0.05", "--samples", "10,25,50", "--validation", str(samples), "--batch-size", "10"),
+    ]  # fmt: skip
     for method in ("sealh", "sealc"):
         named = [part for task in TUNED_FOR for part in ("--adapter", f"{task}={adapter[task, method]}")]
         steps.append(
@@ -55,7 +60,7 @@ def plan(samples: int) -> list[Step]:
         )  # fmt: skip
         steps.append(
             probe(f"controls_{method}", "--recipe", f"recipes/tiny_line_{method}.yml", *lengths, "--validation",
-                  str(samples), "--batch-size", "10")
+                  str(max(1, samples // 2)), "--batch-size", "10")
         )  # fmt: skip
     both = [part for method in ("sealh", "sealc") for part in ("--adapter", str(adapter["line", method]))]
     steps += [
@@ -65,8 +70,6 @@ def plan(samples: int) -> list[Step]:
         probe("channels", *model, "--heads", RAISED_AND_LOWERED, "--lengths", str(LONG), "--samples",
               str(max(1, samples // 5))),
         probe("direct", *model, *both, "--length", str(LONG), needs=tuned),
-        probe("sweep", "--recipe", "recipes/tiny_line_sealh.yml", "--lengths", f"{MIDDLE},{LONG}", "--rates",
-              "0.005,0.01,0.02,0.05", "--samples", "10,25,50", "--validation", str(samples), "--batch-size", "10"),
     ]  # fmt: skip
     return steps
 

@@ -96,7 +96,7 @@ def shrink(recipe: dict[str, Any], miniature: Path, work: Path) -> dict[str, Any
         "base_model": str(miniature), "sequence_len": WINDOW, "max_steps": SAMPLES, "bf16": False,
         "output_dir": str(work / name), "dataset_prepared_path": str(work / "prepared"),
     }  # fmt: skip
-    for key in ("bfloat16", "fsdp_version", "fsdp_config"):  # of several GPUs: Axolotl knows no other devices for it
+    for key in ("bfloat16", "fsdp_version", "fsdp_config", "deepspeed", "tf32"):  # of one or several GPUs
         small.pop(key, None)
     if "flash" in small["attn_implementation"]:
         small["attn_implementation"] = "sdpa"

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_plugins.seal.load import load
 from axolotl_plugins.seal.provenance import text_hash
+from recipes.matrix import SHARDING
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "recipes" / "tiny"
@@ -297,9 +298,7 @@ def test_weights_spread_by_zero3_learn_what_whole_weights_learn(tmp_path):
     for folder in folders.values():
         folder.mkdir()
     write_recipe(folders["whole"])
-    zero = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
-    each = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
-    write_recipe(folders["spread"], deepspeed={"zero_optimization": zero, **each})
+    write_recipe(folders["spread"], deepspeed=yaml.safe_load(SHARDING["zero3"])["deepspeed"])
     done = launch(folders["whole"])
     assert done.returncode == 0, done.stderr[-3000:]
     two = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29512")

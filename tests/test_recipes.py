@@ -19,7 +19,7 @@ from axolotl_plugins.seal.plugin import check_recipe
 from data_gen.generate import Request, generate
 from eval.__main__ import app as eval_app
 from recipes.__main__ import count_parameters, recipe_for
-from recipes.matrix import all_recipes, read_matrix
+from recipes.matrix import SHARDING, all_recipes, read_matrix
 from recipes.rows import write_rows
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +43,9 @@ def test_every_row_of_the_paper_has_its_commands():
     named = set(re.findall(r"axolotl\.cli\.train recipes/(\w+)\.yml", text))
     # LoRA and DoRA on lines are in the paper for two of the models alone.
     extra = {f"{m}_line_{b}" for m in ("mistral7b", "vicuna7b", "longchat13b") for b in ("seall", "seald")}
-    extra |= {f"{m}_line_sealc_fsdp2" for m in ("longchat13b", "vicuna13b")}  # the same rows on several devices
+    # The same rows on several devices.
+    extra |= {f"{m}_line_sealc_{way}" for m in ("longchat13b", "vicuna13b") for way in SHARDING}
+    extra |= {f"llama31_8b_128k_line_{method}" for method in ("sealh", "sealc")}  # beyond the paper
     assert named == {name for name in TEXTS if not name.startswith("tiny") and "longbench" not in name} - extra
     parts = {part.splitlines()[0]: part for part in text.split("\n## ")[1:]}
     assert list(parts) == [f"Table {n}" for n in (1, 2, 3)] + [f"Figure {n}" for n in (5, 6, 7, 9, 10)]

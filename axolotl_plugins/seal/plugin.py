@@ -16,7 +16,7 @@ from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from data_gen.console import first_line, in_rust, stop
+from data_gen.console import first_line, in_rust, out_of_memory, stop
 from data_gen.files import check_output, load_json, write_text
 from data_gen.generate import Request, load_tokenizer, read_rows, remark, write
 
@@ -177,8 +177,11 @@ def check_folders(cfg: dict[str, Any]) -> None:
 
 
 def say_in_one_line(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """What Python does with an error that nobody caught: a full disk is one line, anything else is shown as ever."""
-    if in_rust(error) or (isinstance(error, OSError) and error.errno is not None):
+    """What Python does with an error that nobody caught: a full disk or memory is one line, all else shown as ever."""
+    if out_of_memory(error):
+        print("\nseal: out of memory: set `gradient_checkpointing: true`, then `activation_offloading: hidden_states`; "
+              "`python -m recipes cost RECIPE` says how long samples can be", file=sys.stderr)  # fmt: skip
+    elif in_rust(error) or (isinstance(error, OSError) and error.errno is not None):
         print(f"\nseal: {first_line(error)}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

@@ -30,7 +30,7 @@ def in_rust(error: BaseException) -> bool:
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory gave out: Python's, PyTorch's on a GPU (a RuntimeError of its own), or PyTorch's on a CPU."""
     named = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported for this
-    return isinstance(error, MemoryError) or named or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or named or "allocate memory" in str(error)
 
 
 def stop(program: str, error: BaseException) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The whole path on the small model: score, tune, merge, score again, draw (``make demo``).
+"""The whole path on a small model: score, tune, merge, score again, draw (``make demo``, ``make demo-all``).
 
 Every step is the command a user would type.
 """
@@ -21,9 +21,11 @@ from eval.journal import result_file, result_name
 from recipes.steps import ROOT, Step, launch, machine, run_steps
 
 BASE = Path("recipes/tiny")
+TASKS_BASE = Path("recipes/tiny_tasks")  # the same model, taught needles and variable tracking as well
 # Test lengths of the demo and the study; the 100 tokens of answer that LongEval allows stay on the prompt's side of the
 # trained window, since keys that were turned by one set of frequencies do not match queries turned by the other.
 LENGTHS = (256, 512, 896, 1448, 1960)
+TASK_LENGTHS = {"vt": LENGTHS[2:]}  # whose worked example alone has 500 tokens
 METHODS = {"sealh": "SEAL-H", "sealc": "SEAL-C"}
 
 
@@ -44,28 +46,28 @@ def derive_recipe(recipe: Path, seed: int, output_dir: Path, folder: Path) -> Pa
     return derived
 
 
-def score_file(model: Path, work: Path) -> Path:
+def score_file(model: Path, task: str, work: Path) -> Path:
     """Where the scores of a model lie."""
-    return result_file(work / "scores", "line", result_name(str(model)))
+    return result_file(work / "scores", task, result_name(str(model)))
 
 
-def plan(seeds: list[int], samples: int, work: Path) -> list[Step]:
-    """All steps, in an order in which they can be done."""
+def plan(base: Path, task: str, seeds: list[int], samples: int, work: Path) -> list[Step]:
+    """All steps of one task, in an order in which they can be done."""
     python = sys.executable
 
     def score(name: str, models: list[Path], needs: tuple[str, ...] = ()) -> Step:
-        lengths = ",".join(map(str, LENGTHS))
+        lengths = ",".join(map(str, TASK_LENGTHS.get(task, LENGTHS)))
         named = [part for model in models for part in ("--model", str(model))]
-        command = (python, "-m", "eval", "run", *named, "--task", "line", "--lengths", lengths,
+        command = (python, "-m", "eval", "run", *named, "--task", task, "--lengths", lengths,
                    "--samples", str(samples), "--batch-size", "10", "--out", str(work / "scores"))  # fmt: skip
-        return Step(f"score {name}", command, score_file(models[-1], work), needs)
+        return Step(f"score {name}", command, score_file(models[-1], task, work), needs)
 
-    steps = [score("base", [BASE])]
+    steps = [score(f"{task}_base", [base])]
     for seed in seeds:
         for method in METHODS:
-            name = f"{method}_seed{seed}"
+            name = f"{task}_{method}_seed{seed}"
             adapter, merged = work / name, work / f"{name}_merged"
-            recipe = derive_recipe(Path(f"recipes/tiny_line_{method}.yml"), seed, adapter, work / "recipes")
+            recipe = derive_recipe(Path(f"recipes/{base.name}_{task}_{method}.yml"), seed, adapter, work / "recipes")
             steps.append(launch(f"tune {name}", recipe, adapter))
             fold = (python, "-m", "axolotl_plugins.seal", "merge", str(adapter), str(merged))
             steps.append(Step(f"merge {name}", fold, merged, (f"tune {name}",)))
@@ -73,8 +75,8 @@ def plan(seeds: list[int], samples: int, work: Path) -> list[Step]:
     return steps
 
 
-def collect(seeds: list[int], seconds: dict[str, float], work: Path) -> dict[str, Any]:
-    """Gather the scores of all steps into what ``results/demo.json`` holds.
+def collect(base: Path, task: str, seeds: list[int], seconds: dict[str, float], work: Path) -> dict[str, Any]:
+    """Gather the scores of a task's steps into an entry of ``results/demo.json``.
 
     Raises:
         RuntimeError: a merged model answered anything otherwise than the unmerged one.
@@ -82,50 +84,64 @@ def collect(seeds: list[int], seconds: dict[str, float], work: Path) -> dict[str
     from safetensors.torch import load_file
 
     def scores(model: Path) -> Any:
-        return load_json(score_file(model, work))
+        return load_json(score_file(model, task, work))
 
-    base = scores(BASE)
+    untuned = scores(base)["scores"]
     result: dict[str, Any] = {
-        "task": "line",
-        "base_model": str(BASE),
-        "samples_per_length": base["scores"][0]["count"],
-        "lengths_tokens": [score["tokens"] for score in base["scores"]],
+        "task": task,
+        "base_model": str(base),
+        "samples_per_length": untuned[0]["count"],
+        "lengths_tokens": [score["tokens"] for score in untuned],
         "seeds": seeds,
         "trainable_parameters": {},
-        "accuracy": {"base": [[score["score"] for score in base["scores"]]]},
+        "accuracy": {"base": [[score["score"] for score in untuned]]},
         "scales": {},
     }
     for method, title in METHODS.items():
         runs = []
         for seed in seeds:
-            name = f"{method}_seed{seed}"
+            name = f"{task}_{method}_seed{seed}"
             unmerged, merged = scores(work / name), scores(work / f"{name}_merged")
             ours, theirs = ([row["response"] for row in run["responses"]] for run in (unmerged, merged))
             if different := sum(a != b for a, b in zip(ours, theirs, strict=True)):
                 raise RuntimeError(f"{name}: merged and unmerged differ in {different} of {len(ours)} answers")
             runs.append([score["score"] for score in merged["scores"]])
-        weights = load_file(work / f"{method}_seed{seeds[0]}" / "adapter_model.safetensors")
-        heads = load_json(work / f"{method}_seed{seeds[0]}" / "adapter_config.json")["num_heads"]
+        adapter = work / f"{task}_{method}_seed{seeds[0]}"
+        weights = load_file(adapter / "adapter_model.safetensors")
+        heads = load_json(adapter / "adapter_config.json")["num_heads"]
         result["trainable_parameters"][title] = sum(tensor.numel() for tensor in weights.values())
         result["accuracy"][title] = runs
         result["scales"][title] = [tensor.view(heads, -1).mean(1).tolist() for _, tensor in sorted(weights.items())]
     result["merged_equals_unmerged"] = True
     result["machine"] = machine()
-    result["seconds"] = seconds
+    result["seconds"] = {name: taken for name, taken in seconds.items() if name.split()[1].startswith(f"{task}_")}
     return result
 
 
-def draw(result: dict[str, Any], out: Path) -> None:
-    """Accuracy by length, and the scales that were learned (seed by seed means over channels)."""
+def draw(results: list[dict[str, Any]], out: Path) -> None:
+    """For each task accuracy by length, and the scales that were learned (seed by seed means over channels)."""
     import matplotlib.pyplot as plt
+
+    from eval.plot import save_figure
+
+    size = (14, 4.2 * len(results))
+    figure, rows = plt.subplots(
+        len(results), 3, figsize=size, width_ratios=(1.5, 1, 1), layout="constrained", squeeze=False
+    )
+    for row, result in zip(rows, results, strict=True):
+        draw_task(figure, row, result)
+    save_figure(figure, out)
+
+
+def draw_task(figure: Any, panels: Any, result: dict[str, Any]) -> None:
+    """One task's three panels."""
     import numpy as np
 
-    from eval.plot import draw_accuracy, draw_scales, save_figure
+    from eval.plot import draw_accuracy, draw_scales
     from eval.score import wilson
+    from recipes.matrix import TASKS
 
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(14, 4.2), width_ratios=(1.5, 1, 1), layout="constrained"
-    )
+    left, middle, right = panels
     count = result["samples_per_length"]
     runs = [
         {
@@ -143,12 +159,11 @@ def draw(result: dict[str, Any], out: Path) -> None:
         for row in rows
     ]
     draw_accuracy(left, runs)
-    left.set_title(f"Line retrieval, {count} test samples per length, {len(result['seeds'])} seeds")
+    left.set_title(f"{TASKS[result['task']]}: {count} test samples per length, tunings: {len(result['seeds'])}")
     for axes, method in ((middle, "SEAL-H"), (right, "SEAL-C")):
         what = "scales" if method == "SEAL-H" else "scales, mean of each head"
         number = result["trainable_parameters"][method]
         draw_scales(figure, axes, np.array(result["scales"][method]), f"{method}: {number} {what}")
-    save_figure(figure, out)
 
 
 def print_table(result: dict[str, Any]) -> None:
@@ -156,7 +171,9 @@ def print_table(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"Line retrieval: accuracy, mean over seeds {result['seeds']}, and range")
+    from recipes.matrix import TASKS
+
+    table = Table(title=f"{TASKS[result['task']]}: score, mean over seeds {result['seeds']}, and range")
     table.add_column("tokens:")
     table.add_column("scales", justify="right")
     for tokens in result["lengths_tokens"]:
@@ -170,10 +187,10 @@ def print_table(result: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def fingerprint(*parts: object) -> str:
-    """Changes with the base model, the recipes and the demo's own settings: results of another demo are not reused."""
+def fingerprint(*parts: object, base: Path = BASE) -> str:
+    """Changes with the base model, its recipes and what else is given: results of another demo are not reused."""
     digest = hashlib.sha256(repr(parts).encode())
-    for path in sorted([*BASE.iterdir(), *Path("recipes").glob("tiny_*.yml")]):
+    for path in sorted([*base.iterdir(), *Path("recipes").glob(f"{base.name}_*.yml")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -181,6 +198,8 @@ def fingerprint(*parts: object) -> str:
 def main() -> None:
     """Run the demo from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", type=Path, choices=(BASE, TASKS_BASE), default=BASE, help="the small model")
+    parser.add_argument("--tasks", nargs="+", choices=("line", "niah", "vt"), default=["line"], help="that it knows")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one tuning of each kind per seed")
     parser.add_argument("--samples", type=int, default=100, help="test samples per length")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="steps run side by side")
@@ -190,18 +209,19 @@ def main() -> None:
         sys.exit(f"demo: found {args.samples} samples and {args.jobs} jobs, expected at least 1 of each")
     os.chdir(ROOT)
     start = time.time()
-    work = Path("outputs/demo") / fingerprint(args.seeds, args.samples, LENGTHS)
+    work = Path("outputs/demo") / fingerprint(args.tasks, args.seeds, args.samples, LENGTHS, base=args.base)
     try:
-        steps = plan(args.seeds, args.samples, work)
+        steps = [step for task in args.tasks for step in plan(args.base, task, args.seeds, args.samples, work)]
         seconds = run_steps("demo", steps, work, args.jobs)
-        result = collect(args.seeds, seconds, work)
+        results = [collect(args.base, task, args.seeds, seconds, work) for task in args.tasks]
     except (RuntimeError, ValueError, OSError) as error:
         sys.exit(f"demo: {error}")
     except KeyboardInterrupt:
         sys.exit("demo: interrupted; the same command goes on from here")
-    draw(result, args.out.with_suffix(".png"))
-    write_text(args.out, json.dumps(result, indent=1) + "\n")
-    print_table(result)
+    draw(results, args.out.with_suffix(".png"))
+    write_text(args.out, json.dumps(results, indent=1) + "\n")
+    for result in results:
+        print_table(result)
     print(f"{args.out} and {args.out.with_suffix('.png')}, {time.time() - start:.0f} s")
 
 

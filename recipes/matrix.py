@@ -64,7 +64,9 @@ def expectation(settings: dict[str, Any], shape: Shape | None, measured: str | N
 def data_block(model: dict[str, Any], task: str, samples: int) -> str:
     """What ``seal: data:`` says about one file, without indentation."""
     tokens = model["tokens"]
-    tokens = f'"{SHORTEST_RULER}:{tokens}"' if task in RULER else f'"{tokens}"' if isinstance(tokens, str) else tokens
+    if task in RULER:
+        tokens = f"{model.get('shortest_ruler', SHORTEST_RULER)}:{str(tokens).rpartition(':')[2]}"
+    tokens = f'"{tokens}"' if isinstance(tokens, str) else tokens
     text = f"""task: {task}
 tokens: {tokens} # counted with this model's tokenizer and chat template
 samples: {samples}

@@ -124,8 +124,8 @@ def prepare(names: list[str], work: Path) -> dict[str, Path]:
     for name in names:
         model = model_of(name)
         miniature = work / "models" / model
-        if model == "tiny":
-            miniature = ROOT / "recipes" / "tiny"
+        if model.startswith("tiny"):
+            miniature = ROOT / "recipes" / model
         elif not (miniature / "tokenizer_config.json").exists():
             build_miniature(model, miniature)
         recipe = yaml.safe_load((ROOT / "recipes" / f"{name}.yml").read_text())

@@ -22,24 +22,27 @@ from rich.progress import Progress, track
 
 from data_gen.console import quiet_libraries
 from data_gen.files import write_text, written_whole
-from recipes.demo import BASE, LENGTHS, fingerprint
+from recipes.demo import BASE, LENGTHS, TASK_LENGTHS, TASKS_BASE, fingerprint
 from recipes.steps import ROOT
 from recipes.tiny_model import ROPE_THETA, ntk_theta
 
-# Kinds of base: the shipped one, and its weights with its window made long in another way. Of these, ``FINE_TUNED``
-# were trained on since, as LongChat was.
-BASES: dict[str, dict[str, Any] | None] = {
-    "longrope": None,
+# Kinds of base: the shipped one, its weights with its window made long in another way, and the shipped model that knows
+# other tasks as well. Of these, ``FINE_TUNED`` are trained on here, as LongChat was.
+BASES: dict[str, dict[str, Any] | Path] = {
+    "longrope": BASE,
     "beyond its window": {"rope_type": "default", "rope_theta": ROPE_THETA},
     "ntk": {"rope_type": "default", "rope_theta": ntk_theta(ROPE_THETA, 8.0, 32)},
     "self-extend": {"rope_type": "self_extend", "rope_theta": ROPE_THETA, "group_size": 6, "neighbor_window": 128},
     "longchat-like": {"rope_type": "linear", "rope_theta": ROPE_THETA, "factor": 4.0},
+    "three tasks": TASKS_BASE,
 }
+# A second task shows what tuning on lines does to it, as MMLU does in section 5.2 of the paper.
+SCORED = {"longrope": ("line", "niah"), "three tasks": ("line", "niah", "vt")}
 FINE_TUNED = ("longchat-like",)
 VALIDATION = LENGTHS[2:]
 TRAIN_TOKENS = "256:1960"
 SHOT_TOKENS = 256
-SAMPLES = {"line": 200, "niah": 50}  # per length; needles go through ten depths
+SAMPLES = {"line": 200, "niah": 50, "vt": 50}  # per length; needles go through ten depths
 RATES = {
     "SEAL-H": (5e-3, 1e-2, 2e-2, 5e-2),
     "SEAL-C": (5e-3, 1e-2, 2e-2, 5e-2),
@@ -89,8 +92,8 @@ def work() -> Path:
 def base_folder(name: str) -> Path:
     """The folder of a kind of base, which is made of the shipped model when it is missing."""
     rope = BASES[name]
-    if rope is None:
-        return BASE
+    if isinstance(rope, Path):
+        return rope
     folder = work() / "bases" / name
     if not folder.exists():
         with written_whole(folder) as partial:
@@ -115,23 +118,14 @@ def fine_tune(folder: Path, *, steps: int = 120, lines: int = 5, lr: float = 1e-
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM
 
-    from recipes.tiny_model import Records, curriculum, weighted_loss
+    from recipes.tiny_model import Records, curriculum, descend, optimizer_of
 
     torch.set_num_threads(1)
     model, tokenizer = LlamaForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    model.train().get_input_embeddings().requires_grad_(False)
-    records, stage = Records(tokenizer, 1), curriculum(lines)[-1]
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    records, stage, optimizer = Records(tokenizer, 1), curriculum(lines)[-1], optimizer_of(model)
     for step in track(range(steps), "fine-tuning"):
-        drawn = records.batch(stage, tokens)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 20)
-        loss, _, _ = weighted_loss(model, *drawn, records.choices(stage, drawn[0]))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        ids, weights = records.batch(stage, tokens)
+        descend(model, optimizer, lr * min(1.0, (step + 1) / 20), ids, weights, records.choices(stage, ids))
     model.save_pretrained(folder)
 
 
@@ -173,7 +167,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         losses = tune(loaded.model, chats, loaded.tokenizer, lr=cell.rate, seed=cell.seed)
         if cell.method.startswith("shuffled"):
             shuffle_heads(loaded.model, random.Random(cell.seed))
-    lengths = list(VALIDATION if cell.validation else LENGTHS)
+    lengths = list(VALIDATION if cell.validation else TASK_LENGTHS.get(cell.task, LENGTHS))
     shots = int(cell.method == "one-shot")
     if shots:  # the longest records leave room for the example, as in the paper's Table 3
         lengths = [min(length, max(LENGTHS) - SHOT_TOKENS) for length in lengths]
@@ -221,7 +215,7 @@ def mean(result: dict[str, Any]) -> float:
 
 def methods_of(base: str) -> tuple[str, ...]:
     """What is compared on a kind of base."""
-    return ("base", "one-shot", *RATES, *CONTROLS) if BASES[base] is None else STRETCHED_METHODS
+    return ("base", "one-shot", *RATES, *CONTROLS) if base == "longrope" else STRETCHED_METHODS
 
 
 def choose_rates(bases: list[str], jobs: int) -> dict[tuple[str, str], float]:
@@ -255,8 +249,7 @@ def main() -> None:
     for base in args.bases:
         for method in methods_of(base):
             tuned = CONTROLS.get(method, method)
-            # A second task shows what tuning on lines does to it, as MMLU does in section 5.2 of the paper.
-            tasks = ("line", "niah") if BASES[base] is None and method in ("base", *RATES) else ("line",)
+            tasks = SCORED.get(base, ("line",)) if method in ("base", *RATES) else ("line",)
             seeds = args.seeds if tuned in RATES else [0]
             cells += [
                 Cell(base, method, rates.get((base, tuned), 0.0), seed, task, SAMPLES[task])
@@ -300,8 +293,8 @@ def table(base: str, rows: list[dict[str, Any]]) -> str:
     kinds = dict.fromkeys((row["task"], row["method"]) for row in rows)
     for task, method in kinds:
         mine = [row for row in rows if (row["task"], row["method"]) == (task, method)]
-        cells = []
-        for place in range(len(LENGTHS)):
+        cells = [""] * (len(LENGTHS) - len(mine[0]["scores"]))  # lengths that are too short for the task
+        for place in range(len(mine[0]["scores"])):
             values = [row["scores"][place]["score"] for row in mine]
             spread = f" ({min(values):.2f}-{max(values):.2f})" if len(values) > 1 else ""
             cells.append(f"{sum(values) / len(values):.2f}{spread}")

@@ -278,6 +278,28 @@ class Records:
         return sorted({i for word in words for i in word} | set(self.digit) | set(self.filler) | set(self.line_end))
 
 
+def optimizer_of(model: LlamaForCausalLM) -> torch.optim.AdamW:
+    """AdamW over all but the embeddings, which stay as they were drawn; rates are given at every step."""
+    model.train().get_input_embeddings().requires_grad_(False)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.0)
+
+
+def descend(
+    model: LlamaForCausalLM, optimizer: torch.optim.AdamW, rate: float, ids: torch.Tensor, weights: torch.Tensor,
+    choices: torch.Tensor,
+) -> tuple[float, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """One step at a rate; arguments and what it returns as for ``weighted_loss``."""
+    (group,) = optimizer.param_groups
+    group["lr"] = rate
+    loss, right, weight = weighted_loss(model, ids, weights, choices)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimizer.step()
+    return loss.item(), right, weight
+
+
 def pretrain(
     model: LlamaForCausalLM,
     records: Records,
@@ -297,9 +319,7 @@ def pretrain(
         RuntimeError: the last stage was not reached within ``max_steps``.
     """
     rng = records.rng
-    model.train()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = optimizer_of(model)
     start = time.time()
     seen = step = 0
     log: list[dict] = []
@@ -309,15 +329,9 @@ def pretrain(
         nonlocal seen, step
         if step == max_steps:
             raise RuntimeError(f"no more than {log[-1] if log else 'nothing'} after {step} steps: try another --seed")
-        for group in optimizer.param_groups:
-            group["lr"] = lr * decay * min(1.0, (step + 1) / 100)
-        loss, right, weight = weighted_loss(model, ids, weights, choices)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        found = descend(model, optimizer, lr * decay * min(1.0, (step + 1) / 100), ids, weights, choices)
         seen, step = seen + ids.numel(), step + 1
-        return loss.item(), right, weight
+        return found
 
     def reached(name: str) -> None:
         log.append({"stage": name, "step": step, "seconds": round(time.time() - start), "tokens": seen})
@@ -365,13 +379,16 @@ def pretrain(
 
 
 @torch.no_grad()
-def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tokens: int, samples: int) -> float:
+def accuracy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tokens: int, samples: int, task: str = "line"
+) -> float:
     """Share of test samples of up to ``tokens`` tokens whose whole answer is the model's first choice throughout."""
     model.eval()
     right = 0
-    for sample in generate(Request("line", str(tokens), samples=samples, seed=1, split="test"), tokenizer):
+    for sample in generate(Request(task, str(tokens), samples=samples, seed=1, split="test"), tokenizer):
         ids = tokenizer.apply_chat_template(sample["messages"], return_dict=False)
-        answer = len(tokenizer(sample["answer"], add_special_tokens=False)["input_ids"]) + 1  # and the end of the turn
+        said = sample["answer"].removeprefix(sample.get("prefix", ""))
+        answer = len(tokenizer(said, add_special_tokens=False)["input_ids"]) + 1  # and the end of the turn
         hidden = model.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -answer - 1 : -1]
         right += model.lm_head(hidden).argmax(-1).tolist() == ids[-answer:]
     return right / samples

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recipes.demo import derive_recipe, plan
+from recipes.demo import BASE, derive_recipe, plan
 from recipes.probes import plan as probes
 from recipes.steps import Step, run_all
 
@@ -55,16 +55,16 @@ def test_other_seeds_change_data_and_training(tmp_path, monkeypatch):
 
 def test_the_plan_scores_merged_and_unmerged_models_of_every_seed(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    steps = {step.name: step for step in plan([0, 1], 4, tmp_path)}
+    steps = {step.name: step for step in plan(BASE, "line", [0, 1], 4, tmp_path)}
     assert len(steps) == 1 + 3 * 4
     for method in ("sealh", "sealc"):
         for seed in (0, 1):
-            tag = f"{method}_seed{seed}"
+            tag = f"line_{method}_seed{seed}"
             assert {f"tune {tag}", f"merge {tag}"} <= steps.keys()
             command = steps[f"score {tag}"].command
             models = [command[place + 1] for place, part in enumerate(command) if part == "--model"]
             assert models == [str(tmp_path / tag), str(tmp_path / f"{tag}_merged")]
-    assert "score base" in steps
+    assert "score line_base" in steps
 
 
 def test_the_probes_are_in_an_order_in_which_they_can_be_done():

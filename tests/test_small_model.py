@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from data_gen import line
+from data_gen import line, niah
 from data_gen.generate import as_messages
 from recipes.demo import LENGTHS
 from recipes.tiny_model import (
@@ -27,8 +27,10 @@ from recipes.tiny_model import (
     pretrain,
     stretch,
 )
+from recipes.tiny_tasks import Draws, teach
 
 TINY = Path(__file__).parent.parent / "recipes" / "tiny"
+TASKS = TINY.with_name("tiny_tasks")
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +141,36 @@ def test_shipped_model_knows_short_records_and_loses_long_ones(tokenizer):
     assert sum(path.stat().st_size for path in TINY.iterdir()) <= 20e6
     assert accuracy(model, tokenizer, LENGTHS[0], 30) >= 0.9
     assert accuracy(model, tokenizer, LENGTHS[-1], 30) <= 0.6
+
+
+def test_the_lessons_of_three_tasks_are_the_very_texts_of_data_gen(tokenizer):
+    """Each row is the chat of its prompt and answer; no sentence of the needle task itself is among the needles."""
+    draws = Draws(tokenizer, 0, 512)
+    kept = {pair["needle"] for pair in (niah.TEST_NEEDLE, *niah.needles(niah.NEEDLES))}
+    for task, shape in (("niah", r"<book>(.*)</book>\nBased on"), ("vt", r"^Memorize and track (.*)Memorize and track")):
+        ids, weights, _ = draws.batch(task)
+        for row, weight in zip(ids.tolist(), weights.tolist(), strict=True):
+            length = len(row) - row[::-1].index(tokenizer.eos_token_id)
+            turns = tokenizer.decode(row[:length]).removeprefix("<s><|user|>").removesuffix("</s>")
+            prompt, answer = turns.split("<|assistant|>")
+            assert row[:length] == tokenizer.apply_chat_template(as_messages(prompt, answer), return_dict=False)
+            assert re.search(shape, prompt, re.DOTALL)
+            learned = tokenizer.decode([i for i, one in zip(row, weight, strict=True) if one])
+            if task == "niah":
+                assert learned == answer + "</s>" and f"\n{answer}\n" in prompt and answer not in kept
+            else:
+                assert re.fullmatch(r"( [A-Z]{5}){5}</s>", learned) and answer.endswith(learned.removesuffix("</s>"))
+
+
+def test_lessons_change_all_but_the_embeddings(tokenizer):
+    model = LlamaForCausalLM.from_pretrained(TINY)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    teach(model, Draws(tokenizer, 0, 256), steps=6, lr=1e-3)
+    unchanged = {name for name, tensor in model.state_dict().items() if torch.equal(tensor, before[name])}
+    assert unchanged == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+def test_the_model_of_three_tasks_knows_them():
+    tokenizer, model = AutoTokenizer.from_pretrained(TASKS), LlamaForCausalLM.from_pretrained(TASKS)
+    for task, tokens, least in (("line", 256, 0.9), ("niah", 256, 0.5), ("vt", 896, 0.5)):
+        assert accuracy(model, tokenizer, tokens, 30, task) >= least, task

@@ -21,7 +21,7 @@ KILLS ?= 50
 BENCH_TOKENS ?= 8192 31000 65536 131072
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test train data eval report merge recipes recipes-smoke study probes bench bench-data bench-gpu chaos lock lint tiny-model
+.PHONY: help setup demo demo-all test train data eval report merge recipes recipes-smoke study probes bench bench-data bench-gpu chaos lock lint tiny-model
 
 help: ## list the targets and their variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ $(VENV)/.installed: pyproject.toml
 
 demo: setup ## score, tune, merge, score again and draw on the small model: results/demo.png   [SEEDS="0 1 2"]
 	$(RUN) -m recipes.demo --seeds $(SEEDS)
+
+demo-all: setup ## the same for three tasks (lines, needles, RULER's variables) on the small model that knows them: results/demo_all.png
+	$(RUN) -m recipes.demo --base recipes/tiny_tasks --tasks line niah vt --seeds 0 --samples 50 --out results/demo_all.json
 
 test: setup ## lint, then run the tests (minutes; `pytest -m slow` has the rest)
 	@$(MAKE) --no-print-directory lint
@@ -90,5 +93,6 @@ bench-data: setup ## time every task's data at 31K tokens with Mistral's tokeniz
 bench-gpu: setup ## the same at 7B on a GPU: results/bench_gpu.json   [BENCH_TOKENS="8192 31000 65536 131072"]
 	$(RUN) -m recipes.bench --device cuda --shape llama2_7b --checkpointing --tokens $(BENCH_TOKENS) --repeats 3 --out results/bench_gpu.json
 
-tiny-model: setup ## train the small base model in recipes/tiny again, from nothing
+tiny-model: setup ## train the small base models in recipes/tiny and recipes/tiny_tasks again, from nothing
 	$(RUN) -m recipes.tiny_model
+	$(RUN) -m recipes.tiny_tasks

@@ -145,8 +145,8 @@ pipeline_tag: text-generation
 
 # A small model of three tasks
 
-[recipes/{base.name}](../{base.name}/README.md), trained for {steps} further steps on its own lines, on needles of random
-words in built-in prose and on RULER's variable tracking, within its window of {TRAINED_WINDOW} tokens and on one core:
+[recipes/{base.name}](../{base.name}/README.md), trained for {steps} further steps on its own lines, on needles of
+random words in built-in prose and on RULER's variable tracking, within its window of {TRAINED_WINDOW} tokens:
 `python -m recipes.tiny_tasks`. Its window was then doubled in the config alone, as LongRoPE does it: beyond
 {TRAINED_WINDOW} tokens RoPE frequencies are stretched as by NTK scaling with factor {LONG_FACTOR:g}.
 

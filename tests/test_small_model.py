@@ -147,7 +147,8 @@ def test_the_lessons_of_three_tasks_are_the_very_texts_of_data_gen(tokenizer):
     """Each row is the chat of its prompt and answer; no sentence of the needle task itself is among the needles."""
     draws = Draws(tokenizer, 0, 512)
     kept = {pair["needle"] for pair in (niah.TEST_NEEDLE, *niah.needles(niah.NEEDLES))}
-    for task, shape in (("niah", r"<book>(.*)</book>\nBased on"), ("vt", r"^Memorize and track (.*)Memorize and track")):
+    shapes = {"niah": r"<book>(.*)</book>\nBased on", "vt": r"^Memorize and track (.*)Memorize and track"}
+    for task, shape in shapes.items():
         ids, weights, _ = draws.batch(task)
         for row, weight in zip(ids.tolist(), weights.tolist(), strict=True):
             length = len(row) - row[::-1].index(tokenizer.eos_token_id)

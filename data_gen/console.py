@@ -28,15 +28,15 @@ def in_rust(error: BaseException) -> bool:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory gave out: Python's, PyTorch's on a GPU (a RuntimeError of its own), or PyTorch's on a CPU."""
-    named = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported for this
-    return isinstance(error, MemoryError) or named or "allocate memory" in str(error)
+    """Whether memory gave out: Python's, a GPU's, or PyTorch's on a CPU."""
+    said = ("out of memory", "allocate memory")  # PyTorch's errors are RuntimeErrors; it is not imported for this
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
 
 def stop(program: str, error: BaseException) -> NoReturn:
     """Exit with status 1 and one line that says what is wrong."""
     if out_of_memory(error):
-        sys.exit(f"{program}: out of memory: ask for shorter samples, fewer at once, or take a machine with more of it")
+        sys.exit(f"{program}: out of memory: ask for less at once (shorter samples, a smaller batch)")
     sys.exit(f"{program}: {first_line(error)}")
 
 

@@ -104,6 +104,29 @@ def load_json(path: Path) -> Any:
         raise ValueError(f"{path}: not JSON ({first_line(error)}): mend it or move it away") from None
 
 
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not a recipe: found {type(found).__name__}, expected settings and their values")
+    return found
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file; ``str.splitlines`` would also part them at U+2028 and the like, inside JSON."""
+    with path.open(encoding="utf-8") as file:
+        return [line.rstrip("\n") for line in file]
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with written_whole(path) as partial:

@@ -1,4 +1,4 @@
-"""LongBench's TriviaQA with passages: the 50 longest samples of ``triviaqa_e``, to train on (paper Table 3).
+"""LongBench's TriviaQA with passages: the 50 longest samples of ``triviaqa_e``, to train on (paper Table 6).
 
 Prompt and truncation in the middle are LongBench's (THUDM/LongBench, ``pred.py`` and ``config/dataset2prompt.json``).
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_gen.console import first_line
+from data_gen.files import read_lines
 from data_gen.sizing import Room
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def longest(data: str | None) -> list[dict[str, Any]]:
             raise ValueError(f"data: cannot fetch {DATASET[0]} ({first_line(error)}): name a local file") from error
     else:
         rows = []
-        for number, text in enumerate(Path(data).read_text(encoding="utf-8").splitlines(), 1):
+        for number, text in enumerate(read_lines(Path(data)), 1):
             try:
                 rows.append(json.loads(text))
             except json.JSONDecodeError as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_gen.console import first_line
+from data_gen.files import read_lines
 from data_gen.sizing import Room, largest
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def needles(path: Path) -> list[dict[str, str]]:
         ValueError: the file is not JSON lines of ``needle`` and ``question``, is empty, or holds the test needle.
     """
     found = []
-    for number, row in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, row in enumerate(read_lines(path), 1):
         try:
             pair = json.loads(row)
             pair = {key: pair[key].strip() for key in ("needle", "question")}

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-import yaml
 
 from data_gen.console import quiet_libraries, stop
 from data_gen.console import run as run_app
-from data_gen.files import write_text
+from data_gen.files import load_yaml, write_text
 from data_gen.generate import remark
 from eval.journal import check_replaced, journal_file, result_file, result_name
 from eval.probe.cli import adapters_named, numbers
@@ -163,7 +162,7 @@ def run(
         one_file = out.suffix == ".json"
         if one_file and (results_asked := len(names) * len(tasks)) > 1:
             raise ValueError(f"out: {out} is one file, but {results_asked} results are asked for: name a folder")
-        wanted = numbers(lengths, "lengths") if lengths else None
+        wanted = list(dict.fromkeys(numbers(lengths, "lengths"))) if lengths else None
         from axolotl_plugins.seal.load import Loaded, check_name, load, load_each
         from eval import known
         from eval import run as ours
@@ -173,9 +172,9 @@ def run(
         options: dict[str, Any] = {"chat_template": chat_template, "trust_remote_code": trust_remote_code}
         changes = None
         if model_config:
-            changes = (yaml.safe_load(model_config.read_text()) or {}).get("model_config")
-            if not changes:
-                raise ValueError(f"model-config: {model_config} has no `model_config:`")
+            changes = load_yaml(model_config).get("model_config")
+            if not isinstance(changes, dict):
+                raise ValueError(f"model-config: {model_config} has no `model_config:` with settings under it")
         for named in model or ():
             check_name(named)
         models: Iterable[Loaded] = load_each(folders, **options)
@@ -189,7 +188,7 @@ def run(
             loaded = connect(one, base_url) if backend == "vllm" else one
             for name in tasks:
                 path = out if one_file else result_file(out, name, title)
-                journal = journal_file(path, loaded.name, backend)
+                journal = journal_file(path, loaded.name, backend, changes, chat_template)
                 if name in KNOWN:
                     asked = {"data": data, "limit": min(most, default=None)}
                 else:

@@ -43,14 +43,15 @@ def check_replaced(out: Path, asked: dict[str, Any]) -> None:
 
 
 def journal_file(out: Path, model: str, *settings: object) -> Path:
-    """Where results are kept until all are there: beside ``out``, another file for other weights or settings.
+    """Where results are kept until all are there: beside ``out``, another file for other weights, config or settings.
 
     Raises:
         ValueError: ``out`` cannot be written.
     """
     check_output(out)
-    weights = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
-    identity = [model, *settings, *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights)]
+    folder, kinds = Path(model), ("*.safetensors", "*config.json")
+    files = sorted(file for kind in kinds for file in folder.glob(kind)) if folder.is_dir() else []
+    identity = [model, *settings, *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)]
     return out.with_name(f".{out.name}.{hashlib.sha256(repr(identity).encode()).hexdigest()[:12]}.partial")
 
 

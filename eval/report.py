@@ -163,13 +163,24 @@ def grid(result: dict[str, Any]) -> tuple[np.ndarray, list[int], list[int]]:
     return values, depths, lengths
 
 
+def labels(results: list[dict[str, Any]]) -> list[str]:
+    """A name for each result on one picture: its method, and whatever else tells it from the others."""
+    names = ["one-shot" if result["method"] == "base" and result.get("shots") == 1 else
+             result["method"] + (f", {result['shots']}-shot" if result.get("shots") else "")
+             for result in results]  # fmt: skip
+    return [
+        name if names.count(name) == 1 else f"{name}, {result['model']}"
+        for name, result in zip(names, results, strict=True)
+    ]
+
+
 def section(task: str, results: list[dict[str, Any]], paper: list[dict[str, Any]]) -> dict[str, Any]:
     """What the page says about one task of one base model."""
     if "sets" in results[0]:
         return sets_section(task, results)
     figures = []
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    draw_accuracy(axes, results)
+    draw_accuracy(axes, [result | {"method": name} for result, name in zip(results, labels(results), strict=True)])
     figures.append(picture(figure))
     if task == "niah":
         size = (1 + 4.2 * len(results), 3.6)

@@ -174,7 +174,7 @@ def answer_budget(task: str) -> int:
 
 def default_lengths(window: int, answer: int = 128) -> list[int]:
     """Lengths in tokens that lie in a window as the paper's lie in 32K, with room for the answer."""
-    return [min(int(window * share), window - answer) for share in PAPER_LENGTHS]
+    return sorted({min(int(window * share), window - answer) for share in PAPER_LENGTHS})
 
 
 def run(

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
 from data_gen.console import first_line, quiet_libraries, stop
 from data_gen.console import run as run_app
-from data_gen.files import check_output, write_text
+from data_gen.files import check_output, load_yaml, write_text
 from recipes.cost import CARD_SHARE, CARDS, GOOD_SHARE, GPUS, PAPER_SHARE, Shape, longest_sample, recipe_cost
 from recipes.matrix import FOLDER, METHODS, TASKS, all_recipes, rate, read_matrix, recipe
 
@@ -162,11 +161,8 @@ def cost_lines(file: Path, gpu: str) -> list[str]:
 
     if gpu not in GPUS:
         raise ValueError(f"gpu: found {gpu!r}, expected one of {', '.join(GPUS)}")
-    try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(settings, dict) or "base_model" not in settings:
+    settings = load_yaml(file)
+    if "base_model" not in settings:
         raise ValueError(f"{file}: not a recipe: it names no base_model")
     parse_block(settings.get("seal"))  # before anything is fetched
     matrix = read_matrix()

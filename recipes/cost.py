@@ -107,7 +107,7 @@ class Held:
     @classmethod
     def of(cls, recipe: dict[str, Any]) -> Held:
         """What a recipe's settings come to on one device."""
-        element = 2 if recipe.get("bf16") or recipe.get("bfloat16") else 4
+        element = 2 if any(recipe.get(kind) for kind in ("bf16", "bfloat16", "fp16", "float16")) else 4
         quantised = 0.5 if recipe.get("load_in_4bit") else 1.0 if recipe.get("load_in_8bit") else None
         offload = recipe.get("activation_offloading") == "hidden_states"
         return cls(element, quantised, bool(recipe.get("gradient_checkpointing")), offload)

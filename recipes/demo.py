@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ def derive_recipe(recipe: Path, seed: int, output_dir: Path, folder: Path) -> Pa
     return derived
 
 
+def recipe_file(base: Path, task: str, method: str) -> Path:
+    """The recipe of a small model, a task and a method."""
+    return Path(f"recipes/{base.name}_{task}_{method}.yml")
+
+
 def score_file(model: Path, task: str, work: Path) -> Path:
     """Where the scores of a model lie."""
     return result_file(work / "scores", task, result_name(str(model)))
@@ -67,7 +73,7 @@ def plan(base: Path, task: str, seeds: list[int], samples: int, work: Path) -> l
         for method in METHODS:
             name = f"{task}_{method}_seed{seed}"
             adapter, merged = work / name, work / f"{name}_merged"
-            recipe = derive_recipe(Path(f"recipes/{base.name}_{task}_{method}.yml"), seed, adapter, work / "recipes")
+            recipe = derive_recipe(recipe_file(base, task, method), seed, adapter, work / "recipes")
             steps.append(launch(f"tune {name}", recipe, adapter))
             fold = (python, "-m", "axolotl_plugins.seal", "merge", str(adapter), str(merged))
             steps.append(Step(f"merge {name}", fold, merged, (f"tune {name}",)))
@@ -187,10 +193,14 @@ def print_table(result: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def fingerprint(*parts: object, base: Path = BASE) -> str:
-    """Changes with the base model, its recipes and what else is given: results of another demo are not reused."""
+def fingerprint(*parts: object, base: Path = BASE, recipes: Sequence[Path] = ()) -> str:
+    """Changes with the base model, with recipes and with what else is given: results of others are not reused.
+
+    Raises:
+        OSError: there is no such base or recipe.
+    """
     digest = hashlib.sha256(repr(parts).encode())
-    for path in sorted([*base.iterdir(), *Path("recipes").glob(f"{base.name}_*.yml")]):
+    for path in [*sorted(base.iterdir()), *recipes]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -207,10 +217,13 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.samples, args.jobs) < 1:
         sys.exit(f"demo: found {args.samples} samples and {args.jobs} jobs, expected at least 1 of each")
+    args.tasks, args.seeds = list(dict.fromkeys(args.tasks)), list(dict.fromkeys(args.seeds))
     os.chdir(ROOT)
     start = time.time()
-    work = Path("outputs/demo") / fingerprint(args.tasks, args.seeds, args.samples, LENGTHS, base=args.base)
+    recipes = [recipe_file(args.base, task, method) for task in args.tasks for method in METHODS]
     try:
+        found = fingerprint(args.tasks, args.seeds, args.samples, LENGTHS, base=args.base, recipes=recipes)
+        work = Path("outputs/demo") / found
         steps = [step for task in args.tasks for step in plan(args.base, task, args.seeds, args.samples, work)]
         seconds = run_steps("demo", steps, work, args.jobs)
         results = [collect(args.base, task, args.seeds, seconds, work) for task in args.tasks]

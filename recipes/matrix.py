@@ -65,7 +65,8 @@ def data_block(model: dict[str, Any], task: str, samples: int) -> str:
     """What ``seal: data:`` says about one file, without indentation."""
     tokens = model["tokens"]
     if task in RULER:
-        tokens = f"{model.get('shortest_ruler', SHORTEST_RULER)}:{str(tokens).rpartition(':')[2]}"
+        longest = int(str(tokens).rpartition(":")[2])
+        tokens = f"{min(SHORTEST_RULER, longest // 2)}:{longest}"
     tokens = f'"{tokens}"' if isinstance(tokens, str) else tokens
     text = f"""task: {task}
 tokens: {tokens} # counted with this model's tokenizer and chat template
@@ -97,8 +98,7 @@ def recipe(file: Path, model: dict[str, Any], task: str, method: str, *, lr: flo
     # In bfloat16 with FlashAttention, but under ZeRO-3, which holds float32.
     precision, attention = f"bf16: {str(gpu).lower()}\ntf32: false", "flash_attention_2" if gpu else "sdpa"
     if sharding:
-        precision = SHARDING[sharding]
-        attention = attention if "bfloat16" in precision else "sdpa"
+        precision, attention = SHARDING[sharding]
     adapter = {
         "sealh": "adapter: seal\n" + SEAL,
         "sealc": "adapter: seal\n" + SEAL,
@@ -182,8 +182,9 @@ lora_target_modules: [q_proj, k_proj, v_proj, o_proj]
 """
 
 
+# Settings of weights that are spread over devices, and the attention that can be computed in their precision.
 SHARDING = {
-    "fsdp2": """fsdp_version: 2
+    "fsdp2": ("""fsdp_version: 2
 fsdp_config:
   auto_wrap_policy: TRANSFORMER_BASED_WRAP
   transformer_layer_cls_to_wrap: LlamaDecoderLayer
@@ -191,16 +192,16 @@ fsdp_config:
   reshard_after_forward: true
 bf16: false # with it the scales of every step would be rounded
 bfloat16: true
-tf32: false""",
-    "zero3": """deepspeed:
+tf32: false""", "flash_attention_2"),
+    "zero3": ("""deepspeed:
   zero_optimization:
     stage: 3
     stage3_gather_16bit_weights_on_model_save: true # in whatever dtype they are
   train_micro_batch_size_per_gpu: auto
   gradient_accumulation_steps: auto
-bf16: false # as bf16.enabled above would do, it would round the scales; without it DeepSpeed holds float32
-tf32: true""",
-}
+bf16: false # it would round the scales, as bf16.enabled in the block above would; without both all is in float32
+tf32: true""", "sdpa"),
+}  # fmt: skip
 
 
 def read_matrix() -> dict[str, Any]:

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from recipes.demo import BASE, LENGTHS, fingerprint
+from recipes.demo import BASE, LENGTHS, METHODS, fingerprint, recipe_file
 from recipes.steps import ROOT, Step, launch, run_steps
 
 OUT = Path("results/probes")
@@ -34,11 +34,9 @@ def plan(samples: int) -> list[Step]:
     model = ("--model", str(BASE))
     some, lengths = ("--samples", str(samples)), ("--lengths", f"{MIDDLE},{LONG}")
     heads = str(OUT / "heads.json")
-    adapter = {
-        (task, method): Path(f"outputs/tiny_{task}_{method}") for task in TUNED_FOR for method in ("sealh", "sealc")
-    }
+    adapter = {(task, method): Path(f"outputs/tiny_{task}_{method}") for task in TUNED_FOR for method in METHODS}
     steps = [
-        launch(f"tune {task} {method}", Path(f"recipes/tiny_{task}_{method}.yml"), folder)
+        launch(f"tune {task} {method}", recipe_file(BASE, task, method), folder)
         for (task, method), folder in adapter.items()
     ]
     tuned = tuple(step.name for step in steps)
@@ -83,7 +81,9 @@ def main() -> None:
     os.chdir(ROOT)
     start = time.time()
     try:
-        run_steps("probes", plan(args.samples), Path("outputs/probes") / fingerprint(args.samples), args.jobs)
+        recipes = [recipe_file(BASE, task, method) for task in TUNED_FOR for method in METHODS]
+        work = Path("outputs/probes") / fingerprint(args.samples, recipes=recipes)
+        run_steps("probes", plan(args.samples), work, args.jobs)
     except (RuntimeError, OSError) as error:
         sys.exit(f"probes: {error}")
     except KeyboardInterrupt:

@@ -176,8 +176,11 @@ def smoke(names: list[str], jobs: int) -> None:
     if unknown := [name for name in names if name not in texts]:
         raise ValueError(f"recipe: found {unknown[0]!r}, expected a name in recipes, such as {min(texts)}")
     # What was run is run again when a recipe or anything that a run depends on has changed.
-    code = sorted(path for folder in ("axolotl_plugins", "data_gen", "recipes") for path in Path(folder).rglob("*.py"))
-    digest = hashlib.sha256(repr(sorted(texts.items())).encode() + b"".join(path.read_bytes() for path in code))
+    digest = hashlib.sha256(repr(sorted(texts.items())).encode())
+    for folder in ("axolotl_plugins", "data_gen", "recipes"):
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file() and path.suffix not in (".pyc", ".yml"):
+                digest.update(path.read_bytes())
     work = Path("outputs/smoke") / digest.hexdigest()[:12]
     steps = [launch(name, file, work / name) for name, file in prepare(names, work).items()]
     seconds = run_steps("recipes", steps, work, jobs)

@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import shutil
+import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -80,13 +81,14 @@ class Cell:
     def file(self) -> Path:
         """Where the result lies."""
         name = "_".join(str(value).replace(" ", "-") for value in asdict(self).values())
-        return work() / "cells" / f"{name}.json"
+        return work(self.base) / "cells" / f"{name}.json"
 
 
 @cache
-def work() -> Path:
-    """Where results of this small model are kept."""
-    return Path("outputs/study") / fingerprint()
+def work(name: str) -> Path:
+    """Where results of a kind of base are kept: with the model that it is, or is made of."""
+    rope = BASES[name]
+    return Path("outputs/study") / fingerprint(base=rope if isinstance(rope, Path) else BASE)
 
 
 def base_folder(name: str) -> Path:
@@ -94,7 +96,7 @@ def base_folder(name: str) -> Path:
     rope = BASES[name]
     if isinstance(rope, Path):
         return rope
-    folder = work() / "bases" / name
+    folder = work(name) / "bases" / name
     if not folder.exists():
         with written_whole(folder) as partial:
             shutil.copytree(BASE, partial)
@@ -242,24 +244,34 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/study.json"))
     args = parser.parse_args()
     os.chdir(ROOT)
-    for base in args.bases:
+    try:
+        study(args.bases, list(dict.fromkeys(args.seeds)), args.jobs, args.out)
+    except (ValueError, OSError) as error:
+        sys.exit(f"study: {error}")
+    except KeyboardInterrupt:
+        sys.exit("study: interrupted; the same command goes on from here")
+
+
+def study(bases: list[str], seeds: list[int], jobs: int, out: Path) -> None:
+    """Choose rates, run every cell, write results and picture, and print tables."""
+    for base in bases:
         base_folder(base)
-    rates = choose_rates(args.bases, args.jobs)
+    rates = choose_rates(bases, jobs)
     cells = []
-    for base in args.bases:
+    for base in bases:
         for method in methods_of(base):
             tuned = CONTROLS.get(method, method)
             tasks = SCORED.get(base, ("line",)) if method in ("base", *RATES) else ("line",)
-            seeds = args.seeds if tuned in RATES else [0]
+            tried = seeds if tuned in RATES else [0]
             cells += [
                 Cell(base, method, rates.get((base, tuned), 0.0), seed, task, SAMPLES[task])
                 for task in tasks
-                for seed in seeds
+                for seed in tried
             ]
-    results = run_all(cells, args.jobs)
-    write_text(args.out, json.dumps({"cells": [results[cell] for cell in cells]}, indent=1) + "\n")
-    draw([results[cell] for cell in cells], args.bases, args.out.with_suffix(".png"))
-    for base in args.bases:
+    results = run_all(cells, jobs)
+    write_text(out, json.dumps({"cells": [results[cell] for cell in cells]}, indent=1) + "\n")
+    draw([results[cell] for cell in cells], bases, out.with_suffix(".png"))
+    for base in bases:
         print(table(base, [results[cell] for cell in cells if cell.base == base]))
 
 

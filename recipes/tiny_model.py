@@ -17,9 +17,8 @@ import argparse
 import itertools
 import random
 import re
-import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data_gen import line, niah, ruler
+from data_gen.files import remove, written_whole
 from data_gen.generate import Request, generate
-from recipes.demo import LENGTHS
+from recipes.demo import LENGTHS, TASK_LENGTHS
 
 # Words with at most one leading space, single digits, punctuation with the line break that may follow it.
 PIECES = r" ?\p{L}[\p{L}_]*|\d| ?[^\s\p{L}\d]+\n?|\s"
@@ -39,6 +39,8 @@ ROPE_THETA = 500_000.0
 TRAINED_WINDOW, WINDOW = 1024, 2048  # tokens
 LONG_FACTOR = 8.0  # of the stretch beyond the trained window
 SPECIAL = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
+# Task, tokens, and the share of whole answers with RoPE frequencies as trained and as shipped.
+Row = tuple[str, int, float, float]
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -439,10 +441,41 @@ def weighted_loss(
     return loss, logits.detach().argmax(-1) == target, weight
 
 
-def model_card(options: dict[str, Any], parameters: int, log: list[dict], rows: list[tuple[int, list[float]]]) -> str:
+def save(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, card: Callable[[list[Row]], str],
+    samples: int, tasks: Sequence[str] = ("line",),
+) -> None:  # fmt: skip
+    """Write a model with its window doubled, in the place of an older one.
+
+    Args:
+        model: as trained.
+        tokenizer: its own.
+        out: the folder; an older one goes when the new one is whole.
+        card: makes the folder's README of its accuracies, of ``samples`` test samples of each of ``tasks`` and lengths.
+        samples: see ``card``.
+        tasks: see ``card``.
+    """
+    with written_whole(out) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        stretched = LlamaConfig.from_pretrained(partial)
+        stretch(stretched, LONG_FACTOR)
+        models = [LlamaForCausalLM.from_pretrained(partial, config=config) for config in (model.config, stretched)]
+        rows = []
+        for task in tasks:
+            for tokens in TASK_LENGTHS.get(task, LENGTHS):
+                plain, long = (accuracy(one, tokenizer, tokens, samples, task) for one in models)
+                rows.append((task, tokens, plain, long))
+                print(*rows[-1], flush=True)
+        stretched.save_pretrained(partial)
+        (partial / "README.md").write_text(card(rows))
+        remove(out)
+
+
+def model_card(options: dict[str, Any], parameters: int, log: list[dict], rows: list[Row]) -> str:
     """The README of the model's folder."""
     last = log[-1]
-    table = "\n".join(f"| {tokens} | " + " | ".join(f"{x:.2f}" for x in found) + " |" for tokens, found in rows)
+    table = "\n".join(f"| {tokens} | {plain:.2f} | {long:.2f} |" for _, tokens, plain, long in rows)
     stages = "\n".join(f"| {e['stage']} | {e['step']} | {e['tokens'] / 1e6:.1f} M | {e['seconds']} |" for e in log)
     return f"""---
 license: apache-2.0
@@ -506,22 +539,8 @@ def main(argv: list[str] | None = None) -> None:
         polish=args.polish,
         max_steps=30_000,
     )
-    partial = args.out.with_name(f".{args.out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    stretched = LlamaConfig.from_pretrained(partial)
-    stretch(stretched, LONG_FACTOR)
-    models = [LlamaForCausalLM.from_pretrained(partial, config=config) for config in (model.config, stretched)]
-    rows = []
-    for tokens in LENGTHS:
-        rows.append((tokens, [accuracy(each, tokenizer, tokens, args.samples) for each in models]))
-        print(*rows[-1], flush=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    stretched.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(model_card(vars(args), parameters, log, rows))
-    shutil.rmtree(args.out, ignore_errors=True)
-    partial.rename(args.out)
+    save(model, tokenizer, args.out, lambda rows: model_card(vars(args), parameters, log, rows), args.samples)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Teach the small model needles and chains of variables: ``python -m recipes.tiny_tasks``.
 
 The model of ``recipes/tiny`` is trained on within its short window, on its own lines, on needles in built-in prose and
-on RULER's variable tracking, and its window is doubled as before. The needles are made of random words: the task's own
-sentences, of training and of test, are never among them.
+on RULER's variable tracking, and its window is doubled as before. The needles are made of random words, two fifths of
+them in the frame of the task's test needle ("The best thing to do in ... is ..."). The task's own sentences, those of
+training and that of the test, are never among them.
 """
 
 from __future__ import annotations
@@ -17,22 +18,21 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data_gen import niah, ruler
-from data_gen.files import remove, written_whole
-from recipes.demo import BASE, LENGTHS, TASK_LENGTHS, TASKS_BASE
+from recipes.demo import BASE, TASKS_BASE
 from recipes.tiny_model import (
     LONG_FACTOR,
     ROPE_THETA,
     TRAINED_WINDOW,
     Records,
-    accuracy,
+    Row,
     curriculum,
     descend,
     optimizer_of,
     padded,
-    stretch,
+    save,
 )
 
-Row = tuple[list[int], list[float]]  # ids and loss weights of one chat
+Chat = tuple[list[int], list[float]]  # ids and loss weights
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # ids, weights and choices, see ``weighted_loss``
 
 LINES = 32  # longest record
@@ -66,7 +66,7 @@ class Draws:
             rows.append(next(draw))
         return *padded(rows), torch.arange(len(self.tokenizer))
 
-    def row(self, prompt: str, said: str, learned: str) -> Row:
+    def row(self, prompt: str, said: str, learned: str) -> Chat:
         """One chat, with loss on what the assistant says after ``said``."""
         question = [{"role": "user", "content": prompt}]
         before = self.tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
@@ -96,7 +96,7 @@ class Draws:
         rng = self.rng
         return rng.randint(most // 2, most) if rng.random() < 0.5 else rng.randint(2, most)
 
-    def needles(self) -> Iterator[Row]:
+    def needles(self) -> Iterator[Chat]:
         """Needles in prose of one length, without end."""
         sentences = self.longest(SENTENCES)
         while True:
@@ -104,7 +104,7 @@ class Draws:
             context = niah.insert(niah.prose(self.rng, sentences).strip(), pair["needle"], self.rng.randint(0, 100))
             yield self.row(niah.PROMPT.format(context=context, question=pair["question"]), "", pair["needle"])
 
-    def chains(self) -> Iterator[Row]:
+    def chains(self) -> Iterator[Chat]:
         """Chains of variables after a worked example, without end."""
         rng = self.rng
         noises = rng.randint(*NOISES)
@@ -134,7 +134,7 @@ def teach(model: LlamaForCausalLM, draws: Draws, *, steps: int, lr: float) -> No
             print(f"step {step + 1}, {time.time() - start:.0f} s: tokens right: {shares}", flush=True)
 
 
-def model_card(base: Path, steps: int, rows: list[tuple[str, int, float, float]], samples: int) -> str:
+def model_card(base: Path, steps: int, rows: list[Row], samples: int) -> str:
     """The README of the model's folder."""
     table = "\n".join(f"| {task} | {tokens} | {plain:.2f} | {long:.2f} |" for task, tokens, plain, long in rows)
     return f"""---
@@ -145,9 +145,10 @@ pipeline_tag: text-generation
 
 # A small model of three tasks
 
-[recipes/{base.name}](../{base.name}/README.md), trained for {steps} further steps on its own lines, on needles of
-random words in built-in prose and on RULER's variable tracking, within its window of {TRAINED_WINDOW} tokens:
-`python -m recipes.tiny_tasks`. Its window was then doubled in the config alone, as LongRoPE does it: beyond
+[recipes/{base.name}](../{base.name}/README.md), trained for {steps} further steps within its window of {TRAINED_WINDOW}
+tokens: on its own lines, on needles of random words in built-in prose (two fifths of them in the test needle's frame, "The
+best thing to do in ... is ..."; its own sentence is none of them), and on RULER's variable tracking
+(`python -m recipes.tiny_tasks`, one core). Its window was then doubled in the config alone, as LongRoPE does it: beyond
 {TRAINED_WINDOW} tokens RoPE frequencies are stretched as by NTK scaling with factor {LONG_FACTOR:g}.
 
 Share of {samples} test samples of `data_gen` whose whole answer is the model's first choice throughout:
@@ -175,21 +176,8 @@ def main(argv: list[str] | None = None) -> None:
     config.max_position_embeddings = TRAINED_WINDOW
     model = LlamaForCausalLM.from_pretrained(args.base, config=config)
     teach(model, Draws(tokenizer, args.seed, args.tokens), steps=args.steps, lr=args.lr)
-    remove(args.out)
-    with written_whole(args.out) as partial:
-        model.save_pretrained(partial)
-        stretched = LlamaConfig.from_pretrained(partial)
-        stretch(stretched, LONG_FACTOR)
-        models = [LlamaForCausalLM.from_pretrained(partial, config=one) for one in (model.config, stretched)]
-        rows = []
-        for task in SHARES:
-            for tokens in TASK_LENGTHS.get(task, LENGTHS):
-                plain, long = (accuracy(one, tokenizer, tokens, args.samples, task) for one in models)
-                rows.append((task, tokens, plain, long))
-                print(*rows[-1], flush=True)
-        stretched.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(model_card(args.base, args.steps, rows, args.samples))
+    card = lambda rows: model_card(args.base, args.steps, rows, args.samples)  # noqa: E731
+    save(model, tokenizer, args.out, card, args.samples, tuple(SHARES))
 
 
 if __name__ == "__main__":

@@ -225,6 +225,8 @@ def torment(name: str, stage: Stage, inputs: Path, work: Path, kills: int, until
             raise RuntimeError(f"killed after {moment:.2f} s, the next run left {left[0]}")
         survived += 1
         shutil.rmtree(folder)
+    if not survived:
+        raise RuntimeError("there was no time to kill it")
     return f"{name}: {survived}/{survived} survived, {kills} asked for, {seconds:.1f} s undisturbed"
 
 

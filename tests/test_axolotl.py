@@ -298,7 +298,7 @@ def test_weights_spread_by_zero3_learn_what_whole_weights_learn(tmp_path):
     for folder in folders.values():
         folder.mkdir()
     write_recipe(folders["whole"])
-    write_recipe(folders["spread"], deepspeed=yaml.safe_load(SHARDING["zero3"])["deepspeed"])
+    write_recipe(folders["spread"], deepspeed=yaml.safe_load(SHARDING["zero3"][0])["deepspeed"])
     done = launch(folders["whole"])
     assert done.returncode == 0, done.stderr[-3000:]
     two = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29512")

@@ -23,6 +23,11 @@ from .provenance import seen_texts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Broken files make the libraries raise almost anything, ImportError where a quantised model lacks its library.
+BROKEN = (
+    OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, StrictDataclassError,
+    SafetensorError,
+)  # fmt: skip
 RECORD = "seal_merge.json"  # in a merged folder: what ``merge.merge`` returns
 
 
@@ -149,6 +154,12 @@ def load_weights(base: str, config: Any, dtype: torch.dtype | str, trust_remote_
     return model
 
 
+def cannot_load(name: str, error: BaseException) -> ValueError:
+    """What is said of a model or an adapter whose files a library could not read, in one line."""
+    text = " ".join(str(error).split())
+    return ValueError(f"cannot load {name}: {text[:400] or type(error).__name__}")
+
+
 def check_name(name: str) -> None:
     """See that the name of a folder is not taken for that of a repository on the hub.
 
@@ -214,13 +225,8 @@ def load(
             model = apply_adapter(model, Path(name))
         own = adapter is None or (Path(name) / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(name if own else base, **trust)
-    # Broken files make the libraries raise almost anything, ImportError where a quantised model lacks its library.
-    except (
-        OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, StrictDataclassError,
-        SafetensorError,
-    ) as error:  # fmt: skip
-        text = " ".join(str(error).split())
-        raise ValueError(f"cannot load {name}: {text[:400] or type(error).__name__}") from error
+    except BROKEN as error:
+        raise cannot_load(name, error) from error
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
     check_template(tokenizer, name)
@@ -257,7 +263,11 @@ def load_each(
     for folder in adapters.values():
         if not is_adapter(folder):
             raise ValueError(f"adapter: {folder} has no adapter_config.json: name the folder that training wrote")
-        configs[folder] = PeftConfig.from_pretrained(folder)
+        try:
+            configs[folder] = PeftConfig.from_pretrained(folder)
+            load_file(Path(folder) / "adapter_model.safetensors")
+        except BROKEN as error:
+            raise cannot_load(folder, error) from error
         base, first = (configs[one].base_model_name_or_path for one in (folder, next(iter(configs))))
         if base != first:
             raise ValueError(f"adapter: {folder} is of {base}, the first one of {first}: score it on its own")
@@ -272,7 +282,10 @@ def load_each(
             shared = load(folder, chat_template=chat_template, trust_remote_code=trust_remote_code)
             yield shared
             continue
-        shared.model.load_adapter(folder, adapter_name=f"adapter_{number}")
+        try:
+            shared.model.load_adapter(folder, adapter_name=f"adapter_{number}")
+        except BROKEN as error:
+            raise cannot_load(folder, error) from error
         check_tensors(Path(folder) / "adapter_model.safetensors", shared.model, f"adapter_{number}")
         shared.model.set_adapter(f"adapter_{number}", inference_mode=True)
         tokenizer = shared.tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -116,7 +117,7 @@ def heads(
         from eval.probe.maps import changes, removal_map
 
         wanted = numbers(lengths, "lengths")
-        journal = journal_file(out, model, "heads", task, wanted, samples)
+        journal = journal_file(out, model, "heads", task, wanted, samples, chat_template)
         loaded = load(model, chat_template=chat_template)
         found = removal_map(loaded, task, wanted, samples=samples, batch=batch, journal=journal)
         print_extremes(found, changes(found, wanted[-1]), f"change of the score at {wanted[-1]} tokens")
@@ -137,7 +138,7 @@ def channels(
         from eval.probe.maps import removal_map
 
         wanted, chosen = numbers(lengths, "lengths"), head_names(heads)
-        journal = journal_file(out, model, "channels", task, wanted, samples, chosen)
+        journal = journal_file(out, model, "channels", task, wanted, samples, chosen, chat_template)
         loaded = load(model, chat_template=chat_template)
         found = removal_map(loaded, task, wanted, samples=samples, heads=chosen, batch=batch, journal=journal)
         finish(found, out, journal)
@@ -159,7 +160,7 @@ def gradient(
 
         wanted, at = numbers(lengths, "lengths"), numbers(points, "points", float)
         exact = read_map(compare) if compare else None
-        journal = journal_file(out, model, "gradient", task, wanted, samples, at)
+        journal = journal_file(out, model, "gradient", task, wanted, samples, at, chat_template)
         loaded = load(model, chat_template=chat_template)
         found = gradient_map(loaded, task, wanted, samples=samples, points=tuple(at), journal=journal)
         if exact is not None:
@@ -196,8 +197,23 @@ def quadrants(
         loaded = load(model, chat_template=chat_template)
         wanted = numbers(lengths, "lengths") if lengths else default_lengths(loaded.window)
         journals = {
-            name: journal_file(out, model, "quadrants", found, down, up, name) for name in ("base", *KINDS)
+            name: journal_file(out, model, "quadrants", found, down, up, chat_template, name)
+            for name in ("base", *KINDS)
         }  # fmt: skip
+        folders: dict[str, Path] = {}
+        for name in KINDS:
+            try:
+                scales = quadrant_scales(found, name, down, up)
+            except ValueError as error:
+                print(f"{name}: {error}")
+                continue
+            # Of another model, map or pair of scales in another folder.
+            made_of = hashlib.sha256(repr((model, found, down, up)).encode()).hexdigest()[:8]
+            folders[name] = adapters / f"{name.lower().replace(', ', '_').replace(' ', '_')}_{made_of}"
+            if not folders[name].exists():
+                save_scales(load(model, chat_template=chat_template), scales, folders[name])
+        if not folders:
+            raise ValueError(f"{source}: no head helps or hurts at both lengths, so there is nothing to scale")
 
         def scores(name: str, folder: str | Path) -> dict[str, float]:
             each = load(folder, chat_template=chat_template)
@@ -207,21 +223,11 @@ def quadrants(
 
         result: dict[str, Any] = {
             "kind": "quadrants", "model": model, "base_model": loaded.base, "task": found["task"], "map": str(source),
-            "down": down, "up": up, "samples": samples, "scores": {"base": scores("base", model)}, "adapters": {},
+            "down": down, "up": up, "samples": samples, "scores": {"base": scores("base", model)},
+            "adapters": {name: str(folder) for name, folder in folders.items()},
         }  # fmt: skip
-        for name in KINDS:
-            try:
-                scales = quadrant_scales(found, name, down, up)
-            except ValueError as error:
-                print(f"{name}: {error}")
-                continue
-            folder = adapters / name.lower().replace(", ", "_").replace(" ", "_")
-            if not folder.exists():
-                save_scales(load(model, chat_template=chat_template), scales, folder)
+        for name, folder in folders.items():
             result["scores"][name] = scores(name, folder)
-            result["adapters"][name] = str(folder)
-        if not result["adapters"]:
-            raise ValueError(f"{source}: no head helps or hurts at both lengths, so there is nothing to scale")
         finish(result, out, *journals.values())
 
 
@@ -270,8 +276,13 @@ def transfer(
         from axolotl_plugins.seal.load import load
         from eval.probe.transfer import by_length, matrix
         from eval.run import default_lengths, run
+        from eval.score import SCORERS
 
         folders = adapters_named(adapter)
+        if "base" in folders:
+            raise ValueError("adapter: found the name 'base', which is --model's: give it another")
+        if unknown := [task for task in tasks.split(",") if task not in SCORERS]:
+            raise ValueError(f"tasks: found {unknown[0]!r}, expected some of {','.join(SCORERS)}")
         journals = []
         results: dict[str, dict[str, Any]] = {}
         for name, folder in {"base": model, **folders}.items():
@@ -279,7 +290,7 @@ def transfer(
             wanted = numbers(lengths, "lengths") if lengths else default_lengths(loaded.window)
             results[name] = {}
             for task in tasks.split(","):
-                journals.append(journal_file(out, folder, name, task, wanted, samples))
+                journals.append(journal_file(out, folder, name, task, wanted, samples, chat_template))
                 results[name][task] = run(loaded, task, lengths=wanted, samples=samples, batch_size=batch_size,
                                           journal=journals[-1])  # fmt: skip
         base = results.pop("base")

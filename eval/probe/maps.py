@@ -118,6 +118,7 @@ def removal_map(
     layers = range(len(found)) if heads is None else sorted({layer for layer, _ in heads})
     scales = {layer: variants(found[layer], layer, unit, heads) for layer in layers}
     kept = Journal(journal)
+    spent = kept.values.get("seconds", 0.0)  # by a run that was cut off
 
     def score(ids: list[int], prompt: Prompt) -> float:
         return SCORERS[task](loaded.tokenizer.decode(ids, skip_special_tokens=True), prompt.references)
@@ -130,6 +131,7 @@ def removal_map(
         for layer in layers:
             answers = remover.variants(reading, layer, scales[layer])
             kept.add(f"{prompt.key}/{layer}", [[score(one.ids, prompt), one.logprob] for one in answers])
+        kept.add("seconds", spent + time.perf_counter() - start)
     base: dict[str, Any] = {"score": {}, "logprob": {}}
     change: dict[str, Any] = {"score": {}, "logprob": {}}
     for place, what in enumerate(("score", "logprob")):
@@ -146,7 +148,7 @@ def removal_map(
     if heads is not None:
         for what in change:
             change[what] = {length: by_head(rows, layers, heads) for length, rows in change[what].items()}
-    seconds = time.perf_counter() - start
+    seconds = spent + time.perf_counter() - start
     return result(loaded, task, lengths, samples, seed, "removal", unit, base, change, seconds)
 
 
@@ -189,6 +191,7 @@ def gradient_map(
     model = wrapped(loaded.model)
     found = blocks(model)
     kept = Journal(journal)
+    spent = kept.values.get("seconds", 0.0)  # by a run that was cut off
     every = list(prompts(loaded, task, lengths, samples, seed))
     for prompt in tqdm(every, desc="gradients"):
         if prompt.key in kept:
@@ -209,6 +212,7 @@ def gradient_map(
             total = [a + g.cpu() / len(points) for a, g in zip(total, gradients, strict=True)]
             logprob -= loss.item() / len(points)
         kept.add(prompt.key, [logprob, [one.tolist() for one in total]])
+        kept.add("seconds", spent + time.perf_counter() - start)
     base: dict[str, Any] = {"logprob": {}}
     heads: dict[str, Any] = {"logprob": {}, "importance": {}}
     channels: dict[str, Any] = {"logprob": {}}
@@ -220,7 +224,7 @@ def gradient_map(
         channels["logprob"][length] = slopes.mean(0).tolist()
         heads["logprob"][length] = by_prompt.mean(0).tolist()
         heads["importance"][length] = (-np.abs(by_prompt).mean(0)).tolist()
-    seconds = time.perf_counter() - start
+    seconds = spent + time.perf_counter() - start
     out = result(loaded, task, lengths, samples, seed, "gradient", "head", base, heads, seconds)
     return {**out, "points": list(points), "channels": channels}
 

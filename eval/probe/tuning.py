@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from tqdm import tqdm
 
@@ -18,6 +17,7 @@ from axolotl_plugins.seal.args import parse_block
 from axolotl_plugins.seal.layer import SealLayer
 from axolotl_plugins.seal.load import Loaded, load, with_adapter
 from axolotl_plugins.seal.tune import tune
+from data_gen.files import load_yaml
 from data_gen.generate import Messages, Request, generate
 from eval.journal import Journal
 from eval.probe.maps import PROBE_SEED
@@ -28,14 +28,14 @@ def read_recipe(file: Path) -> dict[str, Any]:
     """What a SEAL recipe says about the model, the data and the rate.
 
     Returns:
-        ``base_model``, ``chat_template`` (file or None), ``granularity``, ``request`` (of its data), ``rate``,
-        ``epochs``, ``seed``.
+        ``base_model``, ``model_config``, ``chat_template`` (file or None), ``scales`` (settings of ``SealConfig``),
+        ``request`` (of its data), ``rate``, ``epochs``.
 
     Raises:
         ValueError: it is not a recipe of SEAL that describes its data.
     """
     try:
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+        recipe = load_yaml(file)
         block = parse_block(recipe["seal"])
         if block.data is None or len(block.data) != 1:
             raise ValueError(f"{file}: seal.data: found {len(block.data or [])} descriptions, expected one")
@@ -43,21 +43,26 @@ def read_recipe(file: Path) -> dict[str, Any]:
             raise ValueError(f"{file}: learning_rate: found {recipe['learning_rate']}, expected a number above 0")
         return {
             "base_model": recipe["base_model"],
+            "model_config": recipe.get("model_config"),
             "chat_template": recipe.get("chat_template_jinja"),
-            "granularity": block.granularity,
+            "scales": {
+                "granularity": block.granularity, "target_modules": block.target_modules, "layers": block.layers,
+                "num_heads": block.num_heads,
+            },
             "request": Request(**block.data[0].model_dump()),
             "rate": float(recipe["learning_rate"]),
             "epochs": int(recipe["num_epochs"]),
-            "seed": int(recipe["seed"]),
-        }
-    except (KeyError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
+        }  # fmt: skip
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{file}: not a recipe with `adapter: seal` and `seal: data:` ({error!r})") from None
 
 
 def load_new(recipe: dict[str, Any]) -> Loaded:
     """The recipe's base model with new scales, all 1."""
-    loaded = load(recipe["base_model"], chat_template=recipe["chat_template"])
-    return with_adapter(loaded, SealConfig(granularity=recipe["granularity"]))
+    loaded = load(
+        recipe["base_model"], chat_template=recipe["chat_template"], model_config=recipe["model_config"]
+    )  # fmt: skip
+    return with_adapter(loaded, SealConfig(**recipe["scales"]))
 
 
 def seal_layers(model: nn.Module) -> list[SealLayer]:
@@ -85,7 +90,13 @@ def shuffle_heads(model: nn.Module, rng: random.Random) -> None:
 
 
 def of_others(items: list[Any], rng: random.Random) -> list[Any]:
-    """The same items, each in another's place."""
+    """The same items, each in another's place.
+
+    Raises:
+        ValueError: there are fewer than two.
+    """
+    if len(items) < 2:
+        raise ValueError("samples: found 1, expected at least 2, so that each can have another's answer")
     turn = rng.randrange(1, len(items))
     return items[turn:] + items[:turn]
 
@@ -140,7 +151,8 @@ def sweep(
     for rate, count, passes, seed in tqdm(grid, desc="tuning and scoring"):
         key = f"{rate}/{count}/{passes}/{seed}"
         if key not in kept:
-            chats, _ = training_data(recipe["request"], loaded.tokenizer, count, seed)
+            request = recipe["request"]
+            chats, _ = training_data(request, loaded.tokenizer, count, request.seed + seed)
             reset(loaded.model)
             tune(loaded.model, chats, loaded.tokenizer, lr=rate, epochs=passes, seed=seed)
             kept.add(key, validation_scores(loaded, recipe, lengths, validation, batch_size))

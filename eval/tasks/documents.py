@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
+from data_gen.files import read_lines
 from data_gen.generate import Request, count_tokens, draw, load_tokenizer
 from eval.score import SCORERS
 
@@ -46,7 +47,7 @@ def read_cases(folder: str, samples: int, tokenizer: PreTrainedTokenizerBase) ->
     if not files:
         raise ValueError(f"cases: no *_lines.jsonl in {folder!r}: name the folder with LongEval's line cases")
     for file in files:
-        for index, text in enumerate(file.read_text(encoding="utf-8").splitlines()[:samples]):
+        for index, text in enumerate(read_lines(file)[:samples]):
             try:
                 case = json.loads(text)
                 number, lines = int(case["expected_number"]), int(case["num_lines"])

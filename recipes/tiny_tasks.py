@@ -146,8 +146,8 @@ pipeline_tag: text-generation
 # A small model of three tasks
 
 [recipes/{base.name}](../{base.name}/README.md), trained for {steps} further steps within its window of {TRAINED_WINDOW}
-tokens: on its own lines, on needles of random words in built-in prose (two fifths of them in the test needle's frame, "The
-best thing to do in ... is ..."; its own sentence is none of them), and on RULER's variable tracking
+tokens: on its own lines, on needles of random words in built-in prose (two fifths of them in the test needle's frame,
+"The best thing to do in ... is ..."; its own sentence is none of them), and on RULER's variable tracking
 (`python -m recipes.tiny_tasks`, one core). Its window was then doubled in the config alone, as LongRoPE does it: beyond
 {TRAINED_WINDOW} tokens RoPE frequencies are stretched as by NTK scaling with factor {LONG_FACTOR:g}.
 

@@ -154,6 +154,7 @@ PROBE = "probe heads --model {tiny} --lengths 300 --samples 2 --out {tmp}/p.json
 QUADRANTS = "probe quadrants --model {tiny} --out {tmp}/p.json --from "
 SWEEP = "probe sweep --lengths 300 --out {tmp}/p.json --recipe "
 SCORE = "run --lengths 300 --samples 2 --out {tmp}/r.json --model "
+EACH = "run --lengths 300 --samples 2 --out {tmp} --adapter a={adapter}/good --adapter "
 CASES = [
     # data_gen: what is asked for
     ("data_gen", LINE.replace("line ", "lines ", 1), "task: found 'lines', expected one of line"),
@@ -266,8 +267,22 @@ CASES = [
     ("eval", "probe inspect --out {tmp}/p.json --adapter {tiny}", "tiny: not an adapter folder"),
     ("eval", "probe inspect --out {tmp}/p.json --adapter {adapter}/lora", "lora: found a LORA adapter"),
     ("eval", SWEEP + "{file}/no.yml", "/no.yml: No such file or directory"),
-    ("eval", SWEEP + "{file}/list.yml", "list.yml: not a recipe with"),
-    ("eval", SWEEP + "{file}/broken.yml", "broken.yml: not a recipe with"),
+    ("eval", SWEEP + "{file}/list.yml", "list.yml: not a recipe: found list"),
+    ("eval", SWEEP + "{file}/broken.yml", "broken.yml: not YAML"),
+    ("eval", RUN + "--model-config {file}/broken.yml", "broken.yml: not YAML"),
+    ("eval", RUN + "--model-config {file}/list.yml", "list.yml: not a recipe: found list"),
+    ("eval", RUN + "--model-config {file}/no_data.yml", "no_data.yml has no `model_config:` with settings"),
+    ("eval", EACH + "b={adapter}/truncated", "cannot load .*/truncated"),
+    (
+        "eval",
+        "probe transfer --model {tiny} --adapter base={adapter}/good --out {tmp}/p.json --lengths 256",
+        "adapter: found the name 'base'",
+    ),
+    (
+        "eval",
+        "probe transfer --model {tiny} --adapter a={adapter}/good --out {tmp}/p.json --tasks line,lines",
+        "tasks: found 'lines'",
+    ),
     ("eval", SWEEP + "{file}/rate_nan.yml", "rate_nan.yml: learning_rate: found nan"),
     ("eval", SWEEP + "{file}/typo.yml", "seal.granularty: no such setting"),
     ("eval", SWEEP + "{file}/two.yml", "two.yml: seal.data: found 2 descriptions, expected one"),
@@ -299,7 +314,7 @@ CASES = [
     ("recipes", "new {tiny} --out {file}/folder", "folder: is a folder"),
     ("recipes", "cost {file}/no.yml", "/no.yml: No such file or directory"),
     ("recipes", "cost {file}/folder", "/folder: Is a directory"),
-    ("recipes", "cost {file}/list.yml", "list.yml: not a recipe: it names no base_model"),
+    ("recipes", "cost {file}/list.yml", "list.yml: not a recipe: found list"),
     ("recipes", "cost {file}/broken.yml", "broken.yml: not YAML"),
     ("recipes", "cost {file}/no_data.yml", "does not describe its data"),
     ("recipes", "cost {file}/typo.yml", "seal.granularty: no such setting"),

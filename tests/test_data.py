@@ -16,7 +16,17 @@ import pytest
 from transformers import AutoTokenizer
 
 from data_gen import line
-from data_gen.generate import Request, accepts, count_tokens, draw, generate, load_tokenizer, manifest_path, write
+from data_gen.generate import (
+    Request,
+    accepts,
+    count_tokens,
+    draw,
+    generate,
+    load_tokenizer,
+    manifest_path,
+    read_rows,
+    write,
+)
 from data_gen.sizing import largest
 
 TINY = Path(__file__).parent.parent / "recipes" / "tiny"
@@ -184,6 +194,14 @@ def test_a_file_that_is_not_what_is_asked_for_is_an_error(tmp_path, tokenizer):
     manifest_path(out).unlink()
     with pytest.raises(ValueError, match="other data"):
         write(Request("line", "400", samples=3), tokenizer, out)
+
+
+def test_lines_end_at_line_breaks_alone(tmp_path):
+    """JSON leaves the separators of Unicode as they are; they part no rows."""
+    rows = [{"text": f"a{sign}b"} for sign in ("\u2028", "\u2029", "\u0085", "\x0b")]
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert list(read_rows(file)) == rows
 
 
 def test_a_tokenizer_without_template_is_refused(tmp_path, tokenizer):

@@ -15,7 +15,7 @@ from peft import get_peft_model
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.load import load
 from axolotl_plugins.seal.scales import saved_scales, scale_matrix
-from eval.report import LONGCHAT, grid, paper_value, rate_table, write_report
+from eval.report import LONGCHAT, grid, labels, paper_value, rate_table, write_report
 
 ROOT = Path(__file__).parent.parent
 PAPER = yaml.safe_load((ROOT / "eval" / "paper.yml").read_text())
@@ -44,6 +44,17 @@ def test_page_shows_scores_beside_the_papers_and_escapes_responses(tmp_path):
     assert "paper 0.32, table 1" in page and "paper 0.88, table 1" in page and "0.25" in page
     assert page.count("data:image/png;base64,") >= 3
     assert not re.findall(r'(?:src|href)="(?!data:)', page)  # nothing from the network
+
+
+def test_what_differs_in_model_or_shots_is_not_drawn_as_seeds_of_one(tmp_path):
+    base, shown = result(), result() | {"shots": 1}
+    assert labels([base, shown]) == ["base", "one-shot"]
+    tuned = [result(method="SEAL-C", model=name) for name in ("a", "a_merged")]
+    assert labels(tuned) == ["SEAL-C, a", "SEAL-C, a_merged"]
+    shorter = {**tuned[1], "scores": tuned[1]["scores"][:1]}
+    for place, one in enumerate((tuned[0], shorter)):
+        (tmp_path / f"{place}.json").write_text(json.dumps(one))
+    assert write_report(tmp_path, tmp_path / "r.html") == 2
 
 
 def test_papers_numbers_are_found_by_model_task_method_and_length():

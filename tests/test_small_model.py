@@ -138,7 +138,7 @@ def test_beyond_the_trained_window_frequencies_are_those_of_ntk():
 
 def test_shipped_model_knows_short_records_and_loses_long_ones(tokenizer):
     model = LlamaForCausalLM.from_pretrained(TINY)
-    assert sum(path.stat().st_size for path in TINY.iterdir()) <= 20e6
+    assert sum(path.stat().st_size for folder in (TINY, TASKS) for path in folder.iterdir()) <= 20e6
     assert accuracy(model, tokenizer, LENGTHS[0], 30) >= 0.9
     assert accuracy(model, tokenizer, LENGTHS[-1], 30) <= 0.6
 
@@ -173,5 +173,6 @@ def test_lessons_change_all_but_the_embeddings(tokenizer):
 
 def test_the_model_of_three_tasks_knows_them():
     tokenizer, model = AutoTokenizer.from_pretrained(TASKS), LlamaForCausalLM.from_pretrained(TASKS)
-    for task, tokens, least in (("line", 256, 0.9), ("niah", 256, 0.5), ("vt", 896, 0.5)):
+    for task, tokens, least in (("line", 256, 0.8), ("niah", 256, 0.9), ("niah", 1960, 0.9), ("vt", 896, 0.05)):
         assert accuracy(model, tokenizer, tokens, 30, task) >= least, task
+    assert accuracy(model, tokenizer, LENGTHS[-1], 30) <= 0.2

@@ -11,6 +11,7 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager, get_task_dict
 
 from axolotl_plugins.seal.load import Loaded
+from data_gen.console import first_line
 from data_gen.generate import as_messages, count_tokens
 from eval.run import harness_for
 from eval.served import Served
@@ -121,7 +122,12 @@ def run_known(
     """
     if group == "mmlu" and isinstance(loaded, Served):
         raise ValueError("backend: mmlu compares probabilities, which a server does not give of prompts: use hf")
-    tasks = get_task_dict(task_configs(group, data), TaskManager())
+    configs = task_configs(group, data)
+    try:
+        tasks = get_task_dict(configs, TaskManager())
+    except Exception as error:  # the libraries below raise a dozen kinds for one cause
+        where = f"read from {data}" if data else "fetched from the hub: name a folder with --data"
+        raise ValueError(f"data: {group} cannot be {where} ({first_line(error)})") from error
     harness = harness_for(loaded, batch_size, journal, add_bos_token=group != "longbench")
     cut = {}
     for name, task in tasks.items():

@@ -272,6 +272,11 @@ CASES = [
     ("eval", RUN + "--model-config {file}/broken.yml", "broken.yml: not YAML"),
     ("eval", RUN + "--model-config {file}/list.yml", "list.yml: not a recipe: found list"),
     ("eval", RUN + "--model-config {file}/no_data.yml", "no_data.yml has no `model_config:` with settings"),
+    (
+        "eval",
+        "run --model {tiny} --task mmlu --limit 1 --out {tmp}/r.json",
+        "data: mmlu cannot be fetched from the hub",
+    ),
     ("eval", EACH + "b={adapter}/truncated", "cannot load .*/truncated"),
     (
         "eval",

@@ -146,8 +146,8 @@ def run_known(
     for name in tasks:
         found, count = results["results"][name], results["n-samples"][name]["effective"]
         score = 100 * found[f"{metric},none"]
-        error = found.get(f"{metric}_stderr,none")
-        spread = 196 * error if isinstance(error, float) and not math.isnan(error) else None
+        deviation = found.get(f"{metric}_stderr,none")
+        spread = 196 * deviation if isinstance(deviation, float) and not math.isnan(deviation) else None
         sets.append({
             "name": name.removeprefix(f"{group}_"),
             "count": count,

@@ -12,8 +12,8 @@ import typer
 from data_gen.console import quiet_libraries, stop
 from data_gen.console import run as run_app
 from data_gen.endpoint import KEY
-from data_gen.files import check_output
-from data_gen.generate import TASKS, Request, load_tokenizer, read_rows, remark, write
+from data_gen.files import check_output, read_rows
+from data_gen.generate import TASKS, Request, load_tokenizer, remark, write
 from data_gen.needles import collect
 from data_gen.needles import write as write_needles
 
@@ -74,7 +74,8 @@ def main(
                 written = write(request, measure, out, chat_template=chat_template, progress=tell)
     except (ValueError, OSError) as error:
         stop("data_gen", error)
-    print(f"{out}: {samples} samples of {task}{remark(read_rows(out))}" + ("" if written else " (already there)"))
+    more = remark(row for _, row in read_rows(out))
+    print(f"{out}: {samples} samples of {task}{more}" + ("" if written else " (already there)"))
 
 
 app = typer.Typer(add_completion=False)

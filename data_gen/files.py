@@ -121,10 +121,27 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file; ``str.splitlines`` would also part them at U+2028 and the like, inside JSON."""
-    with path.open(encoding="utf-8") as file:
-        return [line.rstrip("\n") for line in file]
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers, from 1, and rows of a JSON lines file, read one by one; empty lines are passed over.
+
+    Raises:
+        ValueError: a line is not a JSON object, or the file is not UTF-8 text.
+    """
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, text in enumerate(lines, 1):
+                if text.strip():
+                    try:
+                        row = json.loads(text)
+                    except (json.JSONDecodeError, RecursionError) as error:
+                        raise ValueError(
+                            f"{path}, line {number}: not JSON ({first_line(error)}): mend or remove it"
+                        ) from None
+                    if not isinstance(row, dict):
+                        raise ValueError(f"{path}, line {number}: found {text.strip()[:40]!r}, expected a JSON object")
+                    yield number, row
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({first_line(error)}): convert it") from None
 
 
 def write_text(path: Path, text: str) -> None:

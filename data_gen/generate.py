@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from data_gen import line, longbench, niah, ruler
 from data_gen.console import first_line
-from data_gen.files import read_lines, write_text, written_whole
+from data_gen.files import write_text, written_whole
 from data_gen.sizing import Room
 
 if TYPE_CHECKING:
@@ -304,11 +304,6 @@ def write(
     }
     write_text(manifest_path(out), json.dumps(manifest, indent=2) + "\n")
     return True
-
-
-def read_rows(out: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a data file that was written."""
-    return map(json.loads, read_lines(out))
 
 
 def remark(rows: Iterable[dict[str, Any]]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_gen.console import first_line
-from data_gen.files import read_lines
+from data_gen.files import read_rows
 from data_gen.sizing import Room
 
 if TYPE_CHECKING:
@@ -44,12 +44,7 @@ def longest(data: str | None) -> list[dict[str, Any]]:
         except Exception as error:  # the libraries below raise a dozen kinds for one cause
             raise ValueError(f"data: cannot fetch {DATASET[0]} ({first_line(error)}): name a local file") from error
     else:
-        rows = []
-        for number, text in enumerate(read_lines(Path(data)), 1):
-            try:
-                rows.append(json.loads(text))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{data}, line {number}: not JSON ({error.msg})") from None
+        rows = [row for _, row in read_rows(Path(data))]
     for number, row in enumerate(rows, 1):
         # Some copies on the hub call the original's `input` a question.
         row.setdefault("input", row.get("question"))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_gen.console import first_line
-from data_gen.files import read_lines
+from data_gen.files import read_rows
 from data_gen.sizing import Room, largest
 
 if TYPE_CHECKING:
@@ -131,12 +131,11 @@ def needles(path: Path) -> list[dict[str, str]]:
         ValueError: the file is not JSON lines of ``needle`` and ``question``, is empty, or holds the test needle.
     """
     found = []
-    for number, row in enumerate(read_lines(path), 1):
+    for number, row in read_rows(path):
         try:
-            pair = json.loads(row)
-            pair = {key: pair[key].strip() for key in ("needle", "question")}
+            pair = {key: row[key].strip() for key in ("needle", "question")}
             assert all(pair.values())
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        except (KeyError, AttributeError, AssertionError):
             raise ValueError(f'{path}, line {number}: expected {{"needle": "...", "question": "..."}}') from None
         if plain(TEST_NEEDLE["needle"]) in plain(pair["needle"]) or TEST_REFERENCE in plain(pair["needle"]):
             raise ValueError(f"{path}, line {number}: this is the test needle, which must not be trained on")

@@ -12,7 +12,7 @@ from data_gen.console import first_line, quiet_libraries, stop
 from data_gen.console import run as run_app
 from data_gen.files import check_output, load_yaml, write_text
 from recipes.cost import CARD_SHARE, CARDS, GOOD_SHARE, GPUS, PAPER_SHARE, Shape, longest_sample, recipe_cost
-from recipes.matrix import FOLDER, METHODS, TASKS, all_recipes, rate, read_matrix, recipe
+from recipes.matrix import FOLDER, METHODS, TASKS, all_recipes, peft_config, rate, read_matrix, recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -180,7 +180,7 @@ def cost_lines(file: Path, gpu: str) -> list[str]:
         found = recipe_cost(settings, shape)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    minutes, memory = found.minutes(gpu), GPUS[gpu][1]
+    minutes, memory = found.minutes(gpu), GPUS[gpu][2]
     return [
         f"{settings['base_model']}: {shape.parameters / 1e9:.2f} B parameters, {found.tokens} tokens at most",
         f"useful work: {found.flop:.3g} FLOP; activations are {'' if found.held.recompute else 'not '}formed again",
@@ -223,19 +223,10 @@ def params() -> None:
 def count_parameters() -> dict[str, dict[str, int]]:
     """Base model -> method -> number of trainable parameters."""
     from accelerate import init_empty_weights
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    from axolotl_plugins.seal import SealConfig
-
     matrix = read_matrix()
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    configs = {
-        "sealh": lambda: SealConfig(granularity="head"),
-        "sealc": lambda: SealConfig(granularity="channel"),
-        "seall": lambda: LoraConfig(r=4, target_modules=targets),
-        "seald": lambda: LoraConfig(r=4, target_modules=targets, use_dora=True),
-    }
     counts: dict[str, dict[str, int]] = {}
     by_shape: dict[str, dict[str, int]] = {}
     for model in matrix["models"].values():
@@ -246,9 +237,9 @@ def count_parameters() -> dict[str, dict[str, int]]:
             shape["vocab_size"] = 32  # embeddings are not counted, so they need not be there
             config = CONFIG_MAPPING[shape.pop("model_type")](**shape, pad_token_id=0)
             found = by_shape[model["shape"]] = {}
-            for method, make in configs.items():
+            for method in METHODS:
                 with init_empty_weights():
-                    wrapped = get_peft_model(AutoModelForCausalLM.from_config(config), make())
+                    wrapped = get_peft_model(AutoModelForCausalLM.from_config(config), peft_config(method))
                 found[method] = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
         counts[model["base_model"]] = by_shape[model["shape"]]
     return counts

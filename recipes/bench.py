@@ -16,25 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.tune import answer_loss
 from data_gen.console import quiet_libraries
 from data_gen.files import write_text
 from recipes.cost import Shape, training_flop
-from recipes.matrix import read_matrix
+from recipes.matrix import peft_config, read_matrix
 from recipes.steps import machine
 
 ANSWER = 40  # tokens with a loss
 SMALL = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
          "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 32_000}  # fmt: skip
 METHODS = {
-    "SEAL-C": lambda: SealConfig(granularity="channel"),
-    "SEAL-H": lambda: SealConfig(granularity="head"),
+    "SEAL-C": lambda: peft_config("sealc"),
+    "SEAL-H": lambda: peft_config("sealh"),
     "IA3": lambda: IA3Config(target_modules=["o_proj"], feedforward_modules=["o_proj"]),
-    "LoRA": lambda: LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
+    "LoRA": lambda: peft_config("seall"),
 }
 
 

@@ -7,9 +7,11 @@ from typing import Any
 
 from data_gen.generate import Request
 
-# Dense bf16 FLOP per second, and GiB, as the makers print them.
+# Dense FLOP per second in bfloat16 and in plain float32, and GiB, as the makers print them; TF32 runs at half of
+# bfloat16's rate on all of them.
 GPUS = {
-    "a100": (312e12, 80), "h100": (989e12, 80), "h200": (989e12, 141), "rtx4090": (165e12, 24), "l40s": (362e12, 48),
+    "a100": (312e12, 19.5e12, 80), "h100": (989e12, 67e12, 80), "h200": (989e12, 67e12, 141),
+    "rtx4090": (165e12, 82.6e12, 24), "l40s": (362e12, 91.6e12, 48),
 }  # fmt: skip
 # Share of that peak which tuning reached: the paper's own 40 minutes on an A100 come to 11 %; half is what a good
 # attention kernel reaches at these lengths.
@@ -155,12 +157,14 @@ class Cost:
         tokens: of its longest sample.
         bytes: peak memory.
         held: how; activations that are formed again are not counted in ``flop``.
+        tf32: whether float32 is multiplied as TF32.
     """
 
     flop: float
     tokens: int
     bytes: float
     held: Held
+    tf32: bool = False
 
     @property
     def gib(self) -> float:
@@ -169,7 +173,8 @@ class Cost:
 
     def minutes(self, gpu: str) -> tuple[float, float]:
         """Minutes on one of ``GPUS``: at ``GOOD_SHARE`` of its peak, and at ``PAPER_SHARE``."""
-        peak = GPUS[gpu][0] * 2 / self.held.element  # float32 as TF32 runs at half of bfloat16's rate on all of them
+        half, plain, _ = GPUS[gpu]
+        peak = half if self.held.element == 2 else half / 2 if self.tf32 else plain
         return self.flop / (peak * GOOD_SHARE) / 60, self.flop / (peak * PAPER_SHARE) / 60
 
 
@@ -197,4 +202,4 @@ def recipe_cost(settings: dict[str, Any], shape: Shape) -> Cost:
         longest = max(longest, high)
         steps = data.samples * settings.get("num_epochs", 1)
         flop += steps * sum(training_flop(shape, n) for n in (low, (low + high) // 2, high)) / 3
-    return Cost(flop, longest, training_bytes(shape, longest, held=held), held)
+    return Cost(flop, longest, training_bytes(shape, longest, held=held), held, settings.get("tf32") is True)

@@ -193,14 +193,14 @@ def print_table(result: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def fingerprint(*parts: object, base: Path = BASE, recipes: Sequence[Path] = ()) -> str:
-    """Changes with the base model, with recipes and with what else is given: results of others are not reused.
+def fingerprint(*parts: object, bases: Sequence[Path] = (BASE,), recipes: Sequence[Path] = ()) -> str:
+    """Changes with base models, with recipes and with what else is given: results of others are not reused.
 
     Raises:
         OSError: there is no such base or recipe.
     """
     digest = hashlib.sha256(repr(parts).encode())
-    for path in [*sorted(base.iterdir()), *recipes]:
+    for path in [*(file for base in bases for file in sorted(base.iterdir())), *recipes]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -222,7 +222,7 @@ def main() -> None:
     start = time.time()
     recipes = [recipe_file(args.base, task, method) for task in args.tasks for method in METHODS]
     try:
-        found = fingerprint(args.tasks, args.seeds, args.samples, LENGTHS, base=args.base, recipes=recipes)
+        found = fingerprint(args.tasks, args.seeds, args.samples, LENGTHS, bases=[args.base], recipes=recipes)
         work = Path("outputs/demo") / found
         steps = [step for task in args.tasks for step in plan(args.base, task, args.seeds, args.samples, work)]
         seconds = run_steps("demo", steps, work, args.jobs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 from textwrap import fill, indent
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -21,7 +21,7 @@ TASKS = {
     "fwe": "RULER's frequent words",
     "longbench": "LongBench document QA, tuned on TriviaQA",
 }
-MIXTURES = {"multi": ("line", "niah")}  # of tasks, at equal shares of the samples
+MIXTURES = {"multi": ("line", "vt")}  # of tasks, at equal shares of the samples
 RULER = ("vt", "cwe", "fwe")
 ESSAYS = "essays # from the hub; or a folder of text files, or prose, which is built in"
 SHORTEST_RULER = 8000  # tokens; lengths are drawn from here to the model's longest (appendix B.3)
@@ -99,13 +99,10 @@ def recipe(file: Path, model: dict[str, Any], task: str, method: str, *, lr: flo
     precision, attention = f"bf16: {str(gpu).lower()}\ntf32: false", "flash_attention_2" if gpu else "sdpa"
     if sharding:
         precision, attention = SHARDING[sharding]
-    adapter = {
-        "sealh": "adapter: seal\n" + SEAL,
-        "sealc": "adapter: seal\n" + SEAL,
-        "seall": "adapter: lora\n" + LORA + "peft_use_dora: false\n",
-        "seald": "adapter: lora\n" + LORA + "peft_use_dora: true\n",
-    }[method]
-    seal = {"sealh": "  granularity: head\n", "sealc": "  granularity: channel\n"}.get(method, "")
+    adapter = f"adapter: lora\n{LORA}peft_use_dora: {str(method == 'seald').lower()}\n"
+    if method in GRANULARITY:
+        adapter = f"adapter: seal\n{SEAL}"
+    seal = f"  granularity: {GRANULARITY[method]}\n" if method in GRANULARITY else ""
     template = "chat_template: tokenizer_default"
     if "template" in model:
         template = f"chat_template: jinja\nchat_template_jinja: recipes/templates/{model['template']}.jinja"
@@ -175,10 +172,12 @@ DATASET = """  - path: data/{file}.jsonl
     roles_to_train: [assistant]
 """
 SEAL = "merge_method: legacy # for `axolotl merge-lora`; its default knows LoRA alone\n"
-LORA = """lora_r: 4 # on q, k, v and o (section 9)
-lora_alpha: 8 # the paper does not say; PEFT's default
+GRANULARITY: dict[str, Literal["head", "channel"]] = {"sealh": "head", "sealc": "channel"}
+RANK, PROJECTIONS = 4, ("q_proj", "k_proj", "v_proj", "o_proj")  # of the paper's low-rank baselines (section 9)
+LORA = f"""lora_r: {RANK} # on q, k, v and o (section 9)
+lora_alpha: {2 * RANK} # the paper does not say; PEFT's default
 lora_dropout: 0
-lora_target_modules: [q_proj, k_proj, v_proj, o_proj]
+lora_target_modules: [{", ".join(PROJECTIONS)}]
 """
 
 
@@ -209,6 +208,33 @@ def read_matrix() -> dict[str, Any]:
     return yaml.safe_load((FOLDER / "matrix.yml").read_text())
 
 
+def recipe_name(model: str, task: str, method: str, row: dict[str, Any] | None = None) -> str:
+    """The name of a recipe, which is also that of its adapter's folder.
+
+    Args:
+        model: a key of ``models`` in ``matrix.yml``.
+        task: a key of ``TASKS`` or ``MIXTURES``.
+        method: a key of ``METHODS``.
+        row: an entry of ``recipes``, for what it does otherwise than others of the same model, task and method.
+    """
+    row = row or {}
+    longer = f"_{round(row['tokens'] / 1024)}k" if "tokens" in row else ""
+    fewer = f"_{row['samples']}x{row['epochs']}" if "samples" in row else ""
+    sharded = f"_{row['sharding']}" if "sharding" in row else ""
+    return f"{model}{longer}_{task}_{method}{fewer}{sharded}"
+
+
+def peft_config(method: str) -> Any:
+    """What a method trains, as its recipes tell Axolotl; a key of ``METHODS``."""
+    from peft import LoraConfig
+
+    from axolotl_plugins.seal import SealConfig
+
+    if method in GRANULARITY:
+        return SealConfig(granularity=GRANULARITY[method])
+    return LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(PROJECTIONS), use_dora=method == "seald")
+
+
 def all_recipes() -> dict[str, str]:
     """Name and text of every recipe of ``matrix.yml``.
 
@@ -220,11 +246,8 @@ def all_recipes() -> dict[str, str]:
     for row in matrix["recipes"]:
         samples, epochs = row.get("samples", 50), row.get("epochs", 1)
         for model, task, method in itertools.product(row["models"], row["tasks"], row["methods"]):
-            entry, longer = matrix["models"][model], ""
-            if "tokens" in row:
-                entry, longer = entry | {"tokens": row["tokens"]}, f"_{round(row['tokens'] / 1024)}k"
-            name = f"{model}{longer}_{task}_{method}" + (f"_{samples}x{epochs}" if epochs > 1 else "")
-            name += f"_{row['sharding']}" if "sharding" in row else ""
+            entry, name = matrix["models"][model], recipe_name(model, task, method, row)
+            entry |= {"tokens": row.get("tokens", entry["tokens"])}
             shape = matrix["shapes"].get(entry.get("shape"))
             if name in texts:
                 raise ValueError(f"matrix.yml: two rows make {name}.yml")

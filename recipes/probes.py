@@ -11,16 +11,23 @@ import sys
 import time
 from pathlib import Path
 
-from recipes.demo import BASE, LENGTHS, METHODS, fingerprint, recipe_file
+from recipes.demo import BASE, LENGTHS, METHODS, TASK_LENGTHS, TASKS_BASE, fingerprint, recipe_file
 from recipes.steps import ROOT, Step, launch, run_steps
 
 OUT = Path("results/probes")
 MIDDLE, LONG = 1200, 1960
 RAISED_AND_LOWERED = "L1H3,L0H3"  # the heads that SEAL-H moves most
-TUNED_FOR = ("line", "niah", "multi")
-# The small model's own tasks and lengths: the paper's are in `python -m eval probe transfer --help`.
-SCORED_ON = "line,niah"
 SCORED_AT = ",".join(map(str, LENGTHS))
+# Needles are not among what is transferred: their base scores 1 at all lengths, and equation 2 divides by its range.
+TRANSFERRED = ("line", "vt")
+TRANSFERRED_AT = ",".join(map(str, TASK_LENGTHS["vt"]))
+
+
+def tunings() -> list[Step]:
+    """Adapters that probes look at, each where its recipe puts it."""
+    wanted = [(BASE, "line"), *((TASKS_BASE, task) for task in (*TRANSFERRED, "multi"))]
+    recipes = [recipe_file(base, task, method) for base, task in wanted for method in METHODS]
+    return [launch(recipe.stem, recipe, Path("outputs") / recipe.stem) for recipe in recipes]
 
 
 def plan(samples: int) -> list[Step]:
@@ -32,42 +39,34 @@ def plan(samples: int) -> list[Step]:
         return Step(name, (sys.executable, "-m", "eval", "probe", command, *options, "--out", str(out)), out, needs)
 
     model = ("--model", str(BASE))
-    some, lengths = ("--samples", str(samples)), ("--lengths", f"{MIDDLE},{LONG}")
+    some, fewer = ("--samples", str(samples)), str(max(1, samples // 2))
+    lengths, batch = ("--lengths", f"{MIDDLE},{LONG}"), ("--batch-size", "10")
     heads = str(OUT / "heads.json")
-    adapter = {(task, method): Path(f"outputs/tiny_{task}_{method}") for task in TUNED_FOR for method in METHODS}
-    steps = [
-        launch(f"tune {task} {method}", recipe_file(BASE, task, method), folder)
-        for (task, method), folder in adapter.items()
-    ]
-    tuned = tuple(step.name for step in steps)
     # The longest first, so that no core waits for the last one.
-    steps += [
+    steps = [
+        *tunings(),
         probe("heads", *model, *lengths, *some),
-        probe("sweep", "--recipe", "recipes/tiny_line_sealh.yml", "--lengths", f"{MIDDLE},{LONG}", "--rates",
-              "0.005,0.01,0.02,0.05", "--samples", "10,25,50", "--validation", str(samples), "--batch-size", "10"),
+        probe("sweep", "--recipe", "recipes/tiny_line_sealh.yml", *lengths, "--rates", "0.005,0.01,0.02,0.05",
+              "--samples", "10,25,50", "--validation", str(samples), *batch),
     ]  # fmt: skip
-    for method in ("sealh", "sealc"):
-        named = [part for task in TUNED_FOR for part in ("--adapter", f"{task}={adapter[task, method]}")]
-        steps.append(
-            probe(f"transfer_{method}", *model, *named, "--tasks", SCORED_ON, "--lengths", SCORED_AT, *some,
-                  "--batch-size", "10", needs=tuned)
-        )  # fmt: skip
-        steps.append(
-            probe(f"inspect_{method}", "--adapter", str(adapter["line", method]), "--map", heads,
-                  needs=("heads", f"tune line {method}"))
-        )  # fmt: skip
-        steps.append(
-            probe(f"controls_{method}", "--recipe", f"recipes/tiny_line_{method}.yml", *lengths, "--validation",
-                  str(max(1, samples // 2)), "--batch-size", "10")
-        )  # fmt: skip
-    both = [part for method in ("sealh", "sealc") for part in ("--adapter", str(adapter["line", method]))]
+    for method in METHODS:
+        line = f"tiny_line_{method}"
+        adapters = {task: f"tiny_tasks_{task}_{method}" for task in (*TRANSFERRED, "multi")}
+        named = [part for task, name in adapters.items() for part in ("--adapter", f"{task}=outputs/{name}")]
+        steps += [
+            probe(f"controls_{method}", "--recipe", f"recipes/{line}.yml", *lengths, "--validation", fewer, *batch),
+            probe(f"transfer_{method}", "--model", str(TASKS_BASE), *named, "--tasks", ",".join(TRANSFERRED),
+                  "--lengths", TRANSFERRED_AT, "--samples", fewer, *batch, needs=tuple(adapters.values())),
+            probe(f"inspect_{method}", "--adapter", f"outputs/{line}", "--map", heads, needs=("heads", line)),
+        ]  # fmt: skip
+    lines = [f"tiny_line_{method}" for method in METHODS]
+    both = [part for name in lines for part in ("--adapter", f"outputs/{name}")]
     steps += [
-        probe("gradient", *model, *lengths, *some, "--compare", heads, needs=("heads",)),
-        probe("quadrants", *model, "--from", heads, "--lengths", SCORED_AT, *some, "--batch-size", "10",
-              needs=("heads",)),
+        probe("quadrants", *model, "--from", heads, "--lengths", SCORED_AT, *some, *batch, needs=("heads",)),
         probe("channels", *model, "--heads", RAISED_AND_LOWERED, "--lengths", str(LONG), "--samples",
               str(max(1, samples // 5))),
-        probe("direct", *model, *both, "--length", str(LONG), needs=tuned),
+        probe("gradient", *model, *lengths, *some, "--compare", heads, needs=("heads",)),
+        probe("direct", *model, *both, "--length", str(LONG), needs=tuple(lines)),
     ]  # fmt: skip
     return steps
 
@@ -81,8 +80,8 @@ def main() -> None:
     os.chdir(ROOT)
     start = time.time()
     try:
-        recipes = [recipe_file(BASE, task, method) for task in TUNED_FOR for method in METHODS]
-        work = Path("outputs/probes") / fingerprint(args.samples, recipes=recipes)
+        recipes = [Path(step.command[-1]) for step in tunings()]
+        work = Path("outputs/probes") / fingerprint(args.samples, bases=[BASE, TASKS_BASE], recipes=recipes)
         run_steps("probes", plan(args.samples), work, args.jobs)
     except (RuntimeError, OSError) as error:
         sys.exit(f"probes: {error}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from recipes.matrix import FOLDER, METHODS, read_matrix
+from recipes.matrix import FOLDER, METHODS, read_matrix, recipe_name
 
 DOCS = FOLDER.parent / "docs" / "rows.md"
 TABLES = (1, 2, 3)
@@ -58,7 +58,7 @@ def table(number: int, matrix: dict[str, Any], scores: list[dict[str, Any]]) -> 
         key, method = models[row["model"]], row["method"]
         model = matrix["models"][key]
         lengths = lengths_of(row, scores)
-        recipe = f"{key}_{row['task']}_{by_title[method]}" if method in by_title else None
+        recipe = recipe_name(key, row["task"], by_title[method]) if method in by_title else None
         shots = 1 if method == "one-shot" else 0
         scoring = score(row["task"], lengths, model, f"outputs/{recipe}" if recipe else None, shots=shots)
         text += line(f"{model['name']}, {row['task']}", TITLES.get(method, method), recipe, scoring)
@@ -81,13 +81,12 @@ def figure(number: int, matrix: dict[str, Any], scores: list[dict[str, Any]]) ->
                         lengths = lengths_of(printed, scores)
                 bare = score(task, lengths, model, None)
                 if "model_config" in model:
-                    bare += f" --model-config recipes/{key}_{task}_{row['methods'][0]}.yml"
+                    bare += f" --model-config recipes/{recipe_name(key, task, row['methods'][0], row)}.yml"
                 if "samples" not in row:
                     text += line(model["name"], TITLES["base"], None, bare)
                 for method in row["methods"]:
-                    fewer = f"_{row['samples']}x{row['epochs']}" if "samples" in row else ""
-                    recipe = f"{key}_{task}_{method}{fewer}"
-                    title = METHODS[method] + (f", {row['samples']} samples" if fewer else "")
+                    recipe = recipe_name(key, task, method, row)
+                    title = METHODS[method] + (f", {row['samples']} samples" if "samples" in row else "")
                     text += line(model["name"], title, recipe, score(task, lengths, model, f"outputs/{recipe}"))
     return text
 

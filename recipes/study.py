@@ -24,6 +24,7 @@ from rich.progress import Progress, track
 from data_gen.console import quiet_libraries
 from data_gen.files import write_text, written_whole
 from recipes.demo import BASE, LENGTHS, TASK_LENGTHS, TASKS_BASE, fingerprint
+from recipes.matrix import peft_config
 from recipes.steps import ROOT
 from recipes.tiny_model import ROPE_THETA, ntk_theta
 
@@ -88,7 +89,7 @@ class Cell:
 def work(name: str) -> Path:
     """Where results of a kind of base are kept: with the model that it is, or is made of."""
     rope = BASES[name]
-    return Path("outputs/study") / fingerprint(base=rope if isinstance(rope, Path) else BASE)
+    return Path("outputs/study") / fingerprint(bases=[rope if isinstance(rope, Path) else BASE])
 
 
 def base_folder(name: str) -> Path:
@@ -131,19 +132,6 @@ def fine_tune(folder: Path, *, steps: int = 120, lines: int = 5, lr: float = 1e-
     model.save_pretrained(folder)
 
 
-def adapter_config(method: str) -> Any:
-    """What a method trains, as a PEFT config."""
-    from peft import LoraConfig
-
-    from axolotl_plugins.seal import SealConfig
-
-    if method in ("SEAL-H", "SEAL-C"):
-        return SealConfig(granularity="head" if method == "SEAL-H" else "channel")
-    # The paper's low-rank baselines (section 9): r = 4 on q, k, v and o.
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    return LoraConfig(r=4, target_modules=targets, use_dora=method == "SEAL-D")
-
-
 def run_cell(cell: Cell) -> dict[str, Any]:
     """Tune and score one cell, or read its result."""
     if cell.file.exists():
@@ -162,7 +150,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     losses: list[float] = []
     if method in RATES:
         torch.manual_seed(cell.seed)  # of LoRA's initial weights
-        loaded = with_adapter(loaded, adapter_config(method))
+        loaded = with_adapter(loaded, peft_config(method.replace("-", "").lower()))
         chats, _ = training_data(Request("line", TRAIN_TOKENS), loaded.tokenizer, 50, cell.seed)
         if cell.method.startswith("wrong"):
             chats = wrong_answers(chats, random.Random(cell.seed))

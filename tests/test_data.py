@@ -16,6 +16,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from data_gen import line
+from data_gen.files import read_rows
 from data_gen.generate import (
     Request,
     accepts,
@@ -24,7 +25,6 @@ from data_gen.generate import (
     generate,
     load_tokenizer,
     manifest_path,
-    read_rows,
     write,
 )
 from data_gen.sizing import largest
@@ -201,7 +201,7 @@ def test_lines_end_at_line_breaks_alone(tmp_path):
     rows = [{"text": f"a{sign}b"} for sign in ("\u2028", "\u2029", "\u0085", "\x0b")]
     file = tmp_path / "d.jsonl"
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    assert list(read_rows(file)) == rows
+    assert [row for _, row in read_rows(file)] == rows
 
 
 def test_a_tokenizer_without_template_is_refused(tmp_path, tokenizer):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_plugins.seal import SealConfig
@@ -158,6 +159,14 @@ def tuned(folder: Path, grain: str, value: float, base: str = str(TINY)) -> str:
     return str(folder)
 
 
+def other_shapes(folder: Path) -> str:
+    """An adapter of scales that are too many."""
+    tuned(folder, "head", 1.0)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({name: torch.ones(5) for name in tensors}, folder / "adapter_model.safetensors")
+    return str(folder)
+
+
 def test_a_result_is_not_lost_to_one_of_other_samples(tmp_path):
     from data_gen.console import run as run_app
     from eval.__main__ import app
@@ -191,7 +200,8 @@ def test_several_adapters_share_one_base_and_score_as_they_do_alone(tmp_path):
     assert alone["tenth"]["responses"] != alone["none"]["responses"]
     assert [result["method"] for result in together.values()] == ["SEAL-H", "SEAL-C"]
     for other, message in ((tuned(tmp_path / "c", "head", 1.0, "elsewhere"), "is of elsewhere, "),
-                           (str(TINY), "has no adapter_config.json")):  # fmt: skip
+                           (str(TINY), "has no adapter_config.json"),
+                           (other_shapes(tmp_path / "d"), "cannot load .*size mismatch")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             next(load_each({"a": folders["tenth"], "b": other}))
 

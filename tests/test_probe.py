@@ -339,27 +339,14 @@ def command(*arguments, cwd):
 
 
 def test_commands_write_results_with_pictures(tmp_path):
-    tiny = ("--model", str(TINY))
+    tiny, short = ("--model", str(TINY)), ("--lengths", "200")
     for arguments in (
         ("heads", *tiny, "--lengths", "200,256", "--samples", "2", "--out", "h.json"),
         ("gradient", *tiny, "--lengths", "200,256", "--samples", "2", "--compare", "h.json", "--out", "g.json"),
-        ("channels", *tiny, "--heads", "L0H0", "--lengths", "200", "--samples", "1", "--out", "c.json"),
-        ("quadrants", *tiny, "--from", "h.json", "--lengths", "200", "--samples", "2", "--out", "q.json"),
+        ("channels", *tiny, "--heads", "L0H0", *short, "--samples", "1", "--out", "c.json"),
+        ("quadrants", *tiny, "--from", "h.json", *short, "--samples", "2", "--out", "q.json"),
         ("inspect", "--adapter", "Q3 up", "--map", "h.json", "--out", "i.json"),
-        (
-            "quadrants",
-            *tiny,
-            "--from",
-            "h.json",
-            "--up",
-            "1.9",
-            "--lengths",
-            "200",
-            "--samples",
-            "2",
-            "--out",
-            "u.json",
-        ),
+        ("quadrants", *tiny, "--from", "h.json", "--up", "1.9", *short, "--samples", "2", "--out", "u.json"),
     ):
         if "Q3 up" in arguments:
             made = json.loads((tmp_path / "q.json").read_text())["adapters"]

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from recipes import bench
 from recipes.__main__ import cost_lines
-from recipes.cost import Held, Shape, longest_sample, training_bytes, training_flop
+from recipes.cost import Held, Shape, longest_sample, recipe_cost, training_bytes, training_flop
 from recipes.matrix import read_matrix
 
 ROOT = Path(__file__).parent.parent
@@ -117,6 +118,15 @@ def test_cost_of_a_recipe():
         cost_lines(ROOT / "recipes" / "tiny_line_sealc.yml", "b17")
     with pytest.raises(ValueError, match="not a recipe"):
         cost_lines(ROOT / "recipes" / "matrix.yml", "h100")
+
+
+def test_float32_costs_what_the_card_takes_for_it():
+    shape7b, settings = shape("llama2_7b"), yaml.safe_load((ROOT / "recipes" / "longchat7b_line_sealc.yml").read_text())
+    bf16 = recipe_cost(settings, shape7b).minutes("a100")[0]
+    tf32, float32 = (
+        recipe_cost(settings | {"bf16": False, "tf32": tf32}, shape7b).minutes("a100")[0] for tf32 in (True, False)
+    )
+    assert tf32 == pytest.approx(2 * bf16) and float32 == pytest.approx(16 * bf16)  # 312, 156 and 19.5 TFLOP/s
 
 
 def test_bench_runs_end_to_end(tmp_path, capsys):

@@ -115,20 +115,31 @@ def apply_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fal
     Raises:
         ValueError: a tensor is missing, not known, or holds values that are no numbers; the message names it.
     """
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise ValueError(f"{folder}: holds no {file.name}")
+    adapter_file(folder)
     model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    check_tensors(file, model)
+    check_tensors(folder, model)
     return model
 
 
-def check_tensors(file: Path, model: PeftModel, adapter_name: str = "default") -> None:
+def adapter_file(folder: Path) -> Path:
+    """Where a saved adapter's tensors are.
+
+    Raises:
+        ValueError: there are none.
+    """
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ValueError(f"{folder}: holds no {file.name}")
+    return file
+
+
+def check_tensors(folder: Path, model: PeftModel, adapter_name: str = "default") -> None:
     """See that a saved adapter is the one that a model was given.
 
     Raises:
         ValueError: see ``apply_adapter``.
     """
+    file = adapter_file(folder)
     saved, expected = load_file(file), get_peft_model_state_dict(model, adapter_name=adapter_name)
     for what, names in (("lacks", expected.keys() - saved.keys()), ("also holds", saved.keys() - expected.keys())):
         if names:
@@ -247,7 +258,7 @@ def load_each(
 ) -> Iterator[Loaded]:
     """Adapters of one base model, which is loaded once: a model is good until the next one is asked for.
 
-    All folders are looked at before the model is loaded.
+    All are put on it before the first one is given, so that whatever is wrong with one is found before time is spent.
 
     Args:
         adapters: name -> adapter folder.
@@ -265,7 +276,6 @@ def load_each(
             raise ValueError(f"adapter: {folder} has no adapter_config.json: name the folder that training wrote")
         try:
             configs[folder] = PeftConfig.from_pretrained(folder)
-            load_file(Path(folder) / "adapter_model.safetensors")
         except BROKEN as error:
             raise cannot_load(folder, error) from error
         base, first = (configs[one].base_model_name_or_path for one in (folder, next(iter(configs))))
@@ -276,22 +286,27 @@ def load_each(
         shapes.append({key: value for key, value in config.items() if key not in said})
         if differing := [key for key in {**shapes[0], **shapes[-1]} if shapes[0].get(key) != shapes[-1].get(key)]:
             raise ValueError(f"adapter: {folder} has another {differing[0]} than the first one: score it on its own")
-    shared: Loaded | None = None
-    for number, folder in enumerate(adapters.values()):
-        if shared is None:
-            shared = load(folder, chat_template=chat_template, trust_remote_code=trust_remote_code)
-            yield shared
-            continue
+    first, *others = adapters.values()
+    for folder in others:
+        adapter_file(Path(folder))
+    shared = load(first, chat_template=chat_template, trust_remote_code=trust_remote_code)
+    model = shared.model
+    assert isinstance(model, PeftModel)
+    each = {"default": shared}
+    for number, folder in enumerate(others, 2):
+        name = f"adapter_{number}"
         try:
-            shared.model.load_adapter(folder, adapter_name=f"adapter_{number}")
+            model.load_adapter(folder, adapter_name=name)
         except BROKEN as error:
             raise cannot_load(folder, error) from error
-        check_tensors(Path(folder) / "adapter_model.safetensors", shared.model, f"adapter_{number}")
-        shared.model.set_adapter(f"adapter_{number}", inference_mode=True)
+        check_tensors(Path(folder), model, name)
         tokenizer = shared.tokenizer
         if (Path(folder) / "tokenizer_config.json").is_file():
             tokenizer = load_tokenizer(folder, chat_template)
-        yield replace(
+        each[name] = replace(
             shared, name=folder, tokenizer=tokenizer, method=method_name(configs[folder]),
             trained_on=seen_texts(Path(folder)),
         )  # fmt: skip
+    for name, loaded in each.items():
+        model.set_adapter(name, inference_mode=True)
+        yield loaded

@@ -17,8 +17,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from data_gen.console import first_line, in_rust, out_of_memory, stop
-from data_gen.files import check_output, load_json, write_text
-from data_gen.generate import Request, load_tokenizer, read_rows, remark, write
+from data_gen.files import check_output, load_json, read_rows, write_text
+from data_gen.generate import Request, load_tokenizer, remark, write
 
 from . import provenance
 from .args import SealArgs, SealBlock, parse_block
@@ -220,7 +220,8 @@ def prepare_data(cfg: dict[str, Any], block: SealBlock) -> None:
             made = write(request, tokenizer, out, chat_template=template)
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             done = "made" if made else "already there"
-            print(f"seal: {out}: {data.samples} samples of {data.task} {done}{remark(read_rows(out))}")
+            more = remark(row for _, row in read_rows(out))
+            print(f"seal: {out}: {data.samples} samples of {data.task} {done}{more}")
 
 
 def quantise_for_seal() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_gen.console import first_line
-from data_gen.files import file_hash, load_json, write_text
+from data_gen.files import file_hash, load_json, read_rows, write_text
 from data_gen.generate import manifest_path
 
 FILE = "training_data.json"
@@ -27,27 +27,6 @@ def texts(row: Any) -> Iterator[str]:
     elif isinstance(row, (list, dict)):
         for part in row.values() if isinstance(row, dict) else row:
             yield from texts(part)
-
-
-def rows(file: Path) -> Iterator[tuple[int, Any]]:
-    """Line numbers, from 1, and rows of a JSON lines file.
-
-    Raises:
-        ValueError: a line is not a JSON object, or the file is not UTF-8 text.
-    """
-    try:
-        with file.open(encoding="utf-8") as lines:
-            for number, text in enumerate(lines, 1):
-                if text.strip():
-                    try:
-                        row = json.loads(text)
-                    except json.JSONDecodeError as error:
-                        raise ValueError(f"{file}, line {number}: not JSON ({error.msg}): mend or remove it") from None
-                    if not isinstance(row, dict):
-                        raise ValueError(f"{file}, line {number}: found {text.strip()[:40]!r}, expected a JSON object")
-                    yield number, row
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text ({first_line(error)}): convert it") from None
 
 
 def check_chat(file: Path, number: int, row: dict[str, Any], field: str) -> None:
@@ -86,7 +65,7 @@ def record(datasets: list[dict[str, Any]]) -> dict[str, Any]:
             unread.append(str(path))
             continue
         count = 0
-        for count, (number, row) in enumerate(rows(path), 1):  # noqa: B007
+        for count, (number, row) in enumerate(read_rows(path), 1):  # noqa: B007
             if dataset.get("type") == "chat_template":
                 check_chat(path, number, row, dataset.get("field_messages") or "messages")
             found.update(map(text_hash, texts(row)))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
-from data_gen.files import read_lines
+from data_gen.files import read_rows
 from data_gen.generate import Request, count_tokens, draw, load_tokenizer
 from eval.score import SCORERS
 
@@ -47,13 +47,12 @@ def read_cases(folder: str, samples: int, tokenizer: PreTrainedTokenizerBase) ->
     if not files:
         raise ValueError(f"cases: no *_lines.jsonl in {folder!r}: name the folder with LongEval's line cases")
     for file in files:
-        for index, text in enumerate(read_lines(file)[:samples]):
+        for index, (place, case) in enumerate(islice(read_rows(file), samples)):
             try:
-                case = json.loads(text)
                 number, lines = int(case["expected_number"]), int(case["num_lines"])
                 messages = [{"role": "user", "content": str(case["prompt"])}]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{file}, line {index + 1}: not a case of LongEval's ({error!r})") from None
+                raise ValueError(f"{file}, line {place}: not a case of LongEval's ({error!r})") from None
             yield {
                 "task": "line",
                 "length": lines,

@@ -44,7 +44,7 @@ FINE_TUNED = ("longchat-like",)
 VALIDATION = LENGTHS[2:]
 TRAIN_TOKENS = "256:1960"
 SHOT_TOKENS = 256
-SAMPLES = {"line": 200, "niah": 50, "vt": 50}  # per length; needles go through ten depths
+SAMPLES = {"line": 200, "niah": 50, "vt": 200}  # per length; needles go through ten depths
 RATES = {
     "SEAL-H": (5e-3, 1e-2, 2e-2, 5e-2),
     "SEAL-C": (5e-3, 1e-2, 2e-2, 5e-2),

@@ -2,6 +2,9 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
+ifneq ($(words $(VENV)),1)
+$(error VENV: found a blank in '$(VENV)', which make cannot handle: name another folder)
+endif
 BIN := $(VENV)/bin
 RUN := AXOLOTL_DO_NOT_TRACK=1 $(BIN)/python
 

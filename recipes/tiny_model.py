@@ -41,6 +41,7 @@ LONG_FACTOR = 8.0  # of the stretch beyond the trained window
 SPECIAL = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
 # Task, tokens, and the share of whole answers with RoPE frequencies as trained and as shipped.
 Row = tuple[str, int, float, float]
+CARD_HEAD = "---\nlicense: apache-2.0\nlibrary_name: transformers\npipeline_tag: text-generation\n---"
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -477,11 +478,7 @@ def model_card(options: dict[str, Any], parameters: int, log: list[dict], rows: 
     last = log[-1]
     table = "\n".join(f"| {tokens} | {plain:.2f} | {long:.2f} |" for _, tokens, plain, long in rows)
     stages = "\n".join(f"| {e['stage']} | {e['step']} | {e['tokens'] / 1e6:.1f} M | {e['seconds']} |" for e in log)
-    return f"""---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: text-generation
----
+    return f"""{CARD_HEAD}
 
 # A small model that loses lines
 

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from data_gen import niah, ruler
 from recipes.demo import BASE, TASKS_BASE
 from recipes.tiny_model import (
+    CARD_HEAD,
     LONG_FACTOR,
     ROPE_THETA,
     TRAINED_WINDOW,
@@ -137,11 +138,7 @@ def teach(model: LlamaForCausalLM, draws: Draws, *, steps: int, lr: float) -> No
 def model_card(base: Path, steps: int, rows: list[Row], samples: int) -> str:
     """The README of the model's folder."""
     table = "\n".join(f"| {task} | {tokens} | {plain:.2f} | {long:.2f} |" for task, tokens, plain, long in rows)
-    return f"""---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: text-generation
----
+    return f"""{CARD_HEAD}
 
 # A small model of three tasks
 

@@ -42,21 +42,25 @@ def plan(samples: int) -> list[Step]:
     some, fewer = ("--samples", str(samples)), str(max(1, samples // 2))
     lengths, batch = ("--lengths", f"{MIDDLE},{LONG}"), ("--batch-size", "10")
     heads = str(OUT / "heads.json")
+    transferred = {
+        f"{title} {task}": f"tiny_tasks_{task}_{method}"
+        for method, title in METHODS.items()
+        for task in (*TRANSFERRED, "multi")
+    }
+    named = [part for title, name in transferred.items() for part in ("--adapter", f"{title}=outputs/{name}")]
     # The longest first, so that no core waits for the last one.
     steps = [
         *tunings(),
         probe("heads", *model, *lengths, *some),
         probe("sweep", "--recipe", "recipes/tiny_line_sealh.yml", *lengths, "--rates", "0.005,0.01,0.02,0.05",
-              "--samples", "10,25,50", "--validation", str(samples), *batch),
+              "--samples", "10,25,50", "--validation", fewer, *batch),
+        probe("transfer", "--model", str(TASKS_BASE), *named, "--tasks", ",".join(TRANSFERRED), "--lengths",
+              TRANSFERRED_AT, "--samples", fewer, *batch, needs=tuple(transferred.values())),
     ]  # fmt: skip
     for method in METHODS:
         line = f"tiny_line_{method}"
-        adapters = {task: f"tiny_tasks_{task}_{method}" for task in (*TRANSFERRED, "multi")}
-        named = [part for task, name in adapters.items() for part in ("--adapter", f"{task}=outputs/{name}")]
         steps += [
             probe(f"controls_{method}", "--recipe", f"recipes/{line}.yml", *lengths, "--validation", fewer, *batch),
-            probe(f"transfer_{method}", "--model", str(TASKS_BASE), *named, "--tasks", ",".join(TRANSFERRED),
-                  "--lengths", TRANSFERRED_AT, "--samples", fewer, *batch, needs=tuple(adapters.values())),
             probe(f"inspect_{method}", "--adapter", f"outputs/{line}", "--map", heads, needs=("heads", line)),
         ]  # fmt: skip
     lines = [f"tiny_line_{method}" for method in METHODS]

@@ -273,9 +273,13 @@ def draw(cells: list[dict[str, Any]], bases: list[str], out: Path) -> None:
     def with_interval(score: dict[str, Any]) -> dict[str, Any]:
         return score | dict(zip(("low", "high"), wilson(score["score"], score["count"]), strict=True))
 
-    size = (0.6 + 3.8 * len(bases), 4)
-    figure, panels = plt.subplots(1, len(bases), figsize=size, layout="constrained", squeeze=False)
-    for axes, base in zip(panels[0], bases, strict=True):
+    columns = min(3, len(bases))
+    rows = -(-len(bases) // columns)
+    size = (0.6 + 3.8 * columns, 4 * rows)
+    figure, panels = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axes in panels.flat[len(bases) :]:
+        axes.set_axis_off()
+    for axes, base in zip(panels.flat, bases, strict=False):
         runs = [
             {"method": cell["method"], "scores": [with_interval(score) for score in cell["scores"]]}
             for cell in cells

@@ -246,8 +246,8 @@ def all_recipes() -> dict[str, str]:
     for row in matrix["recipes"]:
         samples, epochs = row.get("samples", 50), row.get("epochs", 1)
         for model, task, method in itertools.product(row["models"], row["tasks"], row["methods"]):
-            entry, name = matrix["models"][model], recipe_name(model, task, method, row)
-            entry |= {"tokens": row.get("tokens", entry["tokens"])}
+            name, entry = recipe_name(model, task, method, row), matrix["models"][model]
+            entry = entry | {"tokens": row.get("tokens", entry["tokens"])}
             shape = matrix["shapes"].get(entry.get("shape"))
             if name in texts:
                 raise ValueError(f"matrix.yml: two rows make {name}.yml")

@@ -32,7 +32,7 @@ def read_json(folder: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: a file is not JSON, or too large.
     """
-    found = [load_json(file) for file in sorted(folder.glob("*.json"))]
+    found = [load_json(file) for file in sorted(folder.glob("*.json")) if file.is_file()]
     return [one for one in found if isinstance(one, dict)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -121,6 +122,8 @@ def recipe_for(
     if chat_template:
         entry["template"] = chat_template
     out = out or FOLDER.relative_to(FOLDER.parent) / f"{Path(base).name.lower().replace('.', '_')}_{task}_{method}.yml"
+    if not re.fullmatch(r"\w[\w.+-]*\.ya?ml", out.name):  # it is part of names in the recipe as well
+        raise ValueError(f"out: found the name {out.name!r}, expected letters, digits and any of . _ + -, then .yml")
     text = recipe(
         out, entry, task, method, lr=rate(read_matrix()["rates"], "", task, method), shape=shape_of(model),
         shows="not a model of the paper; its rate is that of the task",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from pathlib import Path
 from textwrap import fill, indent
 from typing import Any, Literal
@@ -158,7 +159,7 @@ output_dir: outputs/{name}
 save_strategy: "no"
 logging_steps: 1
 """
-    return f"""# accelerate launch -m axolotl.cli.train {file}
+    return f"""# accelerate launch -m axolotl.cli.train {shlex.quote(str(file))}
 #
 # {METHODS[method]} on {model["name"]}, {" and ".join(TASKS[part] for part in parts)}: {shows}.
 # Learns from {samples} samples, {epochs} {"epoch" if epochs == 1 else "epochs"}.

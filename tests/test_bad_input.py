@@ -117,6 +117,7 @@ def make_files(folder: Path) -> None:
     (folder / "stale.jsonl").write_text("{}\n")
     (folder / "stale.jsonl.manifest.json").write_text("{}")
     (folder / "map.json").write_text('{"kind": "scales"}')
+    (folder / "map_of_other.json").write_text('{"kind": "removal", "unit": "head", "model": "other"}')
     (folder / "list.yml").write_text("- a\n")
     (folder / "broken.yml").write_text("a: [\n")
     (folder / "no_data.yml").write_text(f"base_model: {TINY}\nseal: {{granularity: head}}\n")
@@ -155,6 +156,7 @@ QUADRANTS = "probe quadrants --model {tiny} --out {tmp}/p.json --from "
 SWEEP = "probe sweep --lengths 300 --out {tmp}/p.json --recipe "
 SCORE = "run --lengths 300 --samples 2 --out {tmp}/r.json --model "
 EACH = "run --lengths 300 --samples 2 --out {tmp} --adapter a={adapter}/good --adapter "
+TRANSFER = "probe transfer --tasks line --lengths 300 --samples 2 --out {tmp}/p.json --model {tiny} --adapter "
 CASES = [
     # data_gen: what is asked for
     ("data_gen", LINE.replace("line ", "lines ", 1), "task: found 'lines', expected one of line"),
@@ -237,7 +239,7 @@ CASES = [
     ("eval", SCORE + "{adapter}/inf", "inf/adapter_model.safetensors: .*layers.0.* holds values that are no numbers"),
     ("eval", SCORE + "{adapter}/extra", "extra/adapter_model.safetensors: also holds .*layers.9"),
     ("eval", SCORE + "{adapter}/missing", "missing/adapter_model.safetensors: lacks .*layers.0"),
-    ("eval", SCORE + "{adapter}/shape", "cannot load .*/shape: .*size mismatch"),
+    ("eval", SCORE + "{adapter}/shape", "cannot load .*/shape: size mismatch: .*it is of another model"),
     ("eval", SCORE + "{adapter}/misspelt", "granularity: found 'heads', expected 'head'"),
     ("eval", SCORE + "{adapter}/homeless", "adapter_config.json does not say what its base model is"),
     ("eval", SCORE + "{adapter}/moved", "cannot load .*/moved: .*nowhere"),
@@ -277,7 +279,12 @@ CASES = [
         "run --model {tiny} --task mmlu --limit 1 --out {tmp}/r.json",
         "data: mmlu cannot be fetched from the hub",
     ),
-    ("eval", EACH + "b={adapter}/truncated", "cannot load .*/truncated"),
+    ("eval", EACH + "b={adapter}/truncated", "truncated/adapter_model.safetensors: not whole .*: copy it again"),
+    ("eval", EACH + "../b={adapter}/good", "adapter: found the name '../b', expected at most 60 letters"),
+    ("eval", EACH + "b=", "expected NAME=FOLDER, every name once"),
+    ("eval", TRANSFER.replace("{tiny}", "nobody/other") + "a={adapter}/good", "good is of .*, expected one of nobody"),
+    ("eval", TRANSFER + "a={adapter}/good --adapter b={adapter}/truncated", "truncated/.*: not whole"),
+    ("eval", QUADRANTS + "{file}/map_of_other.json", "map_of_other.json: a map of other, expected one of"),
     (
         "eval",
         "probe transfer --model {tiny} --adapter base={adapter}/good --out {tmp}/p.json --lengths 256",
@@ -316,6 +323,7 @@ CASES = [
     ("recipes", "new {tiny} --tokens -5 --out {tmp}/r.yml", "tokens: found -5, expected at least 1"),
     ("recipes", "new {tiny} --chat-template no --out {tmp}/r.yml", "chat-template: found 'no', expected one of"),
     ("recipes", "new {model}/no_template --out {tmp}/r.yml", "has no chat template"),
+    ("recipes", "new {tiny} --out {tmp}/a#b.yml", "out: found the name 'a#b.yml', expected letters, digits"),
     ("recipes", "new {tiny} --out {file}/folder", "folder: is a folder"),
     ("recipes", "cost {file}/no.yml", "/no.yml: No such file or directory"),
     ("recipes", "cost {file}/folder", "/folder: Is a directory"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import axolotl_plugins.self_extend  # noqa: F401 - its RoPE type
+from data_gen.console import first_line
 from data_gen.files import load_json
 from data_gen.generate import check_template, load_tokenizer, read_template
 
@@ -125,12 +127,16 @@ def adapter_file(folder: Path) -> Path:
     """Where a saved adapter's tensors are.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or they are cut off.
     """
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
-        raise ValueError(f"{folder}: holds no {file.name}")
-    return file
+        raise ValueError(f"{folder}: holds no {file.name}: copy the whole folder again, or tune again")
+    try:
+        with safe_open(file, "pt"):
+            return file
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not whole ({first_line(error)}): copy it again, or tune again") from None
 
 
 def check_tensors(folder: Path, model: PeftModel, adapter_name: str = "default") -> None:
@@ -168,6 +174,10 @@ def load_weights(base: str, config: Any, dtype: torch.dtype | str, trust_remote_
 def cannot_load(name: str, error: BaseException) -> ValueError:
     """What is said of a model or an adapter whose files a library could not read, in one line."""
     text = " ".join(str(error).split())
+    if found := re.search(r"size mismatch for (\S+): .*? shape torch.Size\((.*?)\) .*? torch.Size\((.*?)\)", text):
+        text = "size mismatch: {} has the shape {}, the model's {}: it is of another model or configuration".format(
+            *found.groups()
+        )
     return ValueError(f"cannot load {name}: {text[:400] or type(error).__name__}")
 
 

@@ -8,14 +8,18 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from data_gen.console import quiet_libraries, stop
 from data_gen.files import check_output, load_json, write_text
 from eval.journal import journal_file
+
+if TYPE_CHECKING:
+    from axolotl_plugins.seal.load import Loaded
 
 app = typer.Typer(no_args_is_help=True, help="Which heads and channels matter, and why SEAL works.")
 
@@ -43,11 +47,15 @@ def adapters_named(adapters: list[str]) -> dict[str, str]:
     """Folders by name.
 
     Raises:
-        ValueError: one is not NAME=FOLDER, or a name is there twice.
+        ValueError: one is not NAME=FOLDER, a name is there twice, or cannot be part of a file's.
     """
     folders = dict(part.split("=", 1) for part in adapters if "=" in part)
-    if len(folders) != len(adapters):
+    if len(folders) != len(adapters) or not all(folders.values()):
         raise ValueError(f"adapter: found {' '.join(adapters)!r}, expected NAME=FOLDER, every name once")
+    for name in folders:
+        if not re.fullmatch(r"\w[\w .+-]{0,59}", name):
+            raise ValueError(f"adapter: found the name {name[:80]!r}, expected at most 60 letters, digits, blanks and "
+                             "any of . _ + -, a letter or digit first")  # fmt: skip
     return folders
 
 
@@ -78,11 +86,16 @@ def head_names(text: str) -> list[tuple[int, int]]:
     return [(int(match[1]), int(match[2])) for match in found if match]
 
 
-def read_map(file: Path) -> dict[str, Any]:
-    """A map that `heads` or `gradient` wrote.
+def same_model(one: str, other: str) -> bool:
+    """Whether two names are those of one folder, or of one repository on the hub."""
+    return Path(one).resolve() == Path(other).resolve()
+
+
+def read_map(file: Path, model: str) -> dict[str, Any]:
+    """A map of a model that `heads` or `gradient` wrote.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none, or of another model.
     """
     try:
         found = load_json(file)
@@ -90,6 +103,9 @@ def read_map(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: cannot be read as a map ({error})") from None
     if not isinstance(found, dict) or found.get("kind") not in ("removal", "gradient") or found.get("unit") != "head":
         raise ValueError(f"{file}: not a map of heads: make one with `python -m eval probe heads`")
+    if not same_model(str(found.get("model")), model):
+        raise ValueError(f"{file}: a map of {found.get('model')}, expected one of {model}: make it with "
+                         f"`python -m eval probe heads --model {model}`")  # fmt: skip
     return found
 
 
@@ -159,7 +175,7 @@ def gradient(
         from eval.probe.maps import agreement, changes, gradient_map
 
         wanted, at = numbers(lengths, "lengths"), numbers(points, "points", float)
-        exact = read_map(compare) if compare else None
+        exact = read_map(compare, model) if compare else None
         journal = journal_file(out, model, "gradient", task, wanted, samples, at, chat_template)
         loaded = load(model, chat_template=chat_template)
         found = gradient_map(loaded, task, wanted, samples=samples, points=tuple(at), journal=journal)
@@ -193,7 +209,7 @@ def quadrants(
 
         if not (0 < down < math.inf and 0 < up < math.inf):
             raise ValueError(f"down, up: found {down:g} and {up:g}, expected scales above 0")
-        found = read_map(source)
+        found = read_map(source, model)
         loaded = load(model, chat_template=chat_template)
         wanted = numbers(lengths, "lengths") if lengths else default_lengths(loaded.window)
         journals = {
@@ -273,7 +289,8 @@ def transfer(
 ) -> None:  # fmt: skip
     """Score every adapter on every task: gain over the range of the base model's scores (equation 2, Figure 8)."""
     with one_line_errors():
-        from axolotl_plugins.seal.load import load
+        from axolotl_plugins.seal.load import load_each
+        from axolotl_plugins.seal.provenance import seen_texts
         from eval.probe.transfer import by_length, matrix
         from eval.run import default_lengths, run
         from eval.score import SCORERS
@@ -283,17 +300,30 @@ def transfer(
             raise ValueError("adapter: found the name 'base', which is --model's: give it another")
         if unknown := [task for task in tasks.split(",") if task not in SCORERS]:
             raise ValueError(f"tasks: found {unknown[0]!r}, expected some of {','.join(SCORERS)}")
+        check_output(out)
         journals = []
-        results: dict[str, dict[str, Any]] = {}
-        for name, folder in {"base": model, **folders}.items():
-            loaded = load(folder, chat_template=chat_template)
+
+        def scores(name: str, loaded: Loaded) -> dict[str, Any]:
             wanted = numbers(lengths, "lengths") if lengths else default_lengths(loaded.window)
-            results[name] = {}
+            found = {}
             for task in tasks.split(","):
-                journals.append(journal_file(out, folder, name, task, wanted, samples, chat_template))
-                results[name][task] = run(loaded, task, lengths=wanted, samples=samples, batch_size=batch_size,
-                                          journal=journals[-1])  # fmt: skip
-        base = results.pop("base")
+                journals.append(journal_file(out, loaded.name, name, task, wanted, samples, chat_template))
+                found[task] = run(loaded, task, lengths=wanted, samples=samples, batch_size=batch_size,
+                                  journal=journals[-1])  # fmt: skip
+            return found
+
+        base: dict[str, Any] = {}
+        results: dict[str, dict[str, Any]] = {}
+        for name, loaded in zip(folders, load_each(folders, chat_template=chat_template), strict=True):
+            if not same_model(loaded.base, model):
+                raise ValueError(
+                    f"adapter: {loaded.name} is of {loaded.base}, expected one of {model}: name its --model"
+                )
+            if not base:
+                untuned = replace(loaded, name=model, method="base", trained_on=seen_texts(Path(model)))
+                with loaded.model.disable_adapter():
+                    base = scores("base", untuned)
+            results[name] = scores(name, loaded)
         found = {
             "kind": "transfer", "model": model, "base_model": model, "samples": samples, "adapters": folders,
             "scores": {name: {task: by_length(one) for task, one in rows.items()}
@@ -373,13 +403,16 @@ def inspect(
         method = "SEAL-H" if values.shape[-1] == 1 else "SEAL-C"
         found: dict[str, Any] = {"kind": "scales", "model": str(adapter), "method": method, "mean": mean.tolist(),
                                  "spread": spread.tolist()}  # fmt: skip
-        print_extremes(found, mean, "mean scale")
+        where = None
         if against is not None:
-            where = quadrants_of(read_map(against))
+            base = load_json(adapter / "adapter_config.json")["base_model_name_or_path"]
+            where = quadrants_of(read_map(against, base))
             if where.shape != mean.shape:
                 raise ValueError(
                     f"{against}: of a model with {where.shape} layers and heads, the adapter has {mean.shape}"
                 )
+        print_extremes(found, mean, "mean scale")
+        if where is not None:
             found["by_quadrant"] = {}
             for quadrant in (1, 2, 3, 4):
                 if (mine := mean[where == quadrant]).size:

@@ -19,6 +19,7 @@ import yaml
 
 from data_gen.files import load_json, write_text
 from eval.journal import result_file, result_name
+from recipes.matrix import recipe_name
 from recipes.steps import ROOT, Step, launch, machine, run_steps
 
 BASE = Path("recipes/tiny")
@@ -49,7 +50,7 @@ def derive_recipe(recipe: Path, seed: int, output_dir: Path, folder: Path) -> Pa
 
 def recipe_file(base: Path, task: str, method: str) -> Path:
     """The recipe of a small model, a task and a method."""
-    return Path(f"recipes/{base.name}_{task}_{method}.yml")
+    return Path("recipes") / f"{recipe_name(base.name, task, method)}.yml"
 
 
 def score_file(model: Path, task: str, work: Path) -> Path:

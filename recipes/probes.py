@@ -43,7 +43,7 @@ def plan(samples: int) -> list[Step]:
     lengths, batch = ("--lengths", f"{MIDDLE},{LONG}"), ("--batch-size", "10")
     heads = str(OUT / "heads.json")
     transferred = {
-        f"{title} {task}": f"tiny_tasks_{task}_{method}"
+        f"{title} {task}": recipe_file(TASKS_BASE, task, method).stem
         for method, title in METHODS.items()
         for task in (*TRANSFERRED, "multi")
     }
@@ -58,12 +58,12 @@ def plan(samples: int) -> list[Step]:
               TRANSFERRED_AT, "--samples", fewer, *batch, needs=tuple(transferred.values())),
     ]  # fmt: skip
     for method in METHODS:
-        line = f"tiny_line_{method}"
+        line = recipe_file(BASE, "line", method).stem
         steps += [
             probe(f"controls_{method}", "--recipe", f"recipes/{line}.yml", *lengths, "--validation", fewer, *batch),
             probe(f"inspect_{method}", "--adapter", f"outputs/{line}", "--map", heads, needs=("heads", line)),
         ]  # fmt: skip
-    lines = [f"tiny_line_{method}" for method in METHODS]
+    lines = [recipe_file(BASE, "line", method).stem for method in METHODS]
     both = [part for name in lines for part in ("--adapter", f"outputs/{name}")]
     steps += [
         probe("quadrants", *model, "--from", heads, "--lengths", SCORED_AT, *some, *batch, needs=("heads",)),

@@ -285,16 +285,8 @@ CASES = [
     ("eval", TRANSFER.replace("{tiny}", "nobody/other") + "a={adapter}/good", "good is of .*, expected one of nobody"),
     ("eval", TRANSFER + "a={adapter}/good --adapter b={adapter}/truncated", "truncated/.*: not whole"),
     ("eval", QUADRANTS + "{file}/map_of_other.json", "map_of_other.json: a map of other, expected one of"),
-    (
-        "eval",
-        "probe transfer --model {tiny} --adapter base={adapter}/good --out {tmp}/p.json --lengths 256",
-        "adapter: found the name 'base'",
-    ),
-    (
-        "eval",
-        "probe transfer --model {tiny} --adapter a={adapter}/good --out {tmp}/p.json --tasks line,lines",
-        "tasks: found 'lines'",
-    ),
+    ("eval", TRANSFER + "base={adapter}/good", "adapter: found the name 'base'"),
+    ("eval", TRANSFER + "a={adapter}/good --tasks line,lines", "tasks: found 'lines'"),
     ("eval", SWEEP + "{file}/rate_nan.yml", "rate_nan.yml: learning_rate: found nan"),
     ("eval", SWEEP + "{file}/typo.yml", "seal.granularty: no such setting"),
     ("eval", SWEEP + "{file}/two.yml", "two.yml: seal.data: found 2 descriptions, expected one"),

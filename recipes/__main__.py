@@ -184,12 +184,13 @@ def cost_lines(file: Path, gpu: str) -> list[str]:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     minutes, memory = found.minutes(gpu), GPUS[gpu][2]
+    several, each = (f"{found.held.sharers} x ", " of each") if found.held.sharers > 1 else ("", "")
     return [
         f"{settings['base_model']}: {shape.parameters / 1e9:.2f} B parameters, {found.tokens} tokens at most",
         f"useful work: {found.flop:.3g} FLOP; activations are {'' if found.held.recompute else 'not '}formed again",
-        f"time on {gpu}: {minutes[0]:.1f} minutes at {GOOD_SHARE:.0%} of its peak, {minutes[1]:.1f} at the "
+        f"time on {several}{gpu}: {minutes[0]:.1f} minutes at {GOOD_SHARE:.0%} of its peak, {minutes[1]:.1f} at the "
         f"{PAPER_SHARE:.0%} that the paper's 40 minutes on an A100 come to",
-        f"memory: about {found.gib:.0f} GiB of {memory}" + ("" if found.gib < memory else ": it will not fit"),
+        f"memory{each}: about {found.gib:.0f} GiB of {memory}" + ("" if found.gib < memory else ": it will not fit"),
         "longest sample that fits, by memory: "
         + ", ".join(f"{gib} GiB {longest_sample(shape, CARD_SHARE * gib, found.held)} tokens" for gib in CARDS),
     ]

@@ -97,7 +97,8 @@ class Held:
         quantised: bytes of a weight of the layers' projections where they are quantised.
         recompute: activations are formed again (gradient checkpointing), else every layer's are kept.
         offload: what enters a layer waits in host memory (``activation_offloading: hidden_states``).
-        devices: that weights and tokens are spread over (ZeRO-3 or FSDP, and context parallel).
+        devices: that weights are spread over (ZeRO-3 or FSDP2).
+        sharers: devices that a sample's tokens are spread over (``seal: context_parallel``).
     """
 
     element: int = 2
@@ -105,14 +106,16 @@ class Held:
     recompute: bool = True
     offload: bool = False
     devices: int = 1
+    sharers: int = 1
 
     @classmethod
     def of(cls, recipe: dict[str, Any]) -> Held:
-        """What a recipe's settings come to on one device."""
+        """What a recipe's settings come to on a device that holds all weights."""
         element = 2 if any(recipe.get(kind) for kind in ("bf16", "bfloat16", "fp16", "float16")) else 4
         quantised = 0.5 if recipe.get("load_in_4bit") else 1.0 if recipe.get("load_in_8bit") else None
         offload = recipe.get("activation_offloading") == "hidden_states"
-        return cls(element, quantised, bool(recipe.get("gradient_checkpointing")), offload)
+        sharers = (recipe.get("seal") or {}).get("context_parallel", 1)
+        return cls(element, quantised, bool(recipe.get("gradient_checkpointing")), offload, sharers=sharers)
 
 
 def training_bytes(shape: Shape, tokens: int, *, answer: int = 40, held: Held = Held()) -> float:
@@ -121,7 +124,8 @@ def training_bytes(shape: Shape, tokens: int, *, answer: int = 40, held: Held = 
     Weights; what enters every layer, d each (two layers' alone where it waits in host memory); and the working set of a
     layer. For its backward pass it keeps what enters its norms (in 16 bits twice, as they work in float32), queries,
     keys, values and attention output, and three products of its MLP; what comes and goes beside is one of each, and two
-    gradients in the MLP. Of several devices, each also holds one layer's weights whole, and all its keys and values.
+    gradients in the MLP. Where weights are spread, each device also holds one layer's whole; where tokens are, all keys
+    and values of one layer, their gradients, and those of a part of its queries.
 
     Args:
         shape: of the model.
@@ -130,7 +134,7 @@ def training_bytes(shape: Shape, tokens: int, *, answer: int = 40, held: Held = 
         held: how it is held.
     """
     element = held.element
-    share = tokens / held.devices
+    share = tokens / held.sharers
     embeddings = element * (shape.parameters - shape.linear)
     weights = ((held.quantised or element) * shape.linear + embeddings) / held.devices
     norms = (4 if element == 2 else 2) * shape.hidden
@@ -138,7 +142,8 @@ def training_bytes(shape: Shape, tokens: int, *, answer: int = 40, held: Held = 
     passing = share * element * (shape.hidden + shape.attention + shape.shared + 2 * shape.mlp)
     boundaries = share * element * shape.hidden * (2 if held.offload else shape.layers)
     activations = boundaries + kept if held.recompute else shape.layers * kept
-    gathered = element * (shape.linear / shape.layers + 2 * tokens * shape.shared) if held.devices > 1 else 0.0
+    gathered = element * shape.linear / shape.layers if held.devices > 1 else 0.0
+    gathered += element * 6 * tokens * shape.shared if held.sharers > 1 else 0.0
     return weights + activations + passing + gathered + 12 * answer * shape.vocabulary
 
 
@@ -172,14 +177,18 @@ class Cost:
         return self.bytes / 2**30
 
     def minutes(self, gpu: str) -> tuple[float, float]:
-        """Minutes on one of ``GPUS``: at ``GOOD_SHARE`` of its peak, and at ``PAPER_SHARE``."""
+        """Minutes on one of ``GPUS``: at ``GOOD_SHARE`` of its peak, and at ``PAPER_SHARE``.
+
+        Where devices share samples it is as many of them; what they say to each other is not counted.
+        """
         half, plain, _ = GPUS[gpu]
         peak = half if self.held.element == 2 else half / 2 if self.tf32 else plain
-        return self.flop / (peak * GOOD_SHARE) / 60, self.flop / (peak * PAPER_SHARE) / 60
+        each = self.flop / self.held.sharers
+        return each / (peak * GOOD_SHARE) / 60, each / (peak * PAPER_SHARE) / 60
 
 
 def recipe_cost(settings: dict[str, Any], shape: Shape) -> Cost:
-    """What a recipe costs on one device, from shapes alone; what LoRA adds is not counted.
+    """What a recipe costs on one device, or as many as share a sample, from shapes alone; LoRA's own is not counted.
 
     Args:
         settings: the recipe; its ``seal: data:`` says how many samples of what length there are.

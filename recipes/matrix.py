@@ -48,11 +48,14 @@ def expectation(settings: dict[str, Any], shape: Shape | None, measured: str | N
         return ""
     cost = recipe_cost(settings, shape)
     fast, slow = cost.minutes("a100")
+    each, cards = ("", "one") if cost.held.sharers == 1 else (" on each", str(cost.held.sharers))
     text = (
-        f"Takes about {cost.gib:.0f} GiB, and {fast:.0f} to {slow:.0f} minutes on one A100 80 GB: computed from shapes "
-        f"(`python -m recipes cost`), at {GOOD_SHARE:.0%} of the card's peak and at the {PAPER_SHARE:.0%} that the "
-        "authors' 40 minutes for 7B models and 31K tokens (section 5) come to; not measured yet."
+        f"Takes about {cost.gib:.0f} GiB{each}, and {fast:.0f} to {slow:.0f} minutes on {cards} A100 80 GB: computed "
+        f"from shapes (`python -m recipes cost`), at {GOOD_SHARE:.0%} of the card's peak and at the {PAPER_SHARE:.0%} "
+        "that the authors' 40 minutes for 7B models and 31K tokens (section 5) come to; not measured yet."
     )
+    if cost.held.sharers > 1:
+        text += f" Start {cost.held.sharers} processes, which share every sample."
     if "fsdp_config" in settings or "deepspeed" in settings:
         weights = cost.held.element * shape.parameters / 2**30
         text += (
@@ -80,7 +83,7 @@ seed: 0
 
 
 def recipe(file: Path, model: dict[str, Any], task: str, method: str, *, lr: float, shows: str, shape: Shape | None,
-           samples: int = 50, epochs: int = 1, sharding: str | None = None) -> str:  # fmt: skip
+           samples: int = 50, epochs: int = 1, sharding: str | None = None, sharers: int = 1) -> str:  # fmt: skip
     """The text of one recipe.
 
     Args:
@@ -94,6 +97,7 @@ def recipe(file: Path, model: dict[str, Any], task: str, method: str, *, lr: flo
         samples: training samples.
         epochs: passes over them.
         sharding: a key of ``SHARDING``, for weights that are spread over devices.
+        sharers: devices that every sample's tokens are spread over.
     """
     name, gpu = file.stem, model.get("gpu", True)
     # In bfloat16 with FlashAttention, but under ZeRO-3, which holds float32.
@@ -104,6 +108,9 @@ def recipe(file: Path, model: dict[str, Any], task: str, method: str, *, lr: flo
     if method in GRANULARITY:
         adapter = f"adapter: seal\n{SEAL}"
     seal = f"  granularity: {GRANULARITY[method]}\n" if method in GRANULARITY else ""
+    if sharers > 1:
+        seal += f"  context_parallel: {sharers} # processes that share a sample, each a part of its tokens\n"
+        attention = "sdpa # context_parallel gathers keys and values for it"
     template = "chat_template: tokenizer_default"
     if "template" in model:
         template = f"chat_template: jinja\nchat_template_jinja: recipes/templates/{model['template']}.jinja"
@@ -114,7 +121,7 @@ def recipe(file: Path, model: dict[str, Any], task: str, method: str, *, lr: flo
     if "self_extend" in stretched:
         plugins = f"  - axolotl_plugins.self_extend.SelfExtendPlugin\n{plugins}"
         attention = "sdpa # self_extend takes its place when the model is loaded"
-    same = name.removesuffix(f"_{sharding}")  # data are the same however weights are spread
+    same = name.removesuffix(f"_{sharding}").removesuffix(f"_cp{sharers}")  # data are the same on however many devices
     key = same.removesuffix(f"_{method}")
     parts = MIXTURES.get(task, (task,))
     blocks = [data_block(model, part, samples // len(parts)) for part in parts]
@@ -222,7 +229,8 @@ def recipe_name(model: str, task: str, method: str, row: dict[str, Any] | None =
     longer = f"_{round(row['tokens'] / 1024)}k" if "tokens" in row else ""
     fewer = f"_{row['samples']}x{row['epochs']}" if "samples" in row else ""
     sharded = f"_{row['sharding']}" if "sharding" in row else ""
-    return f"{model}{longer}_{task}_{method}{fewer}{sharded}"
+    shared = f"_cp{row['context_parallel']}" if "context_parallel" in row else ""
+    return f"{model}{longer}_{task}_{method}{fewer}{sharded}{shared}"
 
 
 def peft_config(method: str) -> Any:
@@ -256,5 +264,6 @@ def all_recipes() -> dict[str, str]:
                 Path("recipes") / f"{name}.yml", entry, task, method, lr=rate(matrix["rates"], model, task, method),
                 shows=f"{row['shows']} of arXiv 2501.15225", shape=Shape.of(shape) if shape else None,
                 samples=samples, epochs=epochs, sharding=row.get("sharding"),
+                sharers=row.get("context_parallel", 1),
             )  # fmt: skip
     return texts

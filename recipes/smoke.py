@@ -98,6 +98,7 @@ def shrink(recipe: dict[str, Any], miniature: Path, work: Path) -> dict[str, Any
     }  # fmt: skip
     for key in ("bfloat16", "fsdp_version", "fsdp_config", "deepspeed", "tf32"):  # of one or several GPUs
         small.pop(key, None)
+    small["seal"].pop("context_parallel", None)
     if "flash" in small["attn_implementation"]:
         small["attn_implementation"] = "sdpa"
     if "model_config" in small:

@@ -25,10 +25,10 @@ MINIATURES: dict[str, tuple[str, dict, int]] = {
 }
 
 
-def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def build(name: str, dtype: torch.dtype = torch.float32, **settings: object) -> PreTrainedModel:
     """The miniature called ``name``, seeded, in evaluation mode, with biases that are not zero."""
     model_type, extra, _ = MINIATURES[name]
-    config = CONFIG_MAPPING[model_type](**{**COMMON, **extra}, dtype=dtype)
+    config = CONFIG_MAPPING[model_type](**{**COMMON, **extra, **settings}, dtype=dtype)
     config.num_hidden_layers = 2
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()

@@ -185,7 +185,9 @@ DATA = {"task": "line", "tokens": 400}
         ({"seal": {"granularity": "head", "data": [DATA, DATA | {"tokenz": 4}]}}, "seal.data.1.tokenz: no such"),
         ({"seal": {"granularity": "head", "data": [DATA, DATA]}}, "describes 2 files"),
         ({"seal": None}, "seal.granularity: missing"),
-        ({"context_parallel_size": 2}, "have no loss to learn from"),
+        ({"context_parallel_size": 2}, "set `seal: context_parallel: 2` instead"),
+        ({"seal": {"granularity": "head", "context_parallel": 0}}, "seal.context_parallel: found 0"),
+        ({"seal": {"granularity": "head", "context_parallel": 2}, "val_set_size": 0.1}, "val_set_size: found 0.1"),
         ({"fsdp_config": {"reshard_after_forward": True}}, "fsdp_version: found None"),
         ({"fsdp_config": {"reshard_after_forward": True}, "fsdp_version": 2, "bf16": True}, "mixed precision rounds"),
         ({"deepspeed": {"bf16": {"enabled": "auto"}}, "bf16": True}, "bf16.enabled rounds"),
@@ -285,6 +287,35 @@ def test_two_processes_do_what_two_accumulated_steps_do(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     ours, theirs = (scales(folder / "out") for folder in folders.values())
     assert all((ours[name] != 1).all() and torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "changes"), [(2, {}), (4, {"gradient_accumulation_steps": 2})])
+def test_two_processes_learn_from_one_sample_what_one_process_learns(processes, changes, tmp_path):
+    """Each from a half of the tokens; four learn from two samples, as one does that accumulates two steps."""
+    folders = {name: tmp_path / name for name in ("whole", "shared")}
+    for folder in folders.values():
+        folder.mkdir()
+    both = {"gradient_checkpointing": True, "save_strategy": "steps", "save_steps": STEPS}
+    recipe = write_recipe(folders["whole"], **both, **changes)
+    write_recipe(folders["shared"], **both, seal=recipe["seal"] | {"context_parallel": 2})
+    done = launch(folders["whole"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    several = ("torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29513")
+    done = run(folders["shared"], *several, "-m", "axolotl.cli.train", "recipe.yml", ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, shared = (scales(folder / "out") for folder in folders.values())
+    for name, scale in whole.items():
+        assert (scale != 1).all()
+        # AdamW makes much of the rounding of gradients that are all but zero.
+        torch.testing.assert_close(shared[name], scale, rtol=0, atol=1e-4)
+    logs = [
+        json.loads((folder / f"out/checkpoint-{STEPS}/trainer_state.json").read_text())["log_history"]
+        for folder in folders.values()
+    ]
+    for key in ("loss", "grad_norm"):
+        ours, theirs = ([entry[key] for entry in log if key in entry] for log in logs)
+        assert ours == pytest.approx(theirs, rel=1e-3) and len(ours) == STEPS
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def test_every_row_of_the_paper_has_its_commands():
     extra = {f"{m}_line_{b}" for m in ("mistral7b", "vicuna7b", "longchat13b") for b in ("seall", "seald")}
     # The same rows on several devices.
     extra |= {f"{m}_line_sealc_{way}" for m in ("longchat13b", "vicuna13b") for way in SHARDING}
-    extra |= {f"llama31_8b_128k_line_{method}" for method in ("sealh", "sealc")}  # beyond the paper
+    extra |= {f"llama31_8b_128k_line_{m}{way}" for m in ("sealh", "sealc") for way in ("", "_cp8")}  # beyond the paper
     assert named == {name for name in TEXTS if not name.startswith("tiny") and "longbench" not in name} - extra
     parts = {part.splitlines()[0]: part for part in text.split("\n## ")[1:]}
     assert list(parts) == [f"Table {n}" for n in (1, 2, 3)] + [f"Figure {n}" for n in (5, 6, 7, 9, 10)]

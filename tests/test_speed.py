@@ -98,7 +98,7 @@ def test_memory_of_a_step_is_what_the_formula_says(tokens, checkpointing):
 
 
 def test_the_longest_sample_fits_and_a_longer_one_does_not():
-    for held in (Held(), Held(quantised=0.5, offload=True), Held(devices=8)):
+    for held in (Held(), Held(quantised=0.5, offload=True), Held(devices=8, sharers=8)):
         for gib in (24, 80):
             tokens = longest_sample(shape("llama2_7b"), gib, held)
             assert training_bytes(shape("llama2_7b"), tokens, held=held) <= gib * 2**30
@@ -113,6 +113,10 @@ def test_cost_of_a_recipe():
     lines = cost_lines(ROOT / "recipes" / "longchat7b_line_sealc.yml", "a100")
     assert "6.74 B parameters, 31000 tokens" in lines[0] and "40.9 at the 11%" in lines[2]
     assert "24 GiB 22" in lines[4] and "80 GiB 1" in lines[4]
+    names = ("llama31_8b_128k_line_sealc", "llama31_8b_128k_line_sealc_cp8")
+    alone, shared = (cost_lines(ROOT / "recipes" / f"{name}.yml", "a100") for name in names)
+    assert "time on a100: 104.0 minutes" in alone[2] and "time on 8 x a100: 13.0 minutes" in shared[2]
+    assert "memory: about 73 GiB" in alone[3] and "memory of each: about 24 GiB" in shared[3]
     assert cost_lines(ROOT / "recipes" / "tiny_line_sealc.yml", "h100")
     with pytest.raises(ValueError, match="gpu: found 'b17'"):
         cost_lines(ROOT / "recipes" / "tiny_line_sealc.yml", "b17")

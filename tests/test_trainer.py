@@ -13,7 +13,8 @@ from test_axolotl import launch, refusal, write_recipe
 from torch import nn
 
 from axolotl_plugins.seal import SealConfig
-from axolotl_plugins.seal.trainer import answers_only, check_gradients, check_scales, check_trainable
+from axolotl_plugins.seal.answers import answers_only
+from axolotl_plugins.seal.trainer import check_gradients, check_scales, check_trainable
 
 
 def loss_and_gradients(model, inputs):
@@ -98,7 +99,7 @@ import resource, sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from peft import get_peft_model
 from axolotl_plugins.seal import SealConfig
-from axolotl_plugins.seal.trainer import answers_only
+from axolotl_plugins.seal.answers import answers_only
 config = LlamaConfig(vocab_size=32000, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
                      num_attention_heads=1, max_position_embeddings=8192)
 model = get_peft_model(LlamaForCausalLM(config), SealConfig(granularity="channel"))

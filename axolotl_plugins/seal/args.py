@@ -38,6 +38,7 @@ class SealBlock(BaseModel):
     target_modules: list[str] | None = Field(default=None, description="Attention outputs; left out, they are found.")
     layers: list[int] | None = Field(default=None, description="Decoder layers to scale; left out, all of them.")
     num_heads: int | None = Field(default=None, description="Query heads per layer; left out, the model's config says.")
+    context_parallel: int = Field(default=1, ge=1, description="Processes that share a sample, each a part of it.")
     data: Annotated[list[DataArgs], BeforeValidator(as_list)] | None = Field(
         default=None, description="Makes the dataset file when it is missing; a list: one entry for each file."
     )

@@ -83,6 +83,11 @@ def check_recipe(cfg: dict[str, Any]) -> SealBlock:
         if cfg.get("merge_method") != "legacy":
             raise ValueError("merge_method: set `merge_method: legacy`; Axolotl's default method knows LoRA alone")
         check_sharding(cfg)
+    if block.context_parallel > 1:
+        for key, least in (("micro_batch_size", 1), ("val_set_size", 0), ("test_datasets", [])):
+            if (value := cfg.get(key)) not in (None, least):
+                raise ValueError(f"{key}: found {value!r}, but seal.context_parallel spreads one training sample at a "
+                                 "time over processes: leave it out")  # fmt: skip
     try:
         rate = float(cfg.get("learning_rate", "missing"))
     except (TypeError, ValueError):
@@ -128,9 +133,8 @@ def check_sharding(cfg: dict[str, Any]) -> None:
     """
     if (cfg.get("context_parallel_size") or 1) > 1:
         raise ValueError(
-            "context_parallel_size: devices without a part of the answer have no loss to learn from: leave it out; one "
-            "device holds long samples with `gradient_checkpointing: true` (`python -m recipes cost RECIPE` says how "
-            "long)"
+            "context_parallel_size: under it devices without a part of the answer have no loss to learn from: set "
+            f"`seal: context_parallel: {cfg['context_parallel_size']}` instead"
         )
     if fsdp := cfg.get("fsdp_config"):
         version = cfg.get("fsdp_version") or fsdp.get("fsdp_version") or fsdp.get("version")
@@ -302,8 +306,17 @@ class SealPlugin(BasePlugin):
         return {} if cfg.bf16 else {"bf16": False}
 
     def post_trainer_create(self, cfg: Any, trainer: AnswerTrainer) -> None:
-        """Hand over what adapters are to say about their data."""
+        """Hand over what adapters are to say about their data, and let processes share samples where they are to.
+
+        Raises:
+            SystemExit: with one line that says why they cannot.
+        """
         trainer.training_data = self.training_data
+        if (size := parse_block(cfg.seal).context_parallel) > 1:
+            try:
+                trainer.share_samples(size)
+            except ValueError as error:
+                stop("seal", error)
 
     def post_model_build(self, cfg: Any, model: PreTrainedModel) -> None:
         """Keep how many tokens the base model knows."""

@@ -9,45 +9,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
+from accelerate.data_loader import BatchSamplerShard
 from axolotl.core.trainers import AxolotlTrainer
 from axolotl.utils.logging import get_logger
 from peft import PeftModel
 from torch import nn
+from torch.utils.data import DataLoader
 
 from data_gen.console import stop
 
 from . import provenance
+from .answers import answers_only, next_labels
+from .context_parallel import ContextParallel
 from .layer import SealLayer
 from .scales import scale_matrix, summary
 
 LOG = get_logger(__name__)
-IGNORED = -100  # label of tokens that are not learned
-
-
-def answers_only(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Ask a causal language model for the logits that its loss needs and no others.
-
-    At T tokens and a vocabulary of V all logits take T x V float32 numbers, those of an answer a thousandth of that.
-
-    Args:
-        inputs: ``labels`` of shape (B, T), -100 where a token is not learned, and whatever else the model takes.
-
-    Returns:
-        The same with ``logits_to_keep`` (positions that predict a token with a label in any row) and
-        ``shift_labels`` (the labels of what they predict), which Transformers' losses know.
-
-    Raises:
-        ValueError: no token has a label.
-    """
-    shifted = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
-    keep = (shifted != IGNORED).any(0).nonzero()[:, 0]
-    if not len(keep):
-        raise ValueError(
-            "a sample has no answer to learn from: its last turn is empty, or `roles_to_train` or `train_on_inputs` "
-            "leaves nothing over"
-        )
-    return {**inputs, "logits_to_keep": keep, "shift_labels": shifted[:, keep]}
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -117,6 +94,30 @@ class AnswerTrainer(AxolotlTrainer):
     keeps_logits: bool | None = None
     # What ``provenance.record`` says about the data.
     training_data: dict[str, Any] | None = None
+    # The processes that share a sample, if any do.
+    shared: ContextParallel | None = None
+
+    def share_samples(self, size: int) -> None:
+        """Spread every sample over ``size`` processes.
+
+        Raises:
+            ValueError: there are not as many, or the model or its loss cannot be spread.
+        """
+        if self.label_smoother is not None:
+            raise ValueError("seal.context_parallel: the loss has no parts: set no label_smoothing_factor")
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        self.shared = ContextParallel(size)
+        self.shared.prepare(base)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Give processes that share a sample the same one."""
+        loader = super().get_train_dataloader()
+        if self.shared and self.accelerator.num_processes > 1:
+            shard = loader.batch_sampler
+            assert isinstance(shard, BatchSamplerShard)
+            shard.num_processes //= self.shared.size
+            shard.process_index //= self.shared.size
+        return loader
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; Axolotl saves the adapter next, beside the record of its data."""
@@ -143,19 +144,21 @@ class AnswerTrainer(AxolotlTrainer):
         if self.keeps_logits is None:
             base = self.accelerator.unwrap_model(model)
             base = base.get_base_model() if isinstance(base, PeftModel) else base
-            # Context parallelism cuts labels and positions apart by itself.
-            parallel = getattr(self.accelerator, "parallelism_config", None)
-            split = parallel is not None and (parallel.cp_enabled or parallel.sp_enabled)
             known = "logits_to_keep" in inspect.signature(base.forward).parameters
-            self.keeps_logits = known and not split and self.label_smoother is None
+            self.keeps_logits = known and self.label_smoother is None
             if not self.keeps_logits:
                 LOG.info(f"seal: {type(base).__name__} computes the logits of all tokens, not of the answers alone")
-        if self.keeps_logits and "labels" in inputs:
+        if (self.keeps_logits or self.shared) and "labels" in inputs:
             try:
-                inputs = answers_only(inputs)
+                if self.shared:
+                    inputs = self.shared.share({**inputs, "shift_labels": next_labels(inputs["labels"])})
+                if self.keeps_logits:
+                    inputs = answers_only(inputs)
             except ValueError as error:
                 give_up(error)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        # Of each process's part of the loss, the mean over all processes will be taken.
+        return loss * self.shared.size if self.shared else loss
 
 
 class SealTrainer(AnswerTrainer):

@@ -132,7 +132,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for number, text in enumerate(lines, 1):
                 if text.strip():
                     try:
-                        row = json.loads(text)
+                        row = json.loads(text.strip())
                     except (json.JSONDecodeError, RecursionError) as error:
                         raise ValueError(
                             f"{path}, line {number}: not JSON ({first_line(error)}): mend or remove it"

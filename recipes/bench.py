@@ -19,6 +19,7 @@ import torch
 from peft import IA3Config, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from axolotl_plugins.seal.needed import no_embedding_gradients
 from axolotl_plugins.seal.tune import answer_loss
 from data_gen.console import quiet_libraries
 from data_gen.files import write_text
@@ -47,8 +48,8 @@ def build(shape: dict[str, Any], method: str, tokens: int, device: str, checkpoi
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model = get_peft_model(model, METHODS[method]())
     if checkpointing:
-        model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        no_embedding_gradients(model.get_base_model())
     return model.train()
 
 

@@ -14,8 +14,8 @@ from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from axolotl_plugins.seal import SealConfig
-from axolotl_plugins.seal.answers import IGNORED, answers_only, next_labels
 from axolotl_plugins.seal.context_parallel import MODEL_TYPES, ContextParallel
+from axolotl_plugins.seal.needed import IGNORED, answers_only, next_labels
 from recipes import bench
 from recipes.cost import Held, Shape, training_bytes
 

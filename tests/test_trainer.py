@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from test_axolotl import launch, refusal, write_recipe
 from torch import nn
 
 from axolotl_plugins.seal import SealConfig
-from axolotl_plugins.seal.answers import answers_only
-from axolotl_plugins.seal.trainer import check_gradients, check_scales, check_trainable
+from axolotl_plugins.seal.needed import answers_only, no_embedding_gradients
+from axolotl_plugins.seal.trainer import AnswerTrainer, check_gradients, check_scales, check_trainable
 
 
 def loss_and_gradients(model, inputs):
@@ -37,6 +38,44 @@ def test_answers_alone_give_the_same_loss_and_gradients(name):
     assert all(gradient.any() for gradient in gradients)
     torch.testing.assert_close(cut_loss, loss, atol=1e-6, rtol=0)
     torch.testing.assert_close(cut_gradients, gradients, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lowest", [0, 1])
+def test_gradients_end_at_the_lowest_scale(lowest):
+    """With checkpointing as without, and whoever asked for gradients of the embeddings before."""
+    grown, passed = [], []
+    for cut in (False, True):
+        model = get_peft_model(build("llama_gqa"), SealConfig(granularity="channel", layers=[lowest, 1])).train()
+        base = model.get_base_model()
+        base.enable_input_require_grads()
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        if cut:
+            no_embedding_gradients(base)
+        below = [layer.self_attn.q_proj for layer in base.model.layers[: lowest + 1]]
+        reached: list[str] = []
+        for projection in below:
+            projection.register_full_backward_hook(lambda *_, reached=reached: reached.append("q"))
+        ids = token_ids(1)
+        grown.append(loss_and_gradients(model, {"input_ids": ids, "labels": ids})[1])
+        passed.append(len(reached))
+    assert passed == [lowest + 1, 0]
+    assert all(gradient.any() for gradient in grown[0])
+    torch.testing.assert_close(grown[1], grown[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, False),
+        ({"activation_offloading": "legacy"}, True),
+        ({"gradient_checkpointing": True}, True),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, True),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}, False),
+    ],
+)
+def test_checkpointing_that_asks_for_gradients_of_embeddings_is_known(settings, expected):
+    args = {"gradient_checkpointing": False, "gradient_checkpointing_kwargs": None, "activation_offloading": None}
+    assert AnswerTrainer.reentrant(SimpleNamespace(args=SimpleNamespace(**args | settings))) is expected
 
 
 def test_a_sample_without_an_answer_is_refused():
@@ -99,7 +138,7 @@ import resource, sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from peft import get_peft_model
 from axolotl_plugins.seal import SealConfig
-from axolotl_plugins.seal.answers import answers_only
+from axolotl_plugins.seal.needed import answers_only
 config = LlamaConfig(vocab_size=32000, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
                      num_attention_heads=1, max_position_embeddings=8192)
 model = get_peft_model(LlamaForCausalLM(config), SealConfig(granularity="channel"))

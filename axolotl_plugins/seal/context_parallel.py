@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .answers import IGNORED
+from .needed import IGNORED
 
 NAME = "context_parallel"
 # Architectures whose attention is causal and nothing else.

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 from data_gen.console import stop
 
 from . import provenance
-from .answers import answers_only, next_labels
 from .context_parallel import ContextParallel
 from .layer import SealLayer
+from .needed import answers_only, next_labels, no_embedding_gradients
 from .scales import scale_matrix, summary
 
 LOG = get_logger(__name__)
@@ -139,11 +139,20 @@ class AnswerTrainer(AxolotlTrainer):
         if self.training_data is not None and self.args.should_save:
             provenance.save(self.training_data, folder)
 
+    def reentrant(self) -> bool:
+        """Whether activations are formed again, or put elsewhere, in a way that asks for gradients of embeddings."""
+        args = self.args
+        if args.gradient_checkpointing:
+            return (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", True)
+        return bool(args.activation_offloading)
+
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss, from the answers' logits alone where the model's forward can be asked for them."""
         if self.keeps_logits is None:
             base = self.accelerator.unwrap_model(model)
             base = base.get_base_model() if isinstance(base, PeftModel) else base
+            if not self.reentrant():
+                no_embedding_gradients(base)
             known = "logits_to_keep" in inspect.signature(base.forward).parameters
             self.keeps_logits = known and self.label_smoother is None
             if not self.keeps_logits:

@@ -347,6 +347,7 @@ def sweep(
 ) -> None:  # fmt: skip
     """Tune with every rate and number of samples, score on fresh validation data, name the best (Table 7, Figure 9)."""
     with one_line_errors():
+        from eval.probe import captions
         from eval.probe.tuning import read_recipe
         from eval.probe.tuning import sweep as run_sweep
 
@@ -359,7 +360,7 @@ def sweep(
         for cell in found["cells"]:
             print(f"rate {cell['rate']:g}, {cell['samples']} samples, {cell['epochs']} epochs, seed {cell['seed']}: "
                   f"{cell['mean']:.3f}")  # fmt: skip
-        print(f"best: {found['best']}")
+        print(captions.sweep(found))
         finish(found, out, journal)
 
 

@@ -1,4 +1,4 @@
-"""Which logits a loss on answers needs."""
+"""What of a step tuning needs: logits of answers alone, and gradients no lower than the lowest scale."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 
 IGNORED = -100  # label of tokens that are not learned
 
@@ -49,3 +50,13 @@ def answers_only(inputs: dict[str, Any]) -> dict[str, Any]:
     if not len(keep):
         keep = keep.new_zeros(1)
     return {**inputs, "logits_to_keep": keep, "shift_labels": shifted[:, keep]}
+
+
+def no_embedding_gradients(model: PreTrainedModel) -> None:
+    """Let gradients end at the lowest module that is trained.
+
+    Transformers, PEFT and Axolotl each ask for gradients of the embeddings, without which reentrant checkpointing, in
+    which a layer has gradients only if its input has, would give none; call this for any other training, and after
+    them, for hooks run in the order in which they were added.
+    """
+    model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.detach())

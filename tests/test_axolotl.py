@@ -273,6 +273,21 @@ def test_weights_in_16_bits_leave_scales_in_32(tmp_path):
 
 
 @pytest.mark.slow
+def test_every_kind_of_checkpointing_learns_the_same_bits(trained, tmp_path):
+    """Gradients of the embeddings are computed for one of them alone."""
+    folder, _ = trained
+    whole = scales(folder / "out")
+    once = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    for number, kind in enumerate(({}, once, {"activation_offloading": "hidden_states"})):
+        (tmp_path / str(number)).mkdir()
+        write_recipe(tmp_path / str(number), gradient_checkpointing=True, **kind)
+        done = launch(tmp_path / str(number))
+        assert done.returncode == 0, done.stderr[-3000:]
+        again = scales(tmp_path / str(number) / "out")
+        assert all((whole[name] != 1).all() and torch.equal(again[name], whole[name]) for name in whole)
+
+
+@pytest.mark.slow
 def test_two_processes_do_what_two_accumulated_steps_do(tmp_path):
     """Data parallel over gloo: the same scales, bit for bit."""
     folders = {name: tmp_path / name for name in ("accumulated", "parallel")}

@@ -115,7 +115,7 @@ def test_cost_of_a_recipe():
     assert "24 GiB 22" in lines[4] and "80 GiB 1" in lines[4]
     names = ("llama31_8b_128k_line_sealc", "llama31_8b_128k_line_sealc_cp8")
     alone, shared = (cost_lines(ROOT / "recipes" / f"{name}.yml", "a100") for name in names)
-    assert "time on a100: 104.0 minutes" in alone[2] and "time on 8 x a100: 13.0 minutes" in shared[2]
+    assert "time on a100: 103.6 minutes" in alone[2] and "time on 8 x a100: 13.0 minutes" in shared[2]
     assert "memory: about 73 GiB" in alone[3] and "memory of each: about 24 GiB" in shared[3]
     assert cost_lines(ROOT / "recipes" / "tiny_line_sealc.yml", "h100")
     with pytest.raises(ValueError, match="gpu: found 'b17'"):

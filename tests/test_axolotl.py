@@ -186,6 +186,7 @@ DATA = {"task": "line", "tokens": 400}
         ({"seal": {"granularity": "head", "data": [DATA, DATA]}}, "describes 2 files"),
         ({"seal": None}, "seal.granularity: missing"),
         ({"context_parallel_size": 2}, "set `seal: context_parallel: 2` instead"),
+        ({"sequence_parallel_degree": 2, "adapter": "lora"}, "set `seal: context_parallel: 2` instead"),
         ({"seal": {"granularity": "head", "context_parallel": 0}}, "seal.context_parallel: found 0"),
         ({"seal": {"granularity": "head", "context_parallel": 2}, "val_set_size": 0.1}, "val_set_size: found 0.1"),
         ({"fsdp_config": {"reshard_after_forward": True}}, "fsdp_version: found None"),

@@ -158,9 +158,8 @@ class ContextParallel:
             end = (chunk + 1) * length  # the last of its queries sees all keys before here
             mask = causal_lower_right(length, end)
             keys, values = key[:, :, :end], value[:, :, :end]
-            mixed.append(
-                F.scaled_dot_product_attention(part, keys, values, mask, scale=scaling, enable_gqa=copies == 1)
-            )
+            grouped = keys.shape[1] != part.shape[1]
+            mixed.append(F.scaled_dot_product_attention(part, keys, values, mask, scale=scaling, enable_gqa=grouped))
         return torch.cat(mixed, dim=2).transpose(1, 2).contiguous(), None
 
 

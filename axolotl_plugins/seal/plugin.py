@@ -83,6 +83,10 @@ def check_recipe(cfg: dict[str, Any]) -> SealBlock:
         if cfg.get("merge_method") != "legacy":
             raise ValueError("merge_method: set `merge_method: legacy`; Axolotl's default method knows LoRA alone")
         check_sharding(cfg)
+    for key in ("context_parallel_size", "sequence_parallel_degree"):
+        if (size := cfg.get(key) or 1) > 1:
+            raise ValueError(f"{key}: under it devices without a part of the answer have no loss to learn from: set "
+                             f"`seal: context_parallel: {size}` instead")  # fmt: skip
     if block.context_parallel > 1:
         for key, least in (("micro_batch_size", 1), ("val_set_size", 0), ("test_datasets", [])):
             if (value := cfg.get(key)) not in (None, least):
@@ -131,11 +135,6 @@ def check_sharding(cfg: dict[str, Any]) -> None:
     Raises:
         ValueError: what is wrong and how to mend it, in one line.
     """
-    if (cfg.get("context_parallel_size") or 1) > 1:
-        raise ValueError(
-            "context_parallel_size: under it devices without a part of the answer have no loss to learn from: set "
-            f"`seal: context_parallel: {cfg['context_parallel_size']}` instead"
-        )
     if fsdp := cfg.get("fsdp_config"):
         version = cfg.get("fsdp_version") or fsdp.get("fsdp_version") or fsdp.get("version")
         if str(version) != "2":

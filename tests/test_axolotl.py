@@ -312,7 +312,7 @@ def test_two_processes_learn_from_one_sample_what_one_process_learns(processes, 
     folders = {name: tmp_path / name for name in ("whole", "shared")}
     for folder in folders.values():
         folder.mkdir()
-    both = {"gradient_checkpointing": True, "save_strategy": "steps", "save_steps": STEPS}
+    both = {"gradient_checkpointing": True, "save_strategy": "steps", "save_steps": STEPS, "max_steps": None}
     recipe = write_recipe(folders["whole"], **both, **changes)
     write_recipe(folders["shared"], **both, seal=recipe["seal"] | {"context_parallel": 2})
     done = launch(folders["whole"])
@@ -325,13 +325,16 @@ def test_two_processes_learn_from_one_sample_what_one_process_learns(processes, 
         assert (scale != 1).all()
         # AdamW makes much of the rounding of gradients that are all but zero.
         torch.testing.assert_close(shared[name], scale, rtol=0, atol=1e-4)
-    logs = [
-        json.loads((folder / f"out/checkpoint-{STEPS}/trainer_state.json").read_text())["log_history"]
-        for folder in folders.values()
-    ]
+    # All samples were learned from: an epoch counts samples, not processes.
+    steps = recipe["seal"]["data"]["samples"] // changes.get("gradient_accumulation_steps", 1)
+    logs = []
+    for folder in folders.values():
+        state = json.loads((folder / f"out/checkpoint-{steps}/trainer_state.json").read_text())
+        assert state["epoch"] == 1 and state["max_steps"] == steps
+        logs.append(state["log_history"])
     for key in ("loss", "grad_norm"):
         ours, theirs = ([entry[key] for entry in log if key in entry] for log in logs)
-        assert ours == pytest.approx(theirs, rel=1e-3) and len(ours) == STEPS
+        assert ours == pytest.approx(theirs, rel=1e-3) and len(ours) == steps
 
 
 @pytest.mark.slow

@@ -63,6 +63,14 @@ def test_gradients_end_at_the_lowest_scale(lowest):
     torch.testing.assert_close(grown[1], grown[0], rtol=0, atol=0)
 
 
+def test_embeddings_that_are_trained_keep_their_gradients():
+    model = get_peft_model(build("llama_gqa"), LoraConfig(target_modules=["q_proj", "embed_tokens"], lora_alpha=4))
+    no_embedding_gradients(model.get_base_model())
+    ids = token_ids(1)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert next(p for name, p in model.named_parameters() if "lora_embedding_B" in name).grad.any()
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

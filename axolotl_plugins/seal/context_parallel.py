@@ -53,16 +53,11 @@ class ContextParallel:
     """The processes that share this one's samples: ``size`` of them, whose ranks follow each other.
 
     Raises:
-        ValueError: the number of processes is no multiple of ``size``.
+        ValueError: see ``check_processes``.
     """
 
     def __init__(self, size: int) -> None:
-        processes = dist.get_world_size() if dist.is_initialized() else 1
-        if processes % size:
-            raise ValueError(
-                f"seal.context_parallel: {size} processes share a sample, but {processes} were started: start a "
-                f"multiple of {size} (`--num_processes`), or set it to a divisor of {processes}"
-            )
+        check_processes(dist.get_world_size() if dist.is_initialized() else 1, size)
         self.size = size
         self.group, _ = dist.new_subgroups(size)
         self.rank = self.group.rank()
@@ -109,7 +104,10 @@ class ContextParallel:
         """
         ids, labels = inputs["input_ids"], inputs["shift_labels"]
         if others := inputs.keys() - {"input_ids", "labels", "shift_labels", "attention_mask"}:
-            raise ValueError(f"seal.context_parallel: cannot share {', '.join(sorted(others))}: leave it out")
+            raise ValueError(
+                f"seal.context_parallel: samples have {', '.join(sorted(others))}, which cannot be shared: leave out "
+                "context_parallel, or what makes them"
+            )
         mask = inputs.get("attention_mask")
         if len(ids) > 1 or (mask is not None and not mask.all()):
             raise ValueError(
@@ -163,6 +161,19 @@ class ContextParallel:
         return torch.cat(mixed, dim=2).transpose(1, 2).contiguous(), None
 
 
+def check_processes(found: int, size: int) -> None:
+    """See that processes can be divided into groups that share samples.
+
+    Raises:
+        ValueError: their number is no multiple of ``size``.
+    """
+    if found % size:
+        raise ValueError(
+            f"seal.context_parallel: {size} processes share a sample, found {found}: start a multiple of {size} "
+            "(`accelerate launch --num_processes`; without GPUs `torchrun --nproc_per_node`), or leave it out"
+        )
+
+
 def check_model(model: PreTrainedModel) -> None:
     """See that a model's attention can be computed in parts.
 
@@ -172,14 +183,16 @@ def check_model(model: PreTrainedModel) -> None:
     config = model.config
     if config.model_type not in MODEL_TYPES:
         raise ValueError(
-            f"seal.context_parallel: found {config.model_type}, expected one of {', '.join(MODEL_TYPES)}: leave it out"
+            f"seal.context_parallel: found {config.model_type}, expected one of {', '.join(MODEL_TYPES)}: leave out "
+            "context_parallel"
         )
     if getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None):
         raise ValueError(
             "seal.context_parallel: the model's attention slides over its window: set `sliding_window: null` in "
-            "`model_config`, or leave context_parallel out"
+            "`model_config`, or leave out context_parallel"
         )
     if (kind := (config.rope_parameters or {}).get("rope_type", "default")) not in ROPE_TYPES:
         raise ValueError(
-            f"seal.context_parallel: found rope_type {kind!r}, expected one of {', '.join(ROPE_TYPES)}: leave it out"
+            f"seal.context_parallel: found rope_type {kind!r}, expected one of {', '.join(ROPE_TYPES)}: leave out "
+            "context_parallel"
         )

@@ -53,10 +53,12 @@ def answers_only(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def no_embedding_gradients(model: PreTrainedModel) -> None:
-    """Let gradients end at the lowest module that is trained.
+    """Let gradients end at the lowest module that is trained; nothing changes where embeddings are.
 
     Transformers, PEFT and Axolotl each ask for gradients of the embeddings, without which reentrant checkpointing, in
     which a layer has gradients only if its input has, would give none; call this for any other training, and after
     them, for hooks run in the order in which they were added.
     """
-    model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.detach())
+    embeddings = model.get_input_embeddings()
+    if not any(parameter.requires_grad for parameter in embeddings.parameters()):
+        embeddings.register_forward_hook(lambda _, __, output: output.detach())

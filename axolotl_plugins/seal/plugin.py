@@ -23,6 +23,7 @@ from data_gen.generate import Request, load_tokenizer, remark, write
 from . import provenance
 from .args import SealArgs, SealBlock, parse_block
 from .config import SealConfig
+from .context_parallel import check_processes
 from .load import apply_adapter
 from .trainer import AnswerTrainer, SealTrainer
 
@@ -88,7 +89,8 @@ def check_recipe(cfg: dict[str, Any]) -> SealBlock:
             raise ValueError(f"{key}: under it devices without a part of the answer have no loss to learn from: set "
                              f"`seal: context_parallel: {size}` instead")  # fmt: skip
     if block.context_parallel > 1:
-        for key, least in (("micro_batch_size", 1), ("val_set_size", 0), ("test_datasets", [])):
+        for key, least in (("micro_batch_size", 1), ("val_set_size", 0), ("test_datasets", []),
+                           ("tensor_parallel_size", 1)):  # fmt: skip
             if (value := cfg.get(key)) not in (None, least):
                 raise ValueError(f"{key}: found {value!r}, but seal.context_parallel spreads one training sample at a "
                                  "time over processes: leave it out")  # fmt: skip
@@ -119,7 +121,7 @@ def check_recipe(cfg: dict[str, Any]) -> SealBlock:
     if cfg.get("pad_to_sequence_len"):
         raise ValueError("pad_to_sequence_len: pads every sample to sequence_len: set it false")
     flash = "flash" in str(cfg.get("attn_implementation")) or cfg.get("flash_attention")
-    if cfg.get("pad_to_multiple_of") != 1 and not flash:
+    if cfg.get("pad_to_multiple_of") != 1 and not (flash and block.context_parallel == 1):
         raise ValueError(
             "pad_to_multiple_of: padding makes attention build a mask of sequence_len x sequence_len "
             "(1 GiB at 32K): set `pad_to_multiple_of: 1`"
@@ -288,8 +290,15 @@ class SealPlugin(BasePlugin):
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         """Leave the datasets to Axolotl; this is the last hook before models are placed on devices.
 
-        Of several processes without a GPU, Axolotl would place each on the GPU of its number.
+        Of several processes without a GPU, Axolotl would place each on the GPU of its number; and of those that share
+        samples it would count each as one that has its own, and make fewer steps.
         """
+        size = parse_block(cfg.seal).context_parallel
+        try:
+            check_processes(size if preprocess else cfg.world_size, size)
+        except ValueError as error:
+            stop("seal", error)
+        cfg.batch_size = max(1, cfg.batch_size // size)
         if cfg.world_size != 1 and not torch.accelerator.is_available():
             cfg.device_map = None
 

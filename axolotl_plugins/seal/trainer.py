@@ -112,9 +112,11 @@ class AnswerTrainer(AxolotlTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Give processes that share a sample the same one."""
         loader = super().get_train_dataloader()
-        if self.shared and self.accelerator.num_processes > 1:
+        if self.shared and self.accelerator.num_processes > 1:  # DeepSpeed without GPUs has none for each process
             shard = loader.batch_sampler
-            assert isinstance(shard, BatchSamplerShard)
+            if not isinstance(shard, BatchSamplerShard):
+                give_up(ValueError("seal.context_parallel: needs data that each process reads: set no streaming, "
+                                   "dispatch_batches or split_batches"))  # fmt: skip
             shard.num_processes //= self.shared.size
             shard.process_index //= self.shared.size
         return loader
@@ -140,7 +142,7 @@ class AnswerTrainer(AxolotlTrainer):
             provenance.save(self.training_data, folder)
 
     def reentrant(self) -> bool:
-        """Whether activations are formed again, or put elsewhere, in a way that asks for gradients of embeddings."""
+        """Whether activations are formed again, or kept elsewhere, in a way that may need the embeddings' gradients."""
         args = self.args
         if args.gradient_checkpointing:
             return (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", True)
@@ -151,7 +153,7 @@ class AnswerTrainer(AxolotlTrainer):
         if self.keeps_logits is None:
             base = self.accelerator.unwrap_model(model)
             base = base.get_base_model() if isinstance(base, PeftModel) else base
-            if not self.reentrant():
+            if not self.reentrant():  # here, for Transformers asks for them when training begins
                 no_embedding_gradients(base)
             known = "logits_to_keep" in inspect.signature(base.forward).parameters
             self.keeps_logits = known and self.label_smoother is None

@@ -68,7 +68,7 @@ def test_embeddings_that_are_trained_keep_their_gradients():
     no_embedding_gradients(model.get_base_model())
     ids = token_ids(1)
     model(input_ids=ids, labels=ids).loss.backward()
-    assert next(p for name, p in model.named_parameters() if "lora_embedding_B" in name).grad.any()
+    assert next(p for name, p in model.named_parameters() if "lora_embedding_A" in name).grad.any()
 
 
 @pytest.mark.parametrize(

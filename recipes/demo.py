@@ -66,7 +66,7 @@ def plan(base: Path, task: str, seeds: list[int], samples: int, work: Path) -> l
         lengths = ",".join(map(str, TASK_LENGTHS.get(task, LENGTHS)))
         named = [part for model in models for part in ("--model", str(model))]
         command = (python, "-m", "eval", "run", *named, "--task", task, "--lengths", lengths,
-                   "--samples", str(samples), "--batch-size", "50", "--out", str(work / "scores"))  # fmt: skip
+                   "--samples", str(samples), "--batch-size", "10", "--out", str(work / "scores"))  # fmt: skip
         return Step(f"score {name}", command, score_file(models[-1], task, work), needs)
 
     steps = [score(f"{task}_base", [base])]

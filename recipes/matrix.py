@@ -100,10 +100,10 @@ def recipe(file: Path, model: dict[str, Any], task: str, method: str, *, lr: flo
         sharers: devices that every sample's tokens are spread over.
     """
     name, gpu = file.stem, model.get("gpu", True)
-    # In bfloat16 with FlashAttention, but under ZeRO-3, which holds float32.
     checkpointing = f"gradient_checkpointing: {str(gpu).lower()}\n"
     if gpu and sharding != "zero3":  # which needs the reentrant kind
         checkpointing += "gradient_checkpointing_kwargs: {use_reentrant: false} # gradients end at the lowest scale\n"
+    # In bfloat16 with FlashAttention, but under ZeRO-3, which holds float32.
     precision, attention = f"bf16: {str(gpu).lower()}\ntf32: false", "flash_attention_2" if gpu else "sdpa"
     if sharding:
         precision, attention = SHARDING[sharding]

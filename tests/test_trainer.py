@@ -42,7 +42,7 @@ def test_answers_alone_give_the_same_loss_and_gradients(name):
 
 @pytest.mark.parametrize("lowest", [0, 1])
 def test_gradients_end_at_the_lowest_scale(lowest):
-    """With checkpointing as without, and whoever asked for gradients of the embeddings before."""
+    """Whoever asked for gradients of the embeddings before; checkpointing is not reentrant."""
     grown, passed = [], []
     for cut in (False, True):
         model = get_peft_model(build("llama_gqa"), SealConfig(granularity="channel", layers=[lowest, 1])).train()

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from axolotl_plugins.self_extend.attention import slides
+
 from .needed import IGNORED
 
 NAME = "context_parallel"
@@ -186,7 +188,7 @@ def check_model(model: PreTrainedModel) -> None:
             f"seal.context_parallel: found {config.model_type}, expected one of {', '.join(MODEL_TYPES)}: leave out "
             "context_parallel"
         )
-    if getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None):
+    if slides(config):
         raise ValueError(
             "seal.context_parallel: the model's attention slides over its window: set `sliding_window: null` in "
             "`model_config`, or leave out context_parallel"

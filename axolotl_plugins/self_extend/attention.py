@@ -27,6 +27,11 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox")
 QUERIES = 128
 
 
+def slides(config: PreTrainedConfig) -> bool:
+    """Whether a model's attention sees a sliding window alone."""
+    return bool(getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None))
+
+
 def settings(config: PreTrainedConfig) -> tuple[int, int]:
     """Group size and neighbour window of a config, in tokens.
 
@@ -40,7 +45,7 @@ def settings(config: PreTrainedConfig) -> tuple[int, int]:
             raise ValueError(f"rope_parameters.{key}: found {value!r}, expected a whole number of tokens from {least}")
     if config.model_type not in MODEL_TYPES:
         raise ValueError(f"self_extend: found {config.model_type}, expected one of {', '.join(MODEL_TYPES)}")
-    if getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None):
+    if slides(config):
         raise ValueError("self_extend: the model's attention slides already: set `sliding_window: null` in its config")
     return group, window
 

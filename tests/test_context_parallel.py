@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from axolotl_plugins.seal import SealConfig
-from axolotl_plugins.seal.context_parallel import MODEL_TYPES, ContextParallel
+from axolotl_plugins.seal.context_parallel import MODEL_TYPES, ContextParallel, check_model, check_processes
 from axolotl_plugins.seal.needed import IGNORED, answers_only, next_labels
 from recipes import bench
 from recipes.cost import Held, Shape, training_bytes
@@ -94,6 +94,20 @@ def test_parts_of_a_sample_add_up_to_the_whole(processes, learned, checkpointing
             # A process without an answer learns by way of its keys and values, so from layers below the last.
             assert all(part[1][key].any() for part in parts) or ".1." in key
     assert {build(name).config.model_type for name in MODELS} == set(MODEL_TYPES)
+
+
+def test_what_cannot_be_shared_is_refused():
+    check_model(build("llama_mha"))
+    check_processes(4, 2)
+    for name, message in (("gpt2", "found gpt2, expected one of llama"), ("mistral", "slides over its window")):
+        with pytest.raises(ValueError, match=message):
+            check_model(build(name))
+    stretched = build("llama_mha")
+    stretched.config.rope_parameters = {"rope_type": "self_extend"}
+    with pytest.raises(ValueError, match="found rope_type 'self_extend'"):
+        check_model(stretched)
+    with pytest.raises(ValueError, match="2 processes share a sample, found 3: start a multiple of 2"):
+        check_processes(3, 2)
 
 
 def peak(rank: int, folder: str, processes: int, tokens: int) -> None:

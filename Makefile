@@ -20,6 +20,7 @@ OUT ?= $(patsubst %/,%,$(ADAPTER))_merged
 INTO ?= auto
 TOKENS ?= 1900
 SEEDS ?= 0 1 2
+STUDY_MODEL ?= models/smollm2-135m
 KILLS ?= 50
 BENCH_TOKENS ?= 8192 31000 65536 131072
 
@@ -81,8 +82,9 @@ recipes: setup ## write the paper's recipes again, from recipes/matrix.yml
 recipes-smoke: setup ## launch every recipe for two steps on a random-weight miniature of its model (an hour)
 	$(RUN) -m recipes smoke
 
-study: setup ## all methods, controls and kinds of base on the small model (hours): results/study.json
-	$(RUN) -m recipes.study
+study: setup ## the paper's tables on SmolLM2-135M, up to 2,048 tokens on this CPU (hours, resumes): results/smollm2.json
+	$(RUN) -m recipes.study run --model $(STUDY_MODEL) --out outputs/study --longest 2048
+	$(RUN) -m recipes.study collect --out outputs/study --result results/smollm2.json
 
 probes: setup ## which heads matter and why, on the small model: results/probes, then `make report`
 	$(RUN) -m recipes.probes

@@ -128,7 +128,9 @@ def run(
     base_url: Annotated[
         str, typer.Option(help="For vllm: address of its endpoint; `vllm serve MODEL` starts it.")
     ] = "http://localhost:8000/v1",
-    batch_size: Annotated[int, typer.Option(help="Prompts generated together.")] = 1,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Prompts decoded together; default: as many as memory allows, 32 at most.")
+    ] = None,
     out: Annotated[
         Path,
         typer.Option(

@@ -30,7 +30,9 @@ Samples = Annotated[int, typer.Option(help="Samples per length, from the trainin
 Template = Annotated[str | None, typer.Option(help="Jinja file, for base models without a chat template.")]
 Out = Annotated[Path, typer.Option(help="Result file; a PNG lies beside it.")]
 Recipe = Annotated[Path, typer.Option(help="A SEAL recipe that describes its data.")]
-BatchSize = Annotated[int, typer.Option(help="Prompts answered together.")]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Prompts decoded together; default: as many as memory allows, 32 at most.")
+]
 
 
 @contextmanager
@@ -197,7 +199,7 @@ def quadrants(
     up: Annotated[float, typer.Option(help="Scale of heads whose removal hurts at both lengths.")] = 1.1,
     lengths: Annotated[str, typer.Option(help="Longest test samples in tokens; default: the paper's shares.")] = "",
     samples: Annotated[int, typer.Option(help="Test samples per length.")] = 50,
-    batch_size: BatchSize = 1, chat_template: Template = None,
+    batch_size: BatchSize = None, chat_template: Template = None,
     adapters: Annotated[Path, typer.Option(help="Folder for the SEAL-H adapters.")] = Path("outputs/quadrants"),
     out: Out = Path("results/probes/quadrants.json"),
 ) -> None:  # fmt: skip
@@ -285,7 +287,7 @@ def transfer(
     tasks: Annotated[str, typer.Option(help="What each is scored on.")] = "vt,cwe,fwe",
     lengths: Annotated[str, typer.Option(help="Longest test samples in tokens; default: the paper's shares.")] = "",
     samples: Annotated[int, typer.Option(help="Test samples per length.")] = 50,
-    batch_size: BatchSize = 1, chat_template: Template = None, out: Out = Path("results/probes/transfer.json"),
+    batch_size: BatchSize = None, chat_template: Template = None, out: Out = Path("results/probes/transfer.json"),
 ) -> None:  # fmt: skip
     """Score every adapter on every task: gain over the range of the base model's scores (equation 2, Figure 8)."""
     with one_line_errors():
@@ -343,7 +345,7 @@ def sweep(
     epochs: Annotated[str, typer.Option(help="Passes over the samples.")] = "1",
     seeds: Annotated[str, typer.Option(help="Seeds of data and order.")] = "1",
     validation: Annotated[int, typer.Option(help="Validation samples per length, freshly drawn: no test data.")] = 50,
-    batch_size: BatchSize = 1, out: Out = Path("results/probes/sweep.json"),
+    batch_size: BatchSize = None, out: Out = Path("results/probes/sweep.json"),
 ) -> None:  # fmt: skip
     """Tune with every rate and number of samples, score on fresh validation data, name the best (Table 7, Figure 9)."""
     with one_line_errors():
@@ -369,7 +371,7 @@ def controls(
     recipe: Recipe, lengths: Annotated[str, typer.Option(help="Longest validation samples, in tokens.")],
     seeds: Annotated[str, typer.Option(help="Seeds of data, order and shuffling.")] = "1,2,3",
     validation: Annotated[int, typer.Option(help="Validation samples per length.")] = 50,
-    batch_size: BatchSize = 1, out: Out = Path("results/probes/controls.json"),
+    batch_size: BatchSize = None, out: Out = Path("results/probes/controls.json"),
 ) -> None:  # fmt: skip
     """Shuffled scales and scales tuned on wrong answers must not help: the gain is in the right heads and answers."""
     with one_line_errors():

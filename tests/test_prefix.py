@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from paths import TINY
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from axolotl_plugins.seal.load import Loaded, load
@@ -17,8 +17,6 @@ from data_gen import line
 from data_gen.generate import Request, generate
 from eval.prefix import answer, can_crop, common, new_tokens, saving
 from eval.run import harness_for
-
-TINY = Path(__file__).parent.parent / "recipes" / "tiny"
 
 
 def grid(tokenizer, lengths=("400", "600", "800")):

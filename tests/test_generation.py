@@ -14,6 +14,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from miniatures import build
+from paths import TINY
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from axolotl_plugins.seal.load import Loaded, load
@@ -32,7 +33,6 @@ from eval.generation import (
 from eval.run import harness_for, run
 from eval.scoring import prompt_ids, score_samples
 
-TINY = Path(__file__).parent.parent / "recipes" / "tiny"
 GREEDY = {"max_gen_toks": 6, "until": [], "do_sample": False}
 
 

@@ -123,7 +123,7 @@ def finish(found: dict[str, Any], out: Path, *journals: Path) -> None:
     print(f"{out} and {out.with_suffix('.png')}")
 
 
-@app.command(epilog="Example: python -m eval probe heads --model recipes/tiny --lengths 512,1448 --samples 50")
+@app.command(epilog="Example: python -m eval probe heads --model models/smollm2-135m --lengths 512,2048 --samples 50")
 def heads(
     model: Model, lengths: Lengths, task: Task = "line", samples: Samples = 50,
     batch: Annotated[int, typer.Option(help="Heads that go through the model together; more need more memory.")] = 8,
@@ -142,7 +142,7 @@ def heads(
         finish(found, out, journal)
 
 
-@app.command(epilog="Example: python -m eval probe channels --model recipes/tiny --heads L1H2 --lengths 1448")
+@app.command(epilog="Example: python -m eval probe channels --model models/smollm2-135m --heads L9H4 --lengths 2048")
 def channels(
     model: Model, lengths: Lengths,
     heads: Annotated[str, typer.Option(help="Heads whose channels are removed one by one, as L1H18,L13H16.")],
@@ -162,7 +162,9 @@ def channels(
         finish(found, out, journal)
 
 
-@app.command(epilog="Example: python -m eval probe gradient --model recipes/tiny --lengths 512,1448 --samples 50")
+@app.command(
+    epilog="Example: python -m eval probe gradient --model models/smollm2-135m --lengths 512,2048 --samples 50"
+)
 def gradient(
     model: Model, lengths: Lengths, task: Task = "line", samples: Samples = 50,
     points: Annotated[
@@ -191,7 +193,9 @@ def gradient(
         finish(found, out, journal)
 
 
-@app.command(epilog="Example: python -m eval probe quadrants --model recipes/tiny --from results/probes/heads.json")
+@app.command(
+    epilog="Example: python -m eval probe quadrants --model models/smollm2-135m --from results/probes/heads.json"
+)
 def quadrants(
     model: Model,
     source: Annotated[Path, typer.Option("--from", help="Map of `heads` or `gradient` at two lengths.")],
@@ -250,7 +254,8 @@ def quadrants(
 
 
 @app.command(
-    epilog="Example: python -m eval probe direct --model recipes/tiny --adapter outputs/tiny_line_sealc --length 1448"
+    epilog="Example: python -m eval probe direct --model models/smollm2-135m --adapter outputs/smollm2_line_sealc "
+    "--length 2048"
 )
 def direct(
     model: Annotated[str, typer.Option(help="The base model: hub id or folder.")],
@@ -336,7 +341,7 @@ def transfer(
 
 
 @app.command(
-    epilog="Example: python -m eval probe sweep --recipe recipes/tiny_line_sealh.yml --rates 0.01,0.02 --lengths 1448"
+    epilog="Example: python -m eval probe sweep --recipe recipes/smollm2_line_sealh.yml --rates 0.01 --lengths 2048"
 )
 def sweep(
     recipe: Recipe, lengths: Annotated[str, typer.Option(help="Longest validation samples, in tokens.")],
@@ -366,7 +371,7 @@ def sweep(
         finish(found, out, journal)
 
 
-@app.command(epilog="Example: python -m eval probe controls --recipe recipes/tiny_line_sealc.yml --lengths 512,1448")
+@app.command(epilog="Example: python -m eval probe controls --recipe recipes/smollm2_line_sealc.yml --lengths 512,2048")
 def controls(
     recipe: Recipe, lengths: Annotated[str, typer.Option(help="Longest validation samples, in tokens.")],
     seeds: Annotated[str, typer.Option(help="Seeds of data, order and shuffling.")] = "1,2,3",
@@ -386,7 +391,7 @@ def controls(
 
 
 @app.command(
-    epilog="Example: python -m eval probe inspect --adapter outputs/tiny_line_sealc --map results/probes/heads.json"
+    epilog="Example: python -m eval probe inspect --adapter outputs/smollm2_line_sealc --map results/probes/heads.json"
 )
 def inspect(
     adapter: Annotated[Path, typer.Option(help="SEAL adapter folder.")],

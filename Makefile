@@ -23,7 +23,7 @@ KILLS ?= 50
 BENCH_TOKENS ?= 8192 31000 65536 131072
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test train data eval report merge recipes recipes-smoke bench bench-data bench-gpu chaos lock lint
+.PHONY: help setup demo model test train data eval report merge recipes recipes-smoke bench bench-data bench-gpu chaos lock lint
 
 help: ## list the targets and their variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,34 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
+
+DEMO := outputs/smollm2_demo
+DEMO_MODELS := models/smollm2-135m $(DEMO)_sealh_merged $(DEMO)_sealc_merged
+DEMO_TEST := --task line --lengths 256,512,1024 --samples 20 --out outputs/demo
+# What an interrupted run has finished is not done again; whoever edits a recipe trains, merges and scores again.
+demo: setup ## tune, merge, score and draw SEAL-H and SEAL-C on SmolLM2-135M: results/demo.png (ten minutes)
+	@$(MAKE) --no-print-directory outputs/demo/line_outputs_smollm2_demo_sealc.json
+	$(RUN) -m recipes.demo
+
+model: setup ## fetch SmolLM2-135M-Instruct into models/smollm2-135m
+	@$(MAKE) --no-print-directory models/smollm2-135m/config.json
+
+models/smollm2-135m/config.json:
+	$(RUN) -m recipes fetch --out $(@D)
+
+$(DEMO)_%/adapter_model.safetensors: recipes/smollm2_demo_%.yml | models/smollm2-135m/config.json
+	HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 $(BIN)/accelerate launch -m axolotl.cli.train $<
+
+$(DEMO)_%_merged/seal_merge.json: $(DEMO)_%/adapter_model.safetensors
+	rm -rf $(@D)
+	$(RUN) -m axolotl_plugins.seal merge $(<D) $(@D)
+
+# All samples of the base and the merged models, then some of the adapters: merged and unmerged must agree.
+outputs/demo/line_outputs_smollm2_demo_sealc_merged.json: $(DEMO)_sealh_merged/seal_merge.json $(DEMO)_sealc_merged/seal_merge.json
+	$(RUN) -m eval run $(addprefix --model ,$(DEMO_MODELS)) $(DEMO_TEST)
+
+outputs/demo/line_outputs_smollm2_demo_sealc.json: outputs/demo/line_outputs_smollm2_demo_sealc_merged.json
+	$(RUN) -m eval run --model $(DEMO)_sealh --model $(DEMO)_sealc $(DEMO_TEST) --limit 4
 
 test: setup ## lint, then run the tests (minutes; `pytest -m slow` has the rest)
 	@$(MAKE) --no-print-directory lint

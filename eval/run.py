@@ -26,7 +26,7 @@ from eval.score import SCORERS, wilson
 from eval.scoring import TASK_FOLDER
 
 # What a result keeps of a sample.
-KEPT = ("length", "index", "tokens", "depth", "line", "haystack_repeats", "references")
+KEPT = ("length", "index", "tokens", "depth", "line", "key", "haystack_repeats", "references")
 # The paper scores a 32K window at 9K, 14K, 19K, 23K, 28K and 31K (Table 1): these shares of a window.
 PAPER_LENGTHS = (9 / 32, 14 / 32, 19 / 32, 23 / 32, 28 / 32, 31 / 32)
 

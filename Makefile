@@ -1,4 +1,4 @@
-# `make` alone lists what there is. `make demo` and `make test` set up what they need.
+# `make` alone lists what there is. Every target sets up what it needs.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,24 +8,22 @@ endif
 BIN := $(VENV)/bin
 RUN := AXOLOTL_DO_NOT_TRACK=1 $(BIN)/python
 
-RECIPE ?= recipes/tiny_line_sealc.yml
-MODEL ?= recipes/tiny
+RECIPE ?= recipes/smollm2_line_sealc.yml
+MODEL ?= models/smollm2-135m
 TASK ?= line
 BACKEND ?= hf
 RESULTS ?= results
 LENGTHS ?=
 SAMPLES ?= 50
-ADAPTER ?= outputs/tiny_line_sealc
+ADAPTER ?= outputs/smollm2_line_sealc
 OUT ?= $(patsubst %/,%,$(ADAPTER))_merged
 INTO ?= auto
-TOKENS ?= 1900
-SEEDS ?= 0 1 2
-STUDY_MODEL ?= models/smollm2-135m
+TOKENS ?= 2048
 KILLS ?= 50
 BENCH_TOKENS ?= 8192 31000 65536 131072
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-all test train data eval report merge recipes recipes-smoke study probes bench bench-data bench-gpu chaos lock lint tiny-model
+.PHONY: help setup demo model test train data eval report merge recipes recipes-smoke study bench bench-data bench-gpu chaos lock lint
 
 help: ## list the targets and their variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,23 +37,45 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-demo: setup ## score, tune, merge, score again and draw on the small model: results/demo.png   [SEEDS="0 1 2"]
-	$(RUN) -m recipes.demo --seeds $(SEEDS)
+DEMO := outputs/smollm2_demo
+DEMO_MODELS := models/smollm2-135m $(DEMO)_sealh_merged $(DEMO)_sealc_merged
+DEMO_TEST := --task line --lengths 256,512,1024 --samples 20 --out outputs/demo
+# What an interrupted run has finished is not done again; whoever edits a recipe trains, merges and scores again.
+demo: setup ## tune, merge, score and draw SEAL-H and SEAL-C on SmolLM2-135M: results/demo.png (ten minutes)
+	@$(MAKE) --no-print-directory outputs/demo/line_outputs_smollm2_demo_sealc.json
+	$(RUN) -m recipes.demo
 
-demo-all: setup ## the same for three tasks (lines, needles, RULER's variables) on the small model that knows them: results/demo_all.png
-	$(RUN) -m recipes.demo --base recipes/tiny_tasks --tasks line niah vt --seeds 0 --samples 50 --out results/demo_all.json
+model: setup ## fetch SmolLM2-135M-Instruct into models/smollm2-135m
+	@$(MAKE) --no-print-directory models/smollm2-135m/config.json
+
+models/smollm2-135m/config.json:
+	$(RUN) -m recipes fetch --out $(@D)
+
+$(DEMO)_%/adapter_model.safetensors: recipes/smollm2_demo_%.yml | models/smollm2-135m/config.json
+	HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 $(BIN)/accelerate launch -m axolotl.cli.train $<
+
+$(DEMO)_%_merged/seal_merge.json: $(DEMO)_%/adapter_model.safetensors
+	rm -rf $(@D)
+	$(RUN) -m axolotl_plugins.seal merge $(<D) $(@D)
+
+# All samples of the base and the merged models, then some of the adapters: merged and unmerged must agree.
+outputs/demo/line_outputs_smollm2_demo_sealc_merged.json: $(DEMO)_sealh_merged/seal_merge.json $(DEMO)_sealc_merged/seal_merge.json
+	$(RUN) -m eval run $(addprefix --model ,$(DEMO_MODELS)) $(DEMO_TEST)
+
+outputs/demo/line_outputs_smollm2_demo_sealc.json: outputs/demo/line_outputs_smollm2_demo_sealc_merged.json
+	$(RUN) -m eval run --model $(DEMO)_sealh --model $(DEMO)_sealc $(DEMO_TEST) --limit 4
 
 test: setup ## lint, then run the tests (minutes; `pytest -m slow` has the rest)
 	@$(MAKE) --no-print-directory lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadscope -m "not slow"
 
-train: setup ## tune with a recipe   [RECIPE=recipes/tiny_line_sealc.yml]
+train: setup ## tune with a recipe   [RECIPE=recipes/smollm2_line_sealc.yml]
 	AXOLOTL_DO_NOT_TRACK=1 $(BIN)/accelerate launch -m axolotl.cli.train $(RECIPE)
 
-data: setup ## write training samples   [TASK=line MODEL=recipes/tiny TOKENS=1900 SAMPLES=50]
+data: setup ## write training samples   [TASK=line MODEL=models/smollm2-135m TOKENS=2048 SAMPLES=50]
 	$(RUN) -m data_gen $(TASK) --tokenizer $(MODEL) --tokens $(TOKENS) --samples $(SAMPLES) --out data/$(TASK)_$(TOKENS).jsonl
 
-eval: setup ## score a model, merged folder or adapter   [MODEL=recipes/tiny TASK=line LENGTHS=512,1900 SAMPLES=50 BACKEND=hf|vllm RESULTS=results]
+eval: setup ## score a model, merged folder or adapter   [MODEL=models/smollm2-135m TASK=line LENGTHS=512,1024,2048 SAMPLES=50 BACKEND=hf|vllm RESULTS=results]
 	$(RUN) -m eval run --model $(MODEL) --task $(TASK) --lengths "$(LENGTHS)" --samples $(SAMPLES) --backend $(BACKEND) --out $(RESULTS)
 
 report: setup ## gather results/*.json into results/report.html
@@ -82,12 +102,10 @@ recipes: setup ## write the paper's recipes again, from recipes/matrix.yml
 recipes-smoke: setup ## launch every recipe for two steps on a random-weight miniature of its model (an hour)
 	$(RUN) -m recipes smoke
 
-study: setup ## the paper's tables on SmolLM2-135M, up to 2,048 tokens on this CPU (hours, resumes): results/smollm2.json
-	$(RUN) -m recipes.study run --model $(STUDY_MODEL) --out outputs/study --longest 2048
+study: setup ## the paper's tables on SmolLM2-135M, up to 2,048 tokens on this CPU (a day; resumes): results/smollm2.json
+	@$(MAKE) --no-print-directory models/smollm2-135m/config.json
+	$(RUN) -m recipes.study run --model models/smollm2-135m --out outputs/study --longest 2048
 	$(RUN) -m recipes.study collect --out outputs/study --result results/smollm2.json
-
-probes: setup ## which heads matter and why, on the small model: results/probes, then `make report`
-	$(RUN) -m recipes.probes
 
 bench: setup ## time SEAL beside IA3 and LoRA on this CPU: results/bench.json
 	$(RUN) -m recipes.bench
@@ -97,7 +115,3 @@ bench-data: setup ## time every task's data at 31K tokens with Mistral's tokeniz
 
 bench-gpu: setup ## the same at 7B on a GPU: results/bench_gpu.json   [BENCH_TOKENS="8192 31000 65536 131072"]
 	$(RUN) -m recipes.bench --device cuda --shape llama2_7b --checkpointing --tokens $(BENCH_TOKENS) --repeats 3 --out results/bench_gpu.json
-
-tiny-model: setup ## train the small base models in recipes/tiny and recipes/tiny_tasks again, from nothing
-	$(RUN) -m recipes.tiny_model
-	$(RUN) -m recipes.tiny_tasks

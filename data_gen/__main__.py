@@ -17,7 +17,7 @@ from data_gen.generate import TASKS, Request, load_tokenizer, remark, write
 from data_gen.needles import collect
 from data_gen.needles import write as write_needles
 
-EXAMPLE = "python -m data_gen line --tokenizer recipes/tiny --tokens 1900 --samples 50 --seed 0 --out data/line.jsonl"
+EXAMPLE = "python -m data_gen line --tokenizer models/smollm2-135m --tokens 2048 --samples 50 --out data/line.jsonl"
 
 
 def main(

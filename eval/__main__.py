@@ -77,7 +77,9 @@ def check_models(models: list[str], folders: dict[str, str], backend: str, model
         raise ValueError("backend: vllm's server has one model: name one")
 
 
-@app.command(epilog="Example: python -m eval run --model outputs/tiny_line_sealc --lengths 512,1448,1960 --samples 100")
+@app.command(
+    epilog="Example: python -m eval run --model outputs/smollm2_line_sealc --lengths 512,1024,2048 --samples 100"
+)
 def run(
     model: Annotated[
         list[str] | None,
@@ -91,7 +93,7 @@ def run(
         str, typer.Option(help=f"What to score: {', '.join((*OURS, *KNOWN))}; ruler for its three, or all.")
     ] = "line",
     lengths: Annotated[
-        str, typer.Option(help="Longest samples in tokens, as 512,1448; default: the paper's shares of the window.")
+        str, typer.Option(help="Longest samples in tokens, as 512,2048; default: the paper's shares of the window.")
     ] = "",
     samples: Annotated[
         int | None,
@@ -128,7 +130,9 @@ def run(
     base_url: Annotated[
         str, typer.Option(help="For vllm: address of its endpoint; `vllm serve MODEL` starts it.")
     ] = "http://localhost:8000/v1",
-    batch_size: Annotated[int, typer.Option(help="Prompts generated together.")] = 1,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Prompts decoded together; default: as many as memory allows, 32 at most.")
+    ] = None,
     out: Annotated[
         Path,
         typer.Option(

@@ -1,21 +1,170 @@
-"""Stand-in until the real module lands."""
+"""Greedy decoding of many prompts: each prompt is prefilled alone, then many are decoded together.
+
+A prompt that is prefilled alone needs no mask, so attention takes its causal kernel, and a prefix that it shares with
+the prompt before it is prefilled once. The key-value caches of a group are then left-padded to one length and decoded
+as a batch. Architectures whose caches cannot be joined (sliding windows, recurrent states) answer one by one.
+
+Shapes: B prompts, H key-value heads, T tokens, D head dimension.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any
+import contextlib
+import inspect
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from eval.prefix import answer
+import psutil
+import torch
+from peft import PeftModel
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria
+from transformers.cache_utils import DynamicLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Prompts are ordered by prefix rather than by length if that saves at least this share of all tokens.
+MIN_PREFIX_SAVING = 1.2
+MAX_BATCH = 32  # decoded together unless told otherwise; a killed run loses the prefill of one batch at most
+CACHE_SHARE = 0.4  # of the free memory that the caches of a batch may take
 
 
-def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Return ids that end an answer."""
-    ends = model.generation_config.eos_token_id
-    return frozenset({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
+def stop_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return every token id that ends an answer.
+
+    They are the end-of-sequence ids of the tokenizer, of the model's config and of its generation config, and the
+    token with which the chat template ends an assistant turn: checkpoints exist in which any of them is missing.
+    """
+    ids: set[int | None] = {tokenizer.eos_token_id, end_of_turn_id(tokenizer)}
+    for config in (model.config.get_text_config(), model.generation_config):
+        ends = getattr(config, "eos_token_id", None)
+        ids.update(ends if isinstance(ends, list | tuple) else [ends])
+    return frozenset(token for token in ids if token is not None)
 
 
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the token that a rendered chat has right after an assistant turn, or None if no single token ends it."""
+    if not tokenizer.chat_template:
+        return None
+    answer = "answer"
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    ending = text.rpartition(answer)[2].strip()
+    ids = tokenizer(ending, add_special_tokens=False)["input_ids"] if ending else []
+    if not ids:
+        return None
+    # A template may end turns with plain words ("### User:"), whose first token also occurs inside answers.
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    return ids[0] if ids[0] in special or len(ids) == 1 else None
+
+
+def can_join_caches(model: PreTrainedModel | PeftModel) -> bool:
+    """Return whether all layers keep all keys and positions can be given, so that caches can be cropped and joined."""
+    model = base_model(model)
+    layers = DynamicCache(config=model.config).layers
+    keeps_all = all(type(layer) is DynamicLayer for layer in layers)
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    # Without layer types in its config, a model may apply its sliding window in the mask alone.
+    typed = getattr(model.config.get_text_config(), "layer_types", None)
+    return keeps_all and (bool(typed) or not window) and "position_ids" in inspect.signature(model.forward).parameters
+
+
+def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Return the Transformers model, adapters applied, inside a PEFT model."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return the length of the common prefix of two token sequences."""
+    for position, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return position
+    return min(len(first), len(second))
+
+
+def uncached_tokens(prompts: list[list[int]]) -> int:
+    """Return how many tokens of all prompts are prefilled if shared prefixes are prefilled once."""
+    total = 0
+    previous: list[int] = []
+    for prompt in sorted(prompts):
+        total += len(prompt) - min(common_prefix(previous, prompt), len(prompt) - 1)
+        previous = prompt
+    return total
+
+
+def prefix_saving(prompts: list[list[int]]) -> float:
+    """Return the ratio of all tokens to those that are prefilled if shared prefixes are prefilled once."""
+    return sum(map(len, prompts)) / max(1, uncached_tokens(prompts))
+
+
+def decoding_order(prompts: list[list[int]]) -> list[int]:
+    """Order prompts for decoding: by prefix where prefixes are worth sharing, else by length, longest first."""
+    indices = range(len(prompts))
+    if prefix_saving(prompts) >= MIN_PREFIX_SAVING:
+        return sorted(indices, key=prompts.__getitem__)
+    return sorted(indices, key=lambda index: (-len(prompts[index]), prompts[index]))
+
+
+class BatchedLayer(DynamicLayer):
+    """Keys and values of a batch, left-padded to one length, with preallocated room for the answers.
+
+    Args:
+        layer: of the first prompt, whose shapes and dtype are taken; its keys have shape (1, H, T, D).
+        batch: B.
+        length: T of the longest prompt.
+        capacity: T with room for the answers.
+    """
+
+    def __init__(self, layer: DynamicLayer, batch: int, length: int, capacity: int) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
+        self.buffers = [
+            tensor.new_zeros(batch, tensor.shape[1], capacity, tensor.shape[3]) for tensor in (layer.keys, layer.values)
+        ]
+        self.resize(length)
+
+    def resize(self, length: int) -> None:
+        """Let keys and values be the first ``length`` positions of their buffers."""
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
+
+    def insert(self, row: int, layer: DynamicLayer) -> None:
+        """Copy one prompt's keys and values to the right end of a row."""
+        for own, tensor in ((self.keys, layer.keys), (self.values, layer.values)):
+            own[row, :, own.shape[2] - tensor.shape[2] :] = tensor[0]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values in place; shapes (B, H, 1, D)."""
+        start = self.keys.shape[2]
+        self.resize(start + key_states.shape[2])
+        self.keys[:, :, start:], self.values[:, :, start:] = key_states, value_states
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only some rows."""
+        length = self.keys.shape[2]
+        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self.resize(length)
+
+
+def batch_limit(cache: Cache, tokens: int, capacity: int) -> int:
+    """Return how many prompts fit into memory together, from 1 to ``MAX_BATCH``.
+
+    Args:
+        cache: of one prompt.
+        tokens: T of that prompt.
+        capacity: T of the longest prompt and its answer.
+    """
+    keys = cache.layers[0].keys
+    per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / tokens
+    free = torch.cuda.mem_get_info(keys.device)[0] if keys.is_cuda else psutil.virtual_memory().available
+    return max(1, min(MAX_BATCH, int(CACHE_SHARE * free / (per_token * capacity))))
+
+
+@torch.inference_mode()
 def generate_answers(
-    model: Any,
+    model: PreTrainedModel | PeftModel,
     prompts: list[list[int]],
     *,
     max_new_tokens: int,
@@ -24,5 +173,140 @@ def generate_answers(
     batch_size: int | None = None,
     on_answer: Callable[[int, list[int]], object] = lambda index, ids: None,
 ) -> list[list[int]]:
-    """Answer prompts."""
-    return answer(model, prompts, max_new_tokens, set(stop), on_answer, ends)
+    """Decode prompts greedily, whatever the model's generation config says of sampling and penalties.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        prompts: token ids, each of at least one token.
+        max_new_tokens: longest answer.
+        stop: ids that end an answer and are not part of it, see ``stop_ids``.
+        ends: whether an answer, given by its ids, ends here; its last token is part of it.
+        batch_size: prompts decoded together; None takes what memory allows, ``MAX_BATCH`` at most.
+        on_answer: called with a prompt's index and its answer, batch by batch.
+
+    Returns:
+        Token ids of the answers, in the order of the prompts.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    if not can_join_caches(model):
+        for index, prompt in enumerate(prompts):
+            answers[index] = generate_one(model, prompt, max_new_tokens, stop, ends)
+            on_answer(index, answers[index])
+        return answers
+    order = decoding_order(prompts)
+    cache = DynamicCache(config=base_model(model).config)
+    cached: list[int] = []
+    while order:
+        longest = max(len(prompts[index]) for index in order[: batch_size or MAX_BATCH])
+        first = prefill(model, cache, cached, prompts[order[0]])
+        cached = prompts[order[0]]
+        size = min(len(order), batch_size or batch_limit(cache, len(cached), longest + max_new_tokens))
+        group, order = order[:size], order[size:]
+        length = max(len(prompts[index]) for index in group)
+        layers = [BatchedLayer(layer, size, length, length + max_new_tokens) for layer in cache.layers]
+        tokens = []
+        for row, index in enumerate(group):
+            tokens.append(first if row == 0 else prefill(model, cache, cached, prompts[index]))
+            cached = prompts[index]
+            for batched, layer in zip(layers, cache.layers, strict=True):
+                batched.insert(row, layer)
+        lengths = [len(prompts[index]) for index in group]
+        decoded = decode(model, Cache(layers=layers), lengths, tokens, max_new_tokens, stop, ends)
+        for index, answer in zip(group, decoded, strict=True):
+            answers[index] = answer
+            on_answer(index, answer)
+    return answers
+
+
+def prefill(model: PreTrainedModel | PeftModel, cache: Cache, cached: list[int], prompt: list[int]) -> int:
+    """Bring a cache from one prompt to another, computing what they do not share, and return the next token.
+
+    Args:
+        model: the model.
+        cache: holds the keys of ``cached``; afterwards those of ``prompt``.
+        cached: the prompt before, or nothing.
+        prompt: token ids.
+    """
+    # The last token is computed again even where all are shared: its logits are needed.
+    shared = min(common_prefix(cached, prompt), len(prompt) - 1)
+    cache.crop(shared - len(cached))
+    ids = torch.tensor([prompt[shared:]], device=model.device)
+    logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    return int(logits[0, -1].argmax())
+
+
+def decode(
+    model: PreTrainedModel | PeftModel, cache: Cache, lengths: list[int], tokens: list[int], max_new_tokens: int,
+    stop: Collection[int], ends: Callable[[list[int]], bool],
+) -> list[list[int]]:  # fmt: skip
+    """Decode a batch from its joined cache.
+
+    Args:
+        model: the model.
+        cache: of ``BatchedLayer``.
+        lengths: of the prompts, B of them.
+        tokens: the first token of each answer.
+        max_new_tokens: see ``generate_answers``.
+        stop: see ``generate_answers``.
+        ends: see ``generate_answers``.
+    """
+    answers: list[list[int]] = [[] for _ in lengths]
+    ended = [False] * len(lengths)
+    rows = list(range(len(lengths)))  # of the cache -> of the answers
+    device, width = model.device, max(lengths)
+    mask = torch.tensor([[0] * (width - length) + [1] * length for length in lengths], device=device)
+    positions = torch.tensor(lengths, device=device)[:, None]
+    while True:
+        for row, token in zip(rows, tokens, strict=True):
+            if not ended[row] and token not in stop:
+                answers[row].append(token)
+            ended[row] = ended[row] or token in stop or len(answers[row]) == max_new_tokens or ends(answers[row])
+        active = [place for place, row in enumerate(rows) if not ended[row]]
+        if not active:
+            return answers
+        if len(active) <= len(rows) // 2:  # fewer copies than dropping every row as it ends
+            kept = torch.tensor(active, device=device)
+            cache.batch_select_indices(kept)
+            mask, positions = mask[kept], positions[kept]
+            rows, tokens = [rows[place] for place in active], [tokens[place] for place in active]
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        logits = model(
+            input_ids=torch.tensor(tokens, device=device)[:, None], attention_mask=mask, position_ids=positions,
+            past_key_values=cache, use_cache=True, logits_to_keep=1,
+        ).logits  # fmt: skip
+        positions = positions + 1
+        tokens = logits[:, -1].argmax(-1).tolist()
+
+
+@contextlib.contextmanager
+def default_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Replace a model's generation config by the library's defaults, which `generate` falls back to key by key."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def generate_one(
+    model: PreTrainedModel | PeftModel, prompt: list[int], max_new_tokens: int, stop: Collection[int],
+    ends: Callable[[list[int]], bool],
+) -> list[int]:  # fmt: skip
+    """Decode one prompt greedily with the model's own cache; see ``generate_answers``."""
+
+    class Ends(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
+            return torch.tensor([ends(input_ids[0, len(prompt) :].tolist())], device=input_ids.device)
+
+    model = base_model(model)
+    ids = torch.tensor([prompt], device=model.device)
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stop) or None, pad_token_id=0
+    )
+    with default_generation(model):
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), generation_config=settings, stopping_criteria=[Ends()]
+        )
+    answer = output[0, len(prompt) :].tolist()
+    return answer[:-1] if answer and answer[-1] in stop else answer

@@ -99,7 +99,7 @@ def cut_in_the_middle(task: Any, loaded: Loaded, room: int) -> list[int]:
 
 
 def run_known(
-    loaded: Loaded, group: str, *, data: str | None = None, limit: int | None = None, batch_size: int = 1,
+    loaded: Loaded, group: str, *, data: str | None = None, limit: int | None = None, batch_size: int | None = None,
     journal: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Score a model on a group of lm-eval's tasks.
@@ -109,7 +109,7 @@ def run_known(
         group: ``longbench`` or ``mmlu``.
         data: see ``task_configs``.
         limit: samples of each set; None means all.
-        batch_size: prompts answered together.
+        batch_size: prompts decoded together; None takes what memory allows.
         journal: see ``eval.run.run``.
 
     Returns:

@@ -7,9 +7,8 @@ import json
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import yaml
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -21,16 +20,13 @@ from axolotl_plugins.seal.load import Loaded
 from axolotl_plugins.seal.provenance import text_hash
 from data_gen.files import write_text
 from data_gen.generate import Request, Split
+from eval.generation import generate_answers, stop_ids
 from eval.journal import Journal
-from eval.prefix import WORTHWHILE, WORTHWHILE_INSTEAD_OF_BATCHES, answer, can_crop, saving
 from eval.score import SCORERS, wilson
+from eval.scoring import TASK_FOLDER
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-TASK_FOLDER = Path(__file__).parent / "tasks"
 # What a result keeps of a sample.
-KEPT = ("length", "index", "tokens", "depth", "line", "haystack_repeats", "references")
+KEPT = ("length", "index", "tokens", "depth", "line", "key", "haystack_repeats", "references")
 # The paper scores a 32K window at 9K, 14K, 19K, 23K, 28K and 31K (Table 1): these shares of a window.
 PAPER_LENGTHS = (9 / 32, 14 / 32, 19 / 32, 23 / 32, 28 / 32, 31 / 32)
 
@@ -51,12 +47,13 @@ class Responses(Journal):
 class Harness(HFLM):
     """lm-eval's Hugging Face model, which refuses prompts that do not fit instead of cutting them.
 
-    It also computes what prompts share once, see ``eval.prefix``, and keeps responses in its ``journal``. Samples in
-    ``refused`` (hashes of prompts) are not answered.
+    It decodes as ``eval.generation`` does, ``prompts_together`` at a time, and keeps responses in its ``journal``.
+    Samples in ``refused`` (hashes of prompts) are not answered.
     """
 
     loaded: Loaded
     journal: Responses
+    prompts_together: int | None = None
     refused: frozenset[str] = frozenset()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -92,66 +89,55 @@ class Harness(HFLM):
 
     def answer_all(self, requests: list[Instance], disable_tqdm: bool) -> None:
         """Answer requests into the journal, together those with the same settings and RoPE frequencies."""
-        alike = defaultdict(list)
+        groups = defaultdict(list)
         short = self.loaded.short_window or 0
         for request in requests:
             prompt = self.tok_encode(request.args[0])
-            alike[json.dumps(request.args[1], sort_keys=True), len(prompt) > short].append((request, prompt))
-        for pairs in alike.values():
-            group, prompts = map(list, zip(*pairs, strict=True))
-            enough = WORTHWHILE if self.batch_size == 1 else WORTHWHILE_INSTEAD_OF_BATCHES
-            if can_crop(self.model) and saving(prompts) > enough:
-                self.answer_sharing(group, prompts, disable_tqdm)
-            else:
-                self.answer_by_length(group, prompts, disable_tqdm)
+            groups[json.dumps(request.args[1], sort_keys=True), len(prompt) > short].append((request, prompt))
+        with tqdm(total=len(requests), desc="prompts", disable=disable_tqdm) as bar:
+            for pairs in groups.values():
+                group, prompts = map(list, zip(*pairs, strict=True))
+                self.answer_group(group, prompts, bar)
 
-    def answer_by_length(self, requests: list[Instance], prompts: list[list[int]], disable_tqdm: bool) -> None:
-        """Let lm-eval answer prompts of one length at a time, the longest first.
+    def answer_group(self, requests: list[Instance], prompts: list[list[int]], bar: tqdm) -> None:
+        """Answer requests that have the same settings into the journal."""
+        settings = requests[0].args[1]
 
-        A batch without padding needs no T x T mask, so attention takes its causal kernel.
-        """
-        by_length = defaultdict(list)
-        for request, prompt in zip(requests, prompts, strict=True):
-            by_length[len(prompt)].append(request)
-        with tqdm(total=len(requests), desc="prompts by length", disable=disable_tqdm) as bar:
-            for length in sorted(by_length, reverse=True):
-                super().generate_until(by_length[length], disable_tqdm=True)
-                bar.update(len(by_length[length]))
+        def text_of(ids: list[int]) -> str:
+            return postprocess_generated_text(self.tok_decode(ids), settings["until"], None)
 
-    def answer_sharing(self, requests: list[Instance], prompts: list[list[int]], disable_tqdm: bool) -> None:
-        """Answer prompts that begin alike, and are answered by the same settings, into the journal."""
-        stop, settings = stop_ids(self.model, self.tokenizer), requests[0].args[1]
-        with tqdm(total=len(requests), desc="prompts that begin alike", disable=disable_tqdm) as bar:
+        def on_answer(index: int, ids: list[int]) -> None:
+            self.journal.add_partial("generate_until", requests[index].args, text_of(ids))
+            bar.update()
 
-            def cut(ids: list[int]) -> str:
-                return postprocess_generated_text(self.tok_decode(ids), settings["until"], None)
+        def ends(ids: list[int]) -> bool:
+            return bool(settings["until"]) and text_of(ids) != self.tok_decode(ids)
 
-            def done(index: int, ids: list[int]) -> None:
-                self.journal.add_partial("generate_until", requests[index].args, cut(ids))
-                bar.update()
-
-            def ended(ids: list[int]) -> bool:
-                return bool(settings["until"]) and cut(ids) != self.tok_decode(ids)
-
-            answer(self.model, prompts, settings["max_gen_toks"], stop, done, ended)
+        generate_answers(
+            self.model, prompts, max_new_tokens=settings["max_gen_toks"], stop=stop_ids(self.model, self.tokenizer),
+            ends=ends, batch_size=self.prompts_together, on_answer=on_answer,
+        )  # fmt: skip
 
 
-def harness_for(loaded: Loaded, batch_size: int, journal: Path | None, *, add_bos_token: bool = False) -> Harness:
+def harness_for(
+    loaded: Loaded, batch_size: int | None, journal: Path | None, *, add_bos_token: bool = False
+) -> Harness:
     """What lets a model answer: itself, or the server that has it.
 
     Args:
         loaded: the model.
-        batch_size: prompts answered together.
+        batch_size: prompts decoded together; None takes what memory allows.
         journal: see ``run``.
         add_bos_token: for prompts without a chat template, which otherwise says whether there is one.
     """
     from eval.served import Served, ServedHarness
 
     harness = (ServedHarness if isinstance(loaded, Served) else Harness)(
-        pretrained=loaded.model, tokenizer=loaded.tokenizer, max_length=loaded.window, batch_size=batch_size,
+        pretrained=loaded.model, tokenizer=loaded.tokenizer, max_length=loaded.window, batch_size=batch_size or 1,
         add_bos_token=add_bos_token,
     )  # fmt: skip
     harness.loaded = loaded
+    harness.prompts_together = batch_size
     harness.journal = Responses(journal)
     return harness
 
@@ -159,17 +145,6 @@ def harness_for(loaded: Loaded, batch_size: int, journal: Path | None, *, add_bo
 def was_seen(document: dict[str, Any], texts: frozenset[str]) -> bool:
     """Whether a sample's prompt is among texts, given by their hashes."""
     return text_hash(document["messages"][0]["content"]) in texts
-
-
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Token ids that end an answer."""
-    ends = model.generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-
-
-def answer_budget(task: str) -> int:
-    """Most tokens of an answer, as the task's own program sets it."""
-    return yaml.safe_load((TASK_FOLDER / f"seal_{task}.yaml").read_text())["generation_kwargs"]["max_gen_toks"]
 
 
 def default_lengths(window: int, answer: int = 128) -> list[int]:
@@ -180,7 +155,7 @@ def default_lengths(window: int, answer: int = 128) -> list[int]:
 def run(
     loaded: Loaded, task: str, *, lengths: list[int] | None = None, samples: int = 50, seed: int = 0,
     split: Split = "test", shots: int = 0, shot_tokens: int = 1000, haystack: str | None = None,
-    depths: int | None = None, cases: str | None = None, batch_size: int = 1, journal: Path | None = None,
+    depths: int | None = None, cases: str | None = None, batch_size: int | None = None, journal: Path | None = None,
     allow_contamination: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Score a model.
@@ -197,7 +172,7 @@ def run(
         haystack: see ``data_gen.generate.Request``.
         depths: see ``data_gen.generate.Request``.
         cases: folder of LongEval's published line cases, scored instead of samples of ours; ``samples`` of each file.
-        batch_size: prompts generated together.
+        batch_size: prompts decoded together; None takes what memory allows.
         journal: file that keeps responses while they come in; a run that was cut off goes on from it.
         allow_contamination: also score samples that the model was tuned on.
 
@@ -268,7 +243,7 @@ def summaries(responses: list[dict[str, Any]], *keys: str) -> list[dict[str, Any
 
 
 def generate_responses(
-    loaded: Loaded, task: str, metadata: dict[str, Any], batch_size: int, journal: Path | None,
+    loaded: Loaded, task: str, metadata: dict[str, Any], batch_size: int | None, journal: Path | None,
     allow_contamination: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Run lm-eval and keep, for each sample, what identifies it, the response, its score and whether it was ``seen``.
@@ -277,7 +252,7 @@ def generate_responses(
         loaded: the model.
         task: one of ``SCORERS``.
         metadata: arguments of ``eval.tasks.documents.documents``.
-        batch_size: prompts generated together.
+        batch_size: prompts decoded together; None takes what memory allows.
         journal: see ``run``.
         allow_contamination: see ``run``.
     """

@@ -1,56 +1,100 @@
-"""Stand-in until the real module lands."""
+"""Answer and score samples without lm-eval: prompts, budgets and metrics are those of the lm-eval tasks."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from eval.generation import generate_answers, stop_ids
 from eval.score import SCORERS
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-def prompt_ids(tokenizer: Any, sample: dict[str, Any], shown: str = "") -> list[int]:
-    """Return ids of a prompt."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": shown + sample["messages"][0]["content"]}],
-        add_generation_prompt=True,
-        tokenize=False,
-    )
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TASK_FOLDER = Path(__file__).parent / "tasks"
+
+
+@functools.cache
+def generation_settings(task: str) -> dict[str, Any]:
+    """Return a task's ``max_gen_toks`` (longest answer in tokens) and ``until`` (texts that end an answer)."""
+    return yaml.safe_load((TASK_FOLDER / f"seal_{task}.yaml").read_text())["generation_kwargs"]
+
+
+def answer_budget(task: str) -> int:
+    """Return the longest answer of a task in tokens, as the task's original program sets it."""
+    return generation_settings(task)["max_gen_toks"]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, sample: dict[str, Any], shown: str = "") -> list[int]:
+    """Render a sample as the token ids that a model continues.
+
+    Args:
+        tokenizer: with a chat template.
+        sample: its ``messages`` begin with the user's turn; ``prefix`` is how the assistant's turn begins.
+        shown: worked examples, put before the prompt in the same turn.
+    """
+    content = shown + sample["messages"][0]["content"]
+    turns = [{"role": "user", "content": content}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     return tokenizer(text + sample.get("prefix", ""), add_special_tokens=False)["input_ids"]
 
 
-def score_samples(
-    model: Any, tokenizer: Any, task: str, samples: list[dict[str, Any]], batch_size: int | None = None, shown: str = ""
-) -> list[dict[str, Any]]:
-    """Score samples."""
-    settings = yaml.safe_load((Path(__file__).parent / "tasks" / f"seal_{task}.yaml").read_text())["generation_kwargs"]
-    prompts = [prompt_ids(tokenizer, sample, shown) for sample in samples]
+def truncate_at(text: str, until: list[str]) -> str:
+    """Return a text up to the first of the strings that end it."""
+    for ending in until:
+        text = text.split(ending)[0]
+    return text
 
-    def ends(ids: list[int]) -> bool:
-        return any(until in tokenizer.decode(ids) for until in settings["until"])
+
+def score_samples(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, task: str, samples: list[dict[str, Any]],
+    *, batch_size: int | None = None, shown: str = "", on_answer: Callable[[int], object] = lambda index: None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Answer samples greedily and score the answers.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: with a chat template.
+        task: a key of ``SCORERS``.
+        samples: as ``data_gen.generate`` draws them; ``length`` says which they belong to.
+        batch_size: see ``generate_answers``.
+        shown: see ``prompt_ids``.
+        on_answer: called with the index of every sample that is answered.
+
+    Returns:
+        For every sample ``length``, ``index``, ``tokens``, ``response`` and ``score`` (in [0, 1]).
+
+    Raises:
+        ValueError: a prompt with its answer does not fit into the model's window.
+    """
+    settings = generation_settings(task)
+    budget, until = settings["max_gen_toks"], settings["until"]
+    prompts = [prompt_ids(tokenizer, sample, shown) for sample in samples]
+    window = model.config.get_text_config().max_position_embeddings
+    if (longest := max(map(len, prompts))) + budget > window:
+        raise ValueError(f"a prompt of {longest} tokens and {budget} tokens of answer do not fit into {window} tokens")
+
+    def text_of(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True)
 
     answers = generate_answers(
-        model,
-        prompts,
-        max_new_tokens=settings["max_gen_toks"],
-        stop=stop_ids(model, tokenizer),
-        ends=ends,
-        batch_size=batch_size,
-    )
-    rows = []
-    for sample, ids in zip(samples, answers, strict=True):
-        response = tokenizer.decode(ids, skip_special_tokens=True)
-        for until in settings["until"]:
-            response = response.split(until)[0]
-        rows.append(
-            {
-                "length": sample["length"],
-                "index": sample["index"],
-                "tokens": sample["tokens"],
-                "response": response,
-                "score": SCORERS[task](response, sample["references"]),
-            }
-        )
-    return rows
+        model, prompts, max_new_tokens=budget, stop=stop_ids(model, tokenizer), batch_size=batch_size,
+        ends=lambda ids: bool(until) and truncate_at(text := text_of(ids), until) != text, on_answer=lambda index, _: on_answer(index),
+    )  # fmt: skip
+    responses = [truncate_at(text_of(answer), until) for answer in answers]
+    return [
+        {
+            "length": sample["length"],
+            "index": sample["index"],
+            "tokens": sample["tokens"],
+            "response": response,
+            "score": SCORERS[task](response, sample["references"]),
+        }
+        for sample, response in zip(samples, responses, strict=True)
+    ]

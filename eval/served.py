@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from typing import Any
 
 from lm_eval.api.instance import Instance
 from tqdm import tqdm
 
 from axolotl_plugins.seal.load import Loaded, is_adapter
 from data_gen.endpoint import KEY, ask, text_of
+from eval.generation import stop_ids
 from eval.run import Harness
 
 LONGEST_WAIT = 600  # seconds for one answer
+CONCURRENT_REQUESTS = 16  # the server batches them itself
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def connect(loaded: Loaded, server: str) -> Served:
 
 
 class ServedHarness(Harness):
-    """Lets a server answer ``batch_size`` prompts at a time."""
+    """Lets a server answer ``prompts_together`` prompts at a time."""
 
     loaded: Served
 
@@ -63,7 +66,7 @@ class ServedHarness(Harness):
         """Answer requests into the journal as they come in."""
         with (
             tqdm(total=len(requests), desc="prompts served", disable=disable_tqdm) as bar,
-            ThreadPoolExecutor(self.batch_size) as pool,
+            ThreadPoolExecutor(self.prompts_together or CONCURRENT_REQUESTS) as pool,
         ):
             asked = {pool.submit(self.complete, request): request for request in requests}
             try:
@@ -72,6 +75,11 @@ class ServedHarness(Harness):
                     bar.update()
             finally:
                 pool.shutdown(cancel_futures=True)
+
+    def greedy_settings(self) -> dict[str, Any]:
+        """Return what makes the server decode greedily whatever the model's generation_config.json says, and stop."""
+        stop = sorted(stop_ids(self.loaded.model, self.loaded.tokenizer))
+        return {"stop_token_ids": stop, "repetition_penalty": 1, "top_p": 1, "top_k": -1, "min_p": 0}
 
     def complete(self, request: Instance) -> str:
         """The greedy answer to one prompt, sent as token ids.
@@ -82,7 +90,7 @@ class ServedHarness(Harness):
         prompt, settings = request.args
         body = {
             "model": self.loaded.name, "prompt": self.tok_encode(prompt), "max_tokens": settings["max_gen_toks"],
-            "temperature": 0, "stop": settings["until"] or None,
+            "temperature": 0, "stop": settings["until"] or None, **self.greedy_settings(),
         }  # fmt: skip
         read = lambda found: text_of(found["choices"][0]["text"])  # noqa: E731
         return ask(self.loaded.server, "completions", body, read, key=os.environ.get(KEY), timeout=LONGEST_WAIT)

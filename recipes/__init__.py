@@ -1,1 +1,1 @@
-"""Recipes, the small model they can be tried on, and the demo."""
+"""Recipes, and the programs that write, launch and measure them."""

@@ -234,8 +234,6 @@ def count_parameters() -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {}
     by_shape: dict[str, dict[str, int]] = {}
     for model in matrix["models"].values():
-        if "shape" not in model:
-            continue
         if model["shape"] not in by_shape:
             shape = dict(matrix["shapes"][model["shape"]])
             shape["vocab_size"] = 32  # embeddings are not counted, so they need not be there

@@ -24,8 +24,8 @@ from axolotl_plugins.seal.tune import answer_loss
 from data_gen.console import quiet_libraries
 from data_gen.files import write_text
 from recipes.cost import Shape, training_flop
+from recipes.machine import machine
 from recipes.matrix import peft_config, read_matrix
-from recipes.steps import machine
 
 ANSWER = 40  # tokens with a loss
 SMALL = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,

@@ -1,243 +1,150 @@
-"""The whole path on a small model: score, tune, merge, score again, draw (``make demo``, ``make demo-all``).
+"""Show what `make demo` did: a table, prompts with the answers of base and tuned models, and a picture.
 
-Every step is the command a user would type.
+The Makefile runs the commands that a user would type; this reads the files that they wrote.
 """
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
-import os
-import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
 
+from axolotl_plugins.seal.scales import saved_scales
+from data_gen.console import quiet_libraries, stop
+from data_gen.console import run as run_app
 from data_gen.files import load_json, write_text
+from data_gen.line import QUESTION
 from eval.journal import result_file, result_name
-from recipes.matrix import recipe_name
-from recipes.steps import ROOT, Step, launch, machine, run_steps
+from recipes.machine import machine
 
-BASE = Path("recipes/tiny")
-TASKS_BASE = Path("recipes/tiny_tasks")  # the same model, taught needles and variable tracking as well
-# Test lengths of the demo and the study; the 100 tokens of answer that LongEval allows stay on the prompt's side of the
-# trained window, since keys that were turned by one set of frequencies do not match queries turned by the other.
-LENGTHS = (256, 512, 896, 1448, 1960)
-TASK_LENGTHS = {"vt": LENGTHS[2:]}  # whose worked example alone has 500 tokens
-METHODS = {"sealh": "SEAL-H", "sealc": "SEAL-C"}
+METHODS = ("SEAL-H", "SEAL-C")
+SHOWN = 3  # prompts whose answers are shown
+
+app = typer.Typer(add_completion=False)
 
 
-def derive_recipe(recipe: Path, seed: int, output_dir: Path, folder: Path) -> Path:
-    """The same recipe with another seed for data and training: the file itself is what is launched.
-
-    Seed 0 is the recipe as it is, but for its ``output_dir``.
-    """
-    settings = yaml.safe_load(recipe.read_text())
-    settings["seed"] += seed
-    settings["seal"]["data"]["seed"] += seed
-    if seed:
-        path = Path(settings["datasets"][0]["path"])
-        settings["datasets"][0]["path"] = str(path.with_stem(f"{path.stem}_seed{seed}"))
-    settings["output_dir"] = str(output_dir)
-    derived = folder / f"{recipe.stem}_seed{seed}.yml"
-    write_text(derived, yaml.safe_dump(settings, sort_keys=False))
-    return derived
+def read_scores(model: Path, folder: Path) -> dict[str, Any]:
+    """Read the result of `python -m eval run --model MODEL --task line`."""
+    return load_json(result_file(folder, "line", result_name(str(model))))
 
 
-def recipe_file(base: Path, task: str, method: str) -> Path:
-    """The recipe of a small model, a task and a method."""
-    return Path("recipes") / f"{recipe_name(base.name, task, method)}.yml"
-
-
-def score_file(model: Path, task: str, work: Path) -> Path:
-    """Where the scores of a model lie."""
-    return result_file(work / "scores", task, result_name(str(model)))
-
-
-def plan(base: Path, task: str, seeds: list[int], samples: int, work: Path) -> list[Step]:
-    """All steps of one task, in an order in which they can be done."""
-    python = sys.executable
-
-    def score(name: str, models: list[Path], needs: tuple[str, ...] = ()) -> Step:
-        lengths = ",".join(map(str, TASK_LENGTHS.get(task, LENGTHS)))
-        named = [part for model in models for part in ("--model", str(model))]
-        command = (python, "-m", "eval", "run", *named, "--task", task, "--lengths", lengths,
-                   "--samples", str(samples), "--batch-size", "10", "--out", str(work / "scores"))  # fmt: skip
-        return Step(f"score {name}", command, score_file(models[-1], task, work), needs)
-
-    steps = [score(f"{task}_base", [base])]
-    for seed in seeds:
-        for method in METHODS:
-            name = f"{task}_{method}_seed{seed}"
-            adapter, merged = work / name, work / f"{name}_merged"
-            recipe = derive_recipe(recipe_file(base, task, method), seed, adapter, work / "recipes")
-            steps.append(launch(f"tune {name}", recipe, adapter))
-            fold = (python, "-m", "axolotl_plugins.seal", "merge", str(adapter), str(merged))
-            steps.append(Step(f"merge {name}", fold, merged, (f"tune {name}",)))
-            steps.append(score(name, [adapter, merged], (f"merge {name}",)))
-    return steps
-
-
-def collect(base: Path, task: str, seeds: list[int], seconds: dict[str, float], work: Path) -> dict[str, Any]:
-    """Gather the scores of a task's steps into an entry of ``results/demo.json``.
+def different_answers(unmerged: dict[str, Any], merged: dict[str, Any]) -> int:
+    """Count the samples that both results hold and that a merged model answers differently.
 
     Raises:
-        RuntimeError: a merged model answered anything otherwise than the unmerged one.
+        ValueError: they have no sample in common.
     """
-    from safetensors.torch import load_file
+    answers = {(row["length"], row["index"]): row["response"] for row in merged["responses"]}
+    shared = [row for row in unmerged["responses"] if (row["length"], row["index"]) in answers]
+    if not shared:
+        raise ValueError("the results of merged and unmerged models have no sample in common")
+    return sum(row["response"] != answers[row["length"], row["index"]] for row in shared)
 
-    def scores(model: Path) -> Any:
-        return load_json(score_file(model, task, work))
 
-    untuned = scores(base)["scores"]
-    result: dict[str, Any] = {
-        "task": task,
+def summarise(base: Path, adapters: list[Path], scores: Path) -> dict[str, Any]:
+    """Gather accuracy by length, scales and the first answers into the content of results/demo.json.
+
+    Raises:
+        ValueError: a merged model answers a sample differently from its adapter, or a file is missing or broken.
+    """
+    results = {"base": read_scores(base, scores)}
+    scales = {}
+    for adapter in adapters:
+        unmerged, merged = (read_scores(Path(f"{adapter}{ending}"), scores) for ending in ("", "_merged"))
+        method = merged["method"]
+        if different := different_answers(unmerged, merged):
+            raise ValueError(f"{adapter}: {different} answers of the merged model differ from the adapter's")
+        results[method], scales[method] = merged, saved_scales(adapter)
+    lengths = [row["length"] for row in results["base"]["scores"]]
+    middle = lengths[len(lengths) // 2]
+    answers = zip(
+        *([row for row in result["responses"] if row["length"] == middle] for result in results.values()), strict=True
+    )
+    return {
         "base_model": str(base),
-        "samples_per_length": untuned[0]["count"],
-        "lengths_tokens": [score["tokens"] for score in untuned],
-        "seeds": seeds,
-        "trainable_parameters": {},
-        "accuracy": {"base": [[score["score"] for score in untuned]]},
-        "scales": {},
+        "lengths": lengths,
+        "samples_per_length": results["base"]["scores"][0]["count"],
+        "trainable_parameters": {method: int(values.size) for method, values in scales.items()},
+        "scores": {
+            method: [{key: row[key] for key in ("tokens", "score", "low", "high")} for row in result["scores"]]
+            for method, result in results.items()
+        },
+        "prompts": [
+            {
+                "tokens": rows[0]["tokens"],
+                "question": QUESTION.format(key=rows[0]["key"]),
+                "reference": rows[0]["references"][0],
+                "answers": {method: row["response"] for method, row in zip(results, rows, strict=True)},
+            }
+            for rows in list(answers)[:SHOWN]
+        ],
+        "scales": {method: values.mean(2).round(4).tolist() for method, values in scales.items()},
+        "machine": machine(),
     }
-    for method, title in METHODS.items():
-        runs = []
-        for seed in seeds:
-            name = f"{task}_{method}_seed{seed}"
-            unmerged, merged = scores(work / name), scores(work / f"{name}_merged")
-            ours, theirs = ([row["response"] for row in run["responses"]] for run in (unmerged, merged))
-            if different := sum(a != b for a, b in zip(ours, theirs, strict=True)):
-                raise RuntimeError(f"{name}: merged and unmerged differ in {different} of {len(ours)} answers")
-            runs.append([score["score"] for score in merged["scores"]])
-        adapter = work / f"{task}_{method}_seed{seeds[0]}"
-        weights = load_file(adapter / "adapter_model.safetensors")
-        heads = load_json(adapter / "adapter_config.json")["num_heads"]
-        result["trainable_parameters"][title] = sum(tensor.numel() for tensor in weights.values())
-        result["accuracy"][title] = runs
-        result["scales"][title] = [tensor.view(heads, -1).mean(1).tolist() for _, tensor in sorted(weights.items())]
-    result["merged_equals_unmerged"] = True
-    result["machine"] = machine()
-    result["seconds"] = {name: taken for name, taken in seconds.items() if name.split()[1].startswith(f"{task}_")}
-    return result
 
 
-def draw(results: list[dict[str, Any]], out: Path) -> None:
-    """For each task accuracy by length, and the scales that were learned (seed by seed means over channels)."""
+def print_summary(summary: dict[str, Any]) -> None:
+    """Print scores by length, and prompts with the answers of all models side by side."""
+    console = Console()
+    table = Table(title=f"line retrieval: accuracy (95 % interval), {summary['samples_per_length']} samples a length")
+    table.add_column("method")
+    table.add_column("trainable parameters", justify="right")
+    for length in summary["lengths"]:
+        table.add_column(f"{length:,} tokens", justify="right")
+    for method, rows in summary["scores"].items():
+        cells = [f"{row['score']:.2f} ({row['low']:.2f}-{row['high']:.2f})" for row in rows]
+        table.add_row(method, f"{summary['trainable_parameters'].get(method, 0):,}", *cells)
+    console.print(table)
+    answers = Table("asked at the end of the prompt", "right", *summary["scores"], show_lines=True,
+                    title=f"the first {SHOWN} prompts of the middle length, answered greedily")  # fmt: skip
+    for prompt in summary["prompts"]:
+        cells = [prompt["answers"][method].strip()[:200] for method in summary["scores"]]
+        answers.add_row(prompt["question"], prompt["reference"], *cells)
+    console.print(answers)
+
+
+def draw(summary: dict[str, Any], out: Path) -> None:
+    """Draw accuracy by length, and the scales of all heads (SEAL-C: means over a head's channels)."""
     import matplotlib.pyplot as plt
 
-    from eval.plot import save_figure
+    from eval.plot import draw_accuracy, draw_scales, save_figure
 
-    size = (14, 4.2 * len(results))
-    figure, rows = plt.subplots(
-        len(results), 3, figsize=size, width_ratios=(1.5, 1, 1), layout="constrained", squeeze=False
-    )
-    for row, result in zip(rows, results, strict=True):
-        draw_task(figure, row, result)
+    figure, (left, *maps) = plt.subplots(1, 3, figsize=(14, 5), width_ratios=(1.4, 1, 1), layout="constrained")
+    draw_accuracy(left, [{"method": method, "scores": rows} for method, rows in summary["scores"].items()])
+    left.set_title(f"line retrieval, {summary['samples_per_length']} test samples per length")
+    for axes, method in zip(maps, METHODS, strict=True):
+        what = "scales" if method == "SEAL-H" else "scales, mean of each head"
+        title = f"{method}: {summary['trainable_parameters'][method]:,} {what}"
+        draw_scales(figure, axes, np.array(summary["scales"][method]), title)
     save_figure(figure, out)
 
 
-def draw_task(figure: Any, panels: Any, result: dict[str, Any]) -> None:
-    """One task's three panels."""
-    import numpy as np
-
-    from eval.plot import draw_accuracy, draw_scales
-    from eval.score import wilson
-    from recipes.matrix import TASKS
-
-    left, middle, right = panels
-    count = result["samples_per_length"]
-    runs = [
-        {
-            "method": method,
-            "scores": [
-                {
-                    "tokens": tokens,
-                    "score": accuracy,
-                    **dict(zip(("low", "high"), wilson(accuracy, count), strict=True)),
-                }
-                for tokens, accuracy in zip(result["lengths_tokens"], row, strict=True)
-            ],
-        }
-        for method, rows in result["accuracy"].items()
-        for row in rows
-    ]
-    draw_accuracy(left, runs)
-    left.set_title(f"{TASKS[result['task']]}: {count} test samples per length, tunings: {len(result['seeds'])}")
-    for axes, method in ((middle, "SEAL-H"), (right, "SEAL-C")):
-        what = "scales" if method == "SEAL-H" else "scales, mean of each head"
-        number = result["trainable_parameters"][method]
-        draw_scales(figure, axes, np.array(result["scales"][method]), f"{method}: {number} {what}")
-
-
-def print_table(result: dict[str, Any]) -> None:
-    """Mean accuracy over seeds, and their range, by length."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from recipes.matrix import TASKS
-
-    table = Table(title=f"{TASKS[result['task']]}: score, mean over seeds {result['seeds']}, and range")
-    table.add_column("tokens:")
-    table.add_column("scales", justify="right")
-    for tokens in result["lengths_tokens"]:
-        table.add_column(f"{tokens:.0f}", justify="right")
-    for method, runs in result["accuracy"].items():
-        cells = []
-        for values in zip(*runs, strict=True):
-            spread = f"\n{min(values):.2f}-{max(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{sum(values) / len(values):.2f}{spread}")
-        table.add_row(method, str(result["trainable_parameters"].get(method, "-")), *cells)
-    Console().print(table)
-
-
-def fingerprint(*parts: object, bases: Sequence[Path] = (BASE,), recipes: Sequence[Path] = ()) -> str:
-    """Changes with base models, with recipes and with what else is given: results of others are not reused.
-
-    Raises:
-        OSError: there is no such base or recipe.
-    """
-    digest = hashlib.sha256(repr(parts).encode())
-    for path in [*(file for base in bases for file in sorted(base.iterdir())), *recipes]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def main() -> None:
-    """Run the demo from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", type=Path, choices=(BASE, TASKS_BASE), default=BASE, help="the small model")
-    parser.add_argument("--tasks", nargs="+", choices=("line", "niah", "vt"), default=["line"], help="that it knows")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one tuning of each kind per seed")
-    parser.add_argument("--samples", type=int, default=100, help="test samples per length")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="steps run side by side")
-    parser.add_argument("--out", type=Path, default=Path("results/demo.json"))
-    args = parser.parse_args()
-    if min(args.samples, args.jobs) < 1:
-        sys.exit(f"demo: found {args.samples} samples and {args.jobs} jobs, expected at least 1 of each")
-    args.tasks, args.seeds = list(dict.fromkeys(args.tasks)), list(dict.fromkeys(args.seeds))
-    os.chdir(ROOT)
-    start = time.time()
-    recipes = [recipe_file(args.base, task, method) for task in args.tasks for method in METHODS]
+@app.command(epilog="Example: python -m recipes.demo (which `make demo` runs at its end)")
+def main(
+    base: Annotated[Path, typer.Option(help="The base model.")] = Path("models/smollm2-135m"),
+    adapter: Annotated[list[Path] | None, typer.Option(help="Adapter folders; FOLDER_merged was scored too.")] = None,
+    scores: Annotated[Path, typer.Option(help="Folder with the results of `eval run`.")] = Path("outputs/demo"),
+    out: Annotated[Path, typer.Option(help="The JSON file to write; its picture lies beside it.")] = Path(
+        "results/demo.json"
+    ),
+) -> None:
+    """Print and draw what `make demo` measured."""
+    quiet_libraries()
+    adapters = adapter or [Path(f"outputs/smollm2_demo_{method}") for method in ("sealh", "sealc")]
     try:
-        found = fingerprint(args.tasks, args.seeds, args.samples, LENGTHS, bases=[args.base], recipes=recipes)
-        work = Path("outputs/demo") / found
-        steps = [step for task in args.tasks for step in plan(args.base, task, args.seeds, args.samples, work)]
-        seconds = run_steps("demo", steps, work, args.jobs)
-        results = [collect(args.base, task, args.seeds, seconds, work) for task in args.tasks]
-    except (RuntimeError, ValueError, OSError) as error:
-        sys.exit(f"demo: {error}")
-    except KeyboardInterrupt:
-        sys.exit("demo: interrupted; the same command goes on from here")
-    draw(results, args.out.with_suffix(".png"))
-    write_text(args.out, json.dumps(results, indent=1) + "\n")
-    for result in results:
-        print_table(result)
-    print(f"{args.out} and {args.out.with_suffix('.png')}, {time.time() - start:.0f} s")
+        summary = summarise(base, adapters, scores)
+        draw(summary, out.with_suffix(".png"))
+        write_text(out, json.dumps(summary, indent=1) + "\n")
+    except (ValueError, OSError, KeyError) as error:
+        stop("demo", error)
+    print_summary(summary)
+    print(f"{out} and {out.with_suffix('.png')}: merged and unmerged models gave the same answers")
 
 
 if __name__ == "__main__":
-    main()
+    run_app(app, "python -m recipes.demo")

@@ -259,12 +259,12 @@ def all_recipes() -> dict[str, str]:
         for model, task, method in itertools.product(row["models"], row["tasks"], row["methods"]):
             name, entry = recipe_name(model, task, method, row), matrix["models"][model]
             entry = entry | {"tokens": row.get("tokens", entry["tokens"])}
-            shape = matrix["shapes"].get(entry.get("shape"))
+            shape = matrix["shapes"][entry["shape"]]
             if name in texts:
                 raise ValueError(f"matrix.yml: two rows make {name}.yml")
             texts[name] = recipe(
                 Path("recipes") / f"{name}.yml", entry, task, method, lr=rate(matrix["rates"], model, task, method),
-                shows=f"{row['shows']} of arXiv 2501.15225", shape=Shape.of(shape) if shape else None,
+                shows=f"{row['shows']} of arXiv 2501.15225", shape=Shape.of(shape),
                 samples=samples, epochs=epochs, sharding=row.get("sharding"),
                 sharers=row.get("context_parallel", 1),
             )  # fmt: skip

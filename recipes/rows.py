@@ -69,7 +69,7 @@ def figure(number: int, matrix: dict[str, Any], scores: list[dict[str, Any]]) ->
     """The lines or maps of one of the paper's figures."""
     text = ""
     for row in matrix["recipes"]:
-        if not re.search(rf"Figure {number}\b", row["shows"]) or "shape" not in matrix["models"][row["models"][0]]:
+        if not re.search(rf"Figure {number}\b", row["shows"]):
             continue
         for key in row["models"]:
             model = matrix["models"][key]

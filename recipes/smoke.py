@@ -9,15 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from data_gen.files import write_text
-from recipes.matrix import all_recipes, read_matrix
-from recipes.steps import ROOT, launch, run_steps
+from data_gen.files import remove, write_text
+from recipes.matrix import FOLDER, all_recipes, read_matrix
 
+ROOT = FOLDER.parent
+TOKENIZER = ROOT / "tests" / "fixtures" / "tiny"
 HEAD = 8  # channels
 LAYERS = 2
 WINDOW = 16384
@@ -49,13 +54,13 @@ def model_of(name: str) -> str:
 
 
 def build_miniature(model: str, folder: Path) -> None:
-    """Save a random-weight miniature of a model of the matrix, with the small model's tokenizer."""
+    """Save a random-weight miniature of a model of the matrix, with the tokenizer of the tests' model."""
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
     matrix = read_matrix()
     shape = dict(matrix["shapes"][matrix["models"][model]["shape"]])
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "recipes" / "tiny")
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     width = HEAD * shape["num_attention_heads"]
     shape |= {
         "vocab_size": len(tokenizer), "hidden_size": width, "num_hidden_layers": LAYERS,
@@ -125,9 +130,7 @@ def prepare(names: list[str], work: Path) -> dict[str, Path]:
     for name in names:
         model = model_of(name)
         miniature = work / "models" / model
-        if model.startswith("tiny"):
-            miniature = ROOT / "recipes" / model
-        elif not (miniature / "tokenizer_config.json").exists():
+        if not (miniature / "tokenizer_config.json").exists():
             build_miniature(model, miniature)
         recipe = yaml.safe_load((ROOT / "recipes" / f"{name}.yml").read_text())
         files[name] = work / "recipes" / f"{name}.yml"
@@ -157,6 +160,48 @@ def trained(adapter: Path) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
 
 
+def train(recipe: Path, adapter: Path) -> float:
+    """Launch one recipe unless its adapter is there already; return the seconds that the run took.
+
+    The output goes to ``ADAPTER.log``, the seconds to ``ADAPTER.seconds``, which marks the run as complete.
+
+    Raises:
+        RuntimeError: the run failed; the message ends with the last lines of its output.
+    """
+    complete, log = (adapter.with_name(f"{adapter.name}.{kind}") for kind in ("seconds", "log"))
+    if complete.exists():
+        return float(complete.read_text())
+    remove(adapter)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "-m", "axolotl.cli.train", str(recipe)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    start = time.monotonic()
+    with log.open("w") as file:
+        status = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+    if status or not (adapter / "adapter_model.safetensors").exists():
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise RuntimeError(f"{adapter.name}: failed with exit status {status}; the last lines of {log}:\n{tail}")
+    seconds = time.monotonic() - start
+    write_text(complete, f"{seconds:.1f}\n")
+    return seconds
+
+
+def train_all(recipes: dict[str, Path], work: Path, jobs: int) -> dict[str, float]:
+    """Launch recipes, ``jobs`` at a time, with a progress bar; return the seconds of each.
+
+    Raises:
+        RuntimeError: a run failed; those that had not started are not run.
+    """
+    from tqdm import tqdm
+
+    with ThreadPoolExecutor(jobs) as pool:
+        runs = {pool.submit(train, file, work / name): name for name, file in recipes.items()}
+        try:
+            return {runs[run]: run.result() for run in tqdm(as_completed(runs), "recipes", len(runs))}
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def smoke(names: list[str], jobs: int) -> None:
     """Run recipes by the command at their heads, and print a table.
 
@@ -178,13 +223,12 @@ def smoke(names: list[str], jobs: int) -> None:
         raise ValueError(f"recipe: found {unknown[0]!r}, expected a name in recipes, such as {min(texts)}")
     # What was run is run again when a recipe or anything that a run depends on has changed.
     digest = hashlib.sha256(repr(sorted(texts.items())).encode())
-    for folder in ("axolotl_plugins", "data_gen", "recipes"):
+    for folder in ("axolotl_plugins", "data_gen", "recipes", TOKENIZER):
         for path in sorted(Path(folder).rglob("*")):
             if path.is_file() and path.suffix not in (".pyc", ".yml"):
                 digest.update(path.read_bytes())
     work = Path("outputs/smoke") / digest.hexdigest()[:12]
-    steps = [launch(name, file, work / name) for name, file in prepare(names, work).items()]
-    seconds = run_steps("recipes", steps, work, jobs)
+    seconds = train_all(prepare(names, work), work, jobs)
     table = Table("recipe", "parameters", "seconds", title=f"{SAMPLES} steps on random-weight miniatures")
     for name in names:
         count = trained(work / name)

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from paths import TINY, TINY_SEALC
 from peft import get_peft_model
 from tqdm import tqdm
 
@@ -34,8 +35,6 @@ from data_gen.__main__ import app as data_gen
 from data_gen.console import run
 from eval.__main__ import app as evaluate
 
-ROOT = Path(__file__).resolve().parent.parent
-TINY = ROOT / "recipes" / "tiny"
 TIMES = (b'"seconds": ',)  # lines of results that tell how long something took, which no two runs agree on
 
 
@@ -185,7 +184,7 @@ def prepare(folder: Path) -> None:
     result = {"model": "adapter", "base": "tiny", "method": "SEAL-H", "task": "line", "window": 2048, "seed": 0,
               "shots": 0, "contaminated": None, "scores": [score], "responses": [response]}  # fmt: skip
     (folder / "results/r.json").write_text(json.dumps(result))
-    recipe = yaml.safe_load((ROOT / "recipes/tiny_line_sealc.yml").read_text())
+    recipe = yaml.safe_load(TINY_SEALC.read_text())
     recipe |= {"base_model": str(TINY), "sequence_len": 512, "max_steps": 4, "output_dir": "out"}
     recipe["seal"]["data"] |= {"tokens": "300:500", "samples": 8}
     recipe["datasets"][0]["path"] = "data/d.jsonl"

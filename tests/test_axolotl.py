@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from paths import TINY, TINY_SEALC
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,8 +22,6 @@ from axolotl_plugins.seal.load import load
 from axolotl_plugins.seal.provenance import text_hash
 from recipes.matrix import SHARDING
 
-ROOT = Path(__file__).parent.parent
-TINY = ROOT / "recipes" / "tiny"
 STEPS = 4
 
 
@@ -41,7 +40,7 @@ def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def write_recipe(folder: Path, **changes: object) -> dict:
     """The shipped SEAL-C recipe, made short."""
-    recipe = yaml.safe_load((ROOT / "recipes" / "tiny_line_sealc.yml").read_text())
+    recipe = yaml.safe_load(TINY_SEALC.read_text())
     recipe |= {"base_model": str(TINY), "sequence_len": 512, "max_steps": STEPS, "output_dir": "out"}
     recipe["seal"]["data"] |= {"tokens": "300:500", "samples": 8}
     recipe |= changes

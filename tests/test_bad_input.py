@@ -13,6 +13,7 @@ import pytest
 import torch
 import typer
 import yaml
+from paths import TINY, TINY_SEALH
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_axolotl import write_recipe
@@ -25,8 +26,6 @@ from data_gen.console import run
 from eval.__main__ import app as evaluate
 from recipes.__main__ import app as recipes
 
-ROOT = Path(__file__).parent.parent
-TINY = ROOT / "recipes" / "tiny"
 PROGRAMS = {"data_gen": data_gen, "eval": evaluate, "axolotl_plugins.seal": seal, "recipes": recipes}
 
 
@@ -121,7 +120,7 @@ def make_files(folder: Path) -> None:
     (folder / "list.yml").write_text("- a\n")
     (folder / "broken.yml").write_text("a: [\n")
     (folder / "no_data.yml").write_text(f"base_model: {TINY}\nseal: {{granularity: head}}\n")
-    recipe = yaml.safe_load((ROOT / "recipes/tiny_line_sealh.yml").read_text())
+    recipe = yaml.safe_load(TINY_SEALH.read_text())
     for called, change in (
         ("rate_nan", {"learning_rate": float("nan")}),
         ("typo", {"seal": recipe["seal"] | {"granularty": "head"}}),

@@ -13,14 +13,12 @@ from pathlib import Path
 
 import pytest
 from chaos import Stage, torment
+from paths import ROOT, TINY
 
 from axolotl_plugins.seal.load import load
 from data_gen.files import check_output
 from data_gen.generate import Request, load_tokenizer, write
 from eval.run import Responses, run
-
-ROOT = Path(__file__).parent.parent
-TINY = ROOT / "recipes" / "tiny"
 
 
 def chaos(*arguments: str, minutes: int = 10) -> str:

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import TINY
 from transformers import AutoTokenizer
 
 from data_gen import line
@@ -28,8 +29,6 @@ from data_gen.generate import (
     write,
 )
 from data_gen.sizing import largest
-
-TINY = Path(__file__).parent.parent / "recipes" / "tiny"
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT, TINY
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
 def test_make_targets_of_the_readme_exist():
     listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     targets = set(re.findall(r"^  make (\S+)", listed, re.MULTILINE))
-    assert {"setup", "demo", "test", "train", "data", "eval", "merge", "lint", "help"} <= targets
+    assert {"setup", "test", "train", "data", "eval", "merge", "lint", "help"} <= targets
     assert set(re.findall(r"`?make ([a-z-]+)", README)) <= targets
 
 
@@ -40,7 +40,7 @@ def test_the_readmes_python_runs():
     from axolotl_plugins.seal.load import load
     from data_gen.generate import Request, generate
 
-    loaded = load(ROOT / "recipes" / "tiny")
+    loaded = load(TINY)
     samples = generate(Request("line", "300", samples=2), loaded.tokenizer)
     scope = {"model": loaded.model, "tokenizer": loaded.tokenizer, "chats": [row["messages"] for row in samples]}
     exec(README.split("```python\n")[1].split("```")[0], scope)
@@ -55,7 +55,7 @@ def random_model(model_type: str, folder: Path) -> str:
 
     from data_gen.generate import Request, generate
 
-    small = tokenizer = AutoTokenizer.from_pretrained(ROOT / "recipes" / "tiny")
+    small = tokenizer = AutoTokenizer.from_pretrained(TINY)
     if model_type == "qwen2":
         samples = generate(Request("line", "1900", samples=20), small)
         texts = [row["messages"][0]["content"] for row in samples]
@@ -78,7 +78,7 @@ def random_model(model_type: str, folder: Path) -> str:
 def test_the_readmes_four_lines_work_as_a_new_user_types_them(base, tmp_path):
     lines = README[README.index("## Use it on your model") :].split("```bash\n")[1].split("```")[0].strip().splitlines()
     assert len(lines) == 4
-    model = str(ROOT / "recipes" / "tiny") if base == "tiny" else random_model(base, tmp_path / "model")
+    model = str(TINY) if base == "tiny" else random_model(base, tmp_path / "model")
     binaries = Path(sys.executable).parent
     swaps = {"Qwen/Qwen2.5-7B-Instruct": model, "8000,16000,31000": "256,300 SAMPLES=2", "31000": "300",
              "make ": f"make -f {ROOT}/Makefile -o .venv/.installed BIN={binaries} "}  # fmt: skip

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import FIXTURES, TINY
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,8 +22,6 @@ from data_gen.generate import Request, generate
 from eval.journal import result_name
 from eval.run import Harness, Responses, default_lengths, run, summaries
 from eval.score import SCORERS, last_integer, wilson
-
-TINY = Path(__file__).parent.parent / "recipes" / "tiny"
 
 
 @pytest.mark.parametrize(
@@ -43,7 +42,7 @@ def test_last_integer(response, expected):
     assert last_integer(response) == expected
 
 
-ORIGINALS = [json.loads(row) for row in (Path(__file__).parent / "fixtures" / "scores.jsonl").read_text().splitlines()]
+ORIGINALS = [json.loads(row) for row in (FIXTURES / "scores.jsonl").read_text().splitlines()]
 
 
 def test_scores_are_those_of_the_original_programs():
@@ -145,6 +144,11 @@ def test_the_small_model_and_an_adapter_of_it_are_scored_by_the_command(tmp_path
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     drawn = [s["references"] for s in generate(Request("line", "260", samples=6, split="test"), tokenizer)]
     assert [row["references"] for row in result["responses"] if row["length"] == 260] == drawn
+
+
+def test_lines_that_the_model_knows_score_and_those_that_it_loses_do_not():
+    short, long = (score["score"] for score in run(load(TINY), "line", lengths=[256, 1960], samples=20)["scores"])
+    assert short >= 0.9 and long <= 0.7
 
 
 def tuned(folder: Path, grain: str, value: float, base: str = str(TINY)) -> str:

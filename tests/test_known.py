@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from paths import FIXTURES, TINY
 
 from axolotl_plugins.seal.load import load
 from eval import prefix
 from eval.known import LONGBENCH, run_known
 from eval.run import Harness
 
-TINY = Path(__file__).parent.parent / "recipes" / "tiny"
 QUESTION = "What does the garden keep?"
 
 
@@ -58,9 +57,7 @@ def test_longbench_is_cut_in_the_middle_and_says_so(longbench, monkeypatch):
         run_known(loaded, "longbench", data=str(longbench))
 
 
-ORIGINALS = [
-    json.loads(row) for row in (Path(__file__).parent / "fixtures" / "longbench.jsonl").read_text().splitlines()
-]
+ORIGINALS = [json.loads(row) for row in (FIXTURES / "longbench.jsonl").read_text().splitlines()]
 
 
 def test_longbench_is_asked_and_scored_as_by_its_own_programs():

@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from miniatures import MINIATURES, build, token_ids
+from paths import TINY
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,7 +24,6 @@ from axolotl_plugins.seal.load import load
 from axolotl_plugins.seal.merge import RECORD, merge, merged_tensors, verify
 from axolotl_plugins.seal.provenance import seen_texts
 from data_gen.files import file_hash
-from recipes.tiny_model import build_tokenizer
 
 
 def tuned(name, grain, dtype=torch.float32):
@@ -76,7 +76,7 @@ def base_folder(tmp_path_factory):
     """A random Llama with a RoPE stretch, a tokenizer and a chat template, in float32 and bfloat16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = build_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
     folders = {}
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)

@@ -7,12 +7,12 @@ import random
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from miniatures import MINIATURES, build, token_ids
+from paths import ROOT, TINY
 from peft import get_peft_model
 from scipy.stats import spearmanr
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -38,10 +38,9 @@ from eval.probe.tuning import (
     wrong_answers,
     wrong_facts,
 )
+from eval.report import write_report
 from eval.run import run
 
-ROOT = Path(__file__).parent.parent
-TINY = ROOT / "recipes" / "tiny"
 STOP = 5  # a token that random models write now and then
 
 
@@ -340,6 +339,8 @@ def command(*arguments, cwd):
 
 def test_commands_write_results_with_pictures(tmp_path):
     tiny, short = ("--model", str(TINY)), ("--lengths", "200")
+    folder = tmp_path / "probes"
+    folder.mkdir()
     for arguments in (
         ("heads", *tiny, "--lengths", "200,256", "--samples", "2", "--out", "h.json"),
         ("gradient", *tiny, "--lengths", "200,256", "--samples", "2", "--compare", "h.json", "--out", "g.json"),
@@ -349,15 +350,16 @@ def test_commands_write_results_with_pictures(tmp_path):
         ("quadrants", *tiny, "--from", "h.json", "--up", "1.9", *short, "--samples", "2", "--out", "u.json"),
     ):
         if "Q3 up" in arguments:
-            made = json.loads((tmp_path / "q.json").read_text())["adapters"]
+            made = json.loads((folder / "q.json").read_text())["adapters"]
             arguments = [made.get(part, part) for part in arguments]
-        done = command(*arguments, cwd=tmp_path)
+        done = command(*arguments, cwd=folder)
         assert done.returncode == 0, done.stderr[-2000:]
-        out = tmp_path / arguments[-1]
+        out = folder / arguments[-1]
         assert json.loads(out.read_text())["kind"] and out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-        assert not list(tmp_path.glob(".*.partial")), arguments
-    assert set(json.loads((tmp_path / "g.json").read_text())["spearman"]["importance"]["score"]) == {"200", "256"}
-    assert len(json.loads((tmp_path / "c.json").read_text())["change"]["score"]["200"]["L0H0"]) == 32
+        assert not list(folder.glob(".*.partial")), arguments
+    assert set(json.loads((folder / "g.json").read_text())["spearman"]["importance"]["score"]) == {"200", "256"}
+    assert len(json.loads((folder / "c.json").read_text())["change"]["score"]["200"]["L0H0"]) == 32
+    assert write_report(tmp_path, tmp_path / "report.html") == 6  # captions and pictures know every kind of result
 
 
 def test_the_journal_of_a_run_is_that_of_its_model(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from paths import TINY
 from transformers import AutoTokenizer
 
 from axolotl_plugins.seal.provenance import text_hash, texts
@@ -17,7 +18,6 @@ from data_gen.generate import Request, accepts, check, count_tokens, describe, g
 from eval.journal import Journal
 from eval.score import SCORERS, last_integer, wilson
 
-TINY = Path(__file__).parent.parent / "recipes" / "tiny"
 TOKENIZER = AutoTokenizer.from_pretrained(TINY)
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("same")

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from paths import TINY
 
 from axolotl_plugins.seal import provenance
 from axolotl_plugins.seal.load import load
 from data_gen.generate import Request, generate, write
 from eval.run import run
-
-TINY = Path(__file__).parent.parent / "recipes" / "tiny"
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import get_args
 
 import pytest
 import yaml
+from paths import FIXTURES, ROOT, TINY
 from pydantic import AliasChoices, BaseModel
 from transformers import AutoTokenizer, LlamaConfig
 from typer.main import get_command
@@ -19,10 +20,9 @@ from axolotl_plugins.seal.plugin import check_recipe
 from data_gen.generate import Request, generate
 from eval.__main__ import app as eval_app
 from recipes.__main__ import count_parameters, recipe_for
-from recipes.matrix import SHARDING, all_recipes, read_matrix
+from recipes.matrix import SHARDING, all_recipes, read_matrix, recipe
 from recipes.rows import write_rows
 
-ROOT = Path(__file__).parent.parent
 TEXTS = all_recipes()
 # A user's own recipes may lie beside them.
 FILES = sorted(
@@ -46,7 +46,7 @@ def test_every_row_of_the_paper_has_its_commands():
     # The same rows on several devices.
     extra |= {f"{m}_line_sealc_{way}" for m in ("longchat13b", "vicuna13b") for way in SHARDING}
     extra |= {f"llama31_8b_128k_line_{m}{way}" for m in ("sealh", "sealc") for way in ("", "_cp8")}  # beyond the paper
-    assert named == {name for name in TEXTS if not name.startswith("tiny") and "longbench" not in name} - extra
+    assert named == {name for name in TEXTS if not name.startswith("smollm2") and "longbench" not in name} - extra
     parts = {part.splitlines()[0]: part for part in text.split("\n## ")[1:]}
     assert list(parts) == [f"Table {n}" for n in (1, 2, 3)] + [f"Figure {n}" for n in (5, 6, 7, 9, 10)]
     rows = {title: part.count("python -m eval run") for title, part in parts.items()}
@@ -189,10 +189,10 @@ def test_parameters_are_those_of_table_8():
         }
 
 
-@pytest.mark.parametrize("case", json.loads((ROOT / "tests/fixtures/vicuna.json").read_text()))
+@pytest.mark.parametrize("case", json.loads((FIXTURES / "vicuna.json").read_text()))
 def test_vicuna_template_is_fastchats(case):
     """Recorded from FastChat 0.2.36, ``get_conv_template("vicuna_v1.1").get_prompt()``, which leaves out ``<s>``."""
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "recipes" / "tiny")
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
     tokenizer.chat_template = (ROOT / "recipes" / "templates" / "vicuna_v1.1.jinja").read_text()
     open_turn = case["messages"][-1]["role"] == "user"
     rendered = tokenizer.apply_chat_template(case["messages"], tokenize=False, add_generation_prompt=open_turn)
@@ -208,7 +208,7 @@ def test_axolotl_trains_on_the_ids_that_the_model_is_asked_with(template):
     from axolotl.utils.chat_templates import get_chat_template
     from axolotl.utils.dict import DictDefault
 
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "recipes" / "tiny")
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
     if template in OWN:
         tokenizer.chat_template = get_chat_template(template)
     elif template != "tiny":
@@ -229,7 +229,7 @@ def test_axolotl_trains_on_the_ids_that_the_model_is_asked_with(template):
 
 
 def test_a_recipe_for_the_small_model_and_what_cannot_be_tuned(tmp_path):
-    tiny = str(ROOT / "recipes" / "tiny")
+    tiny = str(TINY)
     text, found = recipe_for(tiny, "line", "sealh", out=tmp_path / "mine.yml", gpu=True)
     cfg = yaml.safe_load(text)
     assert text.startswith(f"# accelerate launch -m axolotl.cli.train {tmp_path}/mine.yml") and "o_proj" in found
@@ -250,6 +250,21 @@ def test_a_recipe_for_the_small_model_and_what_cannot_be_tuned(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             recipe_for(*arguments)
+
+
+def test_a_mixture_has_a_file_of_data_for_each_of_its_tasks(schema):
+    model = {"name": "a model", "base_model": str(TINY), "window": 2048, "tokens": "256:1960", "gpu": False}
+    text = recipe(Path("mixed_multi_sealc.yml"), model, "multi", "sealc", lr=0.01, shows="a mixture", shape=None)
+    cfg = yaml.load(text, OnceLoader)
+    parts = SealArgs(seal=cfg["seal"]).seal.data
+    assert "line retrieval and RULER's variable tracking" in text
+    assert [(part.task, part.tokens, part.samples) for part in parts] == [
+        ("line", "256:1960", 25), ("vt", "980:1960", 25)
+    ]  # fmt: skip
+    paths = [dataset["path"] for dataset in cfg["datasets"]]
+    assert paths == ["data/mixed_multi_line.jsonl", "data/mixed_multi_vt.jsonl"]
+    assert not unknown_keys(cfg, schema)
+    check_recipe(cfg)
 
 
 def test_no_command_of_the_docs_asks_for_other_samples_under_the_name_of_a_result():

@@ -6,19 +6,18 @@ import copy
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from paths import ROOT
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 import axolotl_plugins.self_extend.attention as self_extend
 from axolotl_plugins.seal import SealConfig
 
-ROOT = Path(__file__).parent.parent
 GROUP, WINDOW = 3, 8
 SHAPE = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -154,7 +153,7 @@ from peft import get_peft_model
 
 torch.set_num_threads(1)
 tokens = int(sys.argv[1])
-config = AutoConfig.from_pretrained("recipes/tiny", max_position_embeddings=tokens, rope_parameters=dict(
+config = AutoConfig.from_pretrained("tests/fixtures/tiny", max_position_embeddings=tokens, rope_parameters=dict(
     rope_type="self_extend", rope_theta=5e5, group_size=6, neighbor_window=1024))
 model = get_peft_model(AutoModelForCausalLM.from_config(config), SealConfig(granularity="channel")).train()
 model.enable_input_require_grads()

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 import torch
+from paths import TINY
 
 from axolotl_plugins.seal.load import load
 from eval.known import run_known
 from eval.run import run
 from eval.served import connect
-
-TINY = Path(__file__).parent.parent / "recipes" / "tiny"
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from paths import ROOT
 from safetensors.torch import load_file
 
 from recipes.matrix import read_matrix
-from recipes.smoke import LAYERS, model_of, prepare, trained
-from recipes.steps import ROOT
+from recipes.smoke import LAYERS, model_of, prepare, train_all, trained
 
 # The head of a recipe, ``accelerate launch -m axolotl.cli.train``, without the launch; plugins start anew each time.
 TRAIN = """
@@ -84,6 +84,17 @@ def test_what_did_not_train_is_told(work, tmp_path: Path):
             trained(tmp_path)
     with pytest.raises(ValueError, match=r"not a recipe of matrix\.yml"):
         model_of("qwen_line_sealc")
+
+
+def test_recipes_that_were_trained_are_not_trained_again(tmp_path):
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good" / "adapter_model.safetensors").touch()
+    (tmp_path / "good.seconds").write_text("1.5")
+    missing = tmp_path / "missing.yml"
+    assert train_all({"good": missing}, tmp_path, 1) == {"good": 1.5}
+    with pytest.raises(RuntimeError, match=r"(?s)bad: failed with exit status 1; .*missing\.yml"):
+        train_all({"good": missing, "bad": missing}, tmp_path, 2)
+    assert not (tmp_path / "bad.seconds").exists()
 
 
 @pytest.mark.slow

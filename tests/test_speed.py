@@ -6,11 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from paths import ROOT, TINY_SEALC
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -18,8 +18,6 @@ from recipes import bench
 from recipes.__main__ import cost_lines
 from recipes.cost import Held, Shape, longest_sample, recipe_cost, training_bytes, training_flop
 from recipes.matrix import read_matrix
-
-ROOT = Path(__file__).parent.parent
 
 
 def shape(name: str) -> Shape:
@@ -117,9 +115,9 @@ def test_cost_of_a_recipe():
     alone, shared = (cost_lines(ROOT / "recipes" / f"{name}.yml", "a100") for name in names)
     assert "time on a100: 103.6 minutes" in alone[2] and "time on 8 x a100: 13.0 minutes" in shared[2]
     assert "memory: about 73 GiB" in alone[3] and "memory of each: about 24 GiB" in shared[3]
-    assert cost_lines(ROOT / "recipes" / "tiny_line_sealc.yml", "h100")
+    assert cost_lines(TINY_SEALC, "h100")
     with pytest.raises(ValueError, match="gpu: found 'b17'"):
-        cost_lines(ROOT / "recipes" / "tiny_line_sealc.yml", "b17")
+        cost_lines(TINY_SEALC, "b17")
     with pytest.raises(ValueError, match="not a recipe"):
         cost_lines(ROOT / "recipes" / "matrix.yml", "h100")
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import ast
 import re
 from importlib.metadata import requires
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from paths import ROOT
 
 from data_gen.files import load_json
 
-ROOT = Path(__file__).parent.parent
 PACKAGES = ("axolotl_plugins", "data_gen", "eval", "recipes")
 SOURCES = sorted(file for name in PACKAGES for file in (ROOT / name).rglob("*.py"))
 CALLS = [

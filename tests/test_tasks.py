@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from paths import FIXTURES, TINY
 from transformers import AutoTokenizer
 
 from data_gen import bench, longbench, niah, ruler
 from data_gen.generate import Request, accepts, count_tokens, generate, load_tokenizer, remark, write
 
-TINY = Path(__file__).parent.parent / "recipes" / "tiny"
 # Samples that NVIDIA's own programs wrote for 1,500 tokens.
-ORIGINALS = [json.loads(row) for row in (Path(__file__).parent / "fixtures" / "ruler.jsonl").read_text().splitlines()]
+ORIGINALS = [json.loads(row) for row in (FIXTURES / "ruler.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

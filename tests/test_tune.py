@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
+from paths import TINY
 from peft import LoraConfig, get_peft_model
 
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.load import load
 from axolotl_plugins.seal.tune import answer_loss, encode, tune
 from data_gen.generate import Request, generate
-
-TINY = Path(__file__).parent.parent / "recipes" / "tiny"
 
 
 @pytest.fixture(scope="module")

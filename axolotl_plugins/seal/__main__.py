@@ -20,7 +20,7 @@ def main() -> None:
 
 
 @app.command(
-    epilog="Example: python -m axolotl_plugins.seal merge outputs/tiny_line_sealc outputs/tiny_line_sealc_merged"
+    epilog="Example: python -m axolotl_plugins.seal merge outputs/smollm2_line_sealc outputs/smollm2_line_sealc_merged"
 )
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
@@ -40,7 +40,7 @@ def merge(
         stop("merge", error)
 
 
-@app.command(epilog="Example: python -m axolotl_plugins.seal verify outputs/tiny_line_sealc_merged")
+@app.command(epilog="Example: python -m axolotl_plugins.seal verify outputs/smollm2_line_sealc_merged")
 def verify(
     folder: Annotated[Path, typer.Argument(help="Folder that `merge` wrote.")],
     adapter: Annotated[Path | None, typer.Option(help="Where the adapter is now, if it was moved.")] = None,
@@ -55,7 +55,7 @@ def verify(
         stop("verify", error)
 
 
-@app.command(epilog="Example: python -m axolotl_plugins.seal export outputs/tiny_line_sealc outputs/tiny_line_ia3")
+@app.command(epilog="Example: python -m axolotl_plugins.seal export outputs/smollm2_line_sealc outputs/smollm2_ia3")
 def export(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
     out: Annotated[Path, typer.Argument(help="Adapter folder to write.")],
@@ -71,7 +71,9 @@ def export(
         stop("export", error)
 
 
-@app.command(epilog="Example: python -m axolotl_plugins.seal push outputs/tiny_line_sealc me/tiny-line-sealc --private")
+@app.command(
+    epilog="Example: python -m axolotl_plugins.seal push outputs/smollm2_line_sealc me/smollm2-sealc --private"
+)
 def push(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
     repository: Annotated[str | None, typer.Argument(help="Hub id; left out, the card is written and no more.")] = None,

@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 import axolotl_plugins.self_extend  # noqa: F401 - its RoPE type
 from data_gen.console import first_line
@@ -242,6 +242,8 @@ def load(
         else:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, **trust)
+            if (Path(name) / "generation_config.json").is_file():  # it may list more ends of an answer
+                model.generation_config = GenerationConfig.from_pretrained(name)
         if adapter is not None and weights:
             model = apply_adapter(model, Path(name))
         own = adapter is None or (Path(name) / "tokenizer_config.json").is_file()

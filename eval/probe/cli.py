@@ -30,7 +30,9 @@ Samples = Annotated[int, typer.Option(help="Samples per length, from the trainin
 Template = Annotated[str | None, typer.Option(help="Jinja file, for base models without a chat template.")]
 Out = Annotated[Path, typer.Option(help="Result file; a PNG lies beside it.")]
 Recipe = Annotated[Path, typer.Option(help="A SEAL recipe that describes its data.")]
-BatchSize = Annotated[int, typer.Option(help="Prompts answered together.")]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Prompts decoded together; default: as many as memory allows, 32 at most.")
+]
 
 
 @contextmanager
@@ -121,7 +123,7 @@ def finish(found: dict[str, Any], out: Path, *journals: Path) -> None:
     print(f"{out} and {out.with_suffix('.png')}")
 
 
-@app.command(epilog="Example: python -m eval probe heads --model recipes/tiny --lengths 512,1448 --samples 50")
+@app.command(epilog="Example: python -m eval probe heads --model models/smollm2-135m --lengths 512,2048 --samples 50")
 def heads(
     model: Model, lengths: Lengths, task: Task = "line", samples: Samples = 50,
     batch: Annotated[int, typer.Option(help="Heads that go through the model together; more need more memory.")] = 8,
@@ -140,7 +142,7 @@ def heads(
         finish(found, out, journal)
 
 
-@app.command(epilog="Example: python -m eval probe channels --model recipes/tiny --heads L1H2 --lengths 1448")
+@app.command(epilog="Example: python -m eval probe channels --model models/smollm2-135m --heads L9H4 --lengths 2048")
 def channels(
     model: Model, lengths: Lengths,
     heads: Annotated[str, typer.Option(help="Heads whose channels are removed one by one, as L1H18,L13H16.")],
@@ -160,7 +162,9 @@ def channels(
         finish(found, out, journal)
 
 
-@app.command(epilog="Example: python -m eval probe gradient --model recipes/tiny --lengths 512,1448 --samples 50")
+@app.command(
+    epilog="Example: python -m eval probe gradient --model models/smollm2-135m --lengths 512,2048 --samples 50"
+)
 def gradient(
     model: Model, lengths: Lengths, task: Task = "line", samples: Samples = 50,
     points: Annotated[
@@ -189,7 +193,9 @@ def gradient(
         finish(found, out, journal)
 
 
-@app.command(epilog="Example: python -m eval probe quadrants --model recipes/tiny --from results/probes/heads.json")
+@app.command(
+    epilog="Example: python -m eval probe quadrants --model models/smollm2-135m --from results/probes/heads.json"
+)
 def quadrants(
     model: Model,
     source: Annotated[Path, typer.Option("--from", help="Map of `heads` or `gradient` at two lengths.")],
@@ -197,7 +203,7 @@ def quadrants(
     up: Annotated[float, typer.Option(help="Scale of heads whose removal hurts at both lengths.")] = 1.1,
     lengths: Annotated[str, typer.Option(help="Longest test samples in tokens; default: the paper's shares.")] = "",
     samples: Annotated[int, typer.Option(help="Test samples per length.")] = 50,
-    batch_size: BatchSize = 1, chat_template: Template = None,
+    batch_size: BatchSize = None, chat_template: Template = None,
     adapters: Annotated[Path, typer.Option(help="Folder for the SEAL-H adapters.")] = Path("outputs/quadrants"),
     out: Out = Path("results/probes/quadrants.json"),
 ) -> None:  # fmt: skip
@@ -248,7 +254,8 @@ def quadrants(
 
 
 @app.command(
-    epilog="Example: python -m eval probe direct --model recipes/tiny --adapter outputs/tiny_line_sealc --length 1448"
+    epilog="Example: python -m eval probe direct --model models/smollm2-135m --adapter outputs/smollm2_line_sealc "
+    "--length 2048"
 )
 def direct(
     model: Annotated[str, typer.Option(help="The base model: hub id or folder.")],
@@ -285,7 +292,7 @@ def transfer(
     tasks: Annotated[str, typer.Option(help="What each is scored on.")] = "vt,cwe,fwe",
     lengths: Annotated[str, typer.Option(help="Longest test samples in tokens; default: the paper's shares.")] = "",
     samples: Annotated[int, typer.Option(help="Test samples per length.")] = 50,
-    batch_size: BatchSize = 1, chat_template: Template = None, out: Out = Path("results/probes/transfer.json"),
+    batch_size: BatchSize = None, chat_template: Template = None, out: Out = Path("results/probes/transfer.json"),
 ) -> None:  # fmt: skip
     """Score every adapter on every task: gain over the range of the base model's scores (equation 2, Figure 8)."""
     with one_line_errors():
@@ -334,7 +341,7 @@ def transfer(
 
 
 @app.command(
-    epilog="Example: python -m eval probe sweep --recipe recipes/tiny_line_sealh.yml --rates 0.01,0.02 --lengths 1448"
+    epilog="Example: python -m eval probe sweep --recipe recipes/smollm2_line_sealh.yml --rates 0.01 --lengths 2048"
 )
 def sweep(
     recipe: Recipe, lengths: Annotated[str, typer.Option(help="Longest validation samples, in tokens.")],
@@ -343,7 +350,7 @@ def sweep(
     epochs: Annotated[str, typer.Option(help="Passes over the samples.")] = "1",
     seeds: Annotated[str, typer.Option(help="Seeds of data and order.")] = "1",
     validation: Annotated[int, typer.Option(help="Validation samples per length, freshly drawn: no test data.")] = 50,
-    batch_size: BatchSize = 1, out: Out = Path("results/probes/sweep.json"),
+    batch_size: BatchSize = None, out: Out = Path("results/probes/sweep.json"),
 ) -> None:  # fmt: skip
     """Tune with every rate and number of samples, score on fresh validation data, name the best (Table 7, Figure 9)."""
     with one_line_errors():
@@ -364,12 +371,12 @@ def sweep(
         finish(found, out, journal)
 
 
-@app.command(epilog="Example: python -m eval probe controls --recipe recipes/tiny_line_sealc.yml --lengths 512,1448")
+@app.command(epilog="Example: python -m eval probe controls --recipe recipes/smollm2_line_sealc.yml --lengths 512,2048")
 def controls(
     recipe: Recipe, lengths: Annotated[str, typer.Option(help="Longest validation samples, in tokens.")],
     seeds: Annotated[str, typer.Option(help="Seeds of data, order and shuffling.")] = "1,2,3",
     validation: Annotated[int, typer.Option(help="Validation samples per length.")] = 50,
-    batch_size: BatchSize = 1, out: Out = Path("results/probes/controls.json"),
+    batch_size: BatchSize = None, out: Out = Path("results/probes/controls.json"),
 ) -> None:  # fmt: skip
     """Shuffled scales and scales tuned on wrong answers must not help: the gain is in the right heads and answers."""
     with one_line_errors():
@@ -384,7 +391,7 @@ def controls(
 
 
 @app.command(
-    epilog="Example: python -m eval probe inspect --adapter outputs/tiny_line_sealc --map results/probes/heads.json"
+    epilog="Example: python -m eval probe inspect --adapter outputs/smollm2_line_sealc --map results/probes/heads.json"
 )
 def inspect(
     adapter: Annotated[Path, typer.Option(help="SEAL adapter folder.")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,10 @@ from torch import nn
 from axolotl_plugins.seal.load import Loaded
 from axolotl_plugins.seal.tune import encode
 from data_gen.generate import Messages, Request, generate
-from eval.prefix import answer
+from eval.generation import generate_answers, stop_ids
 from eval.probe.anatomy import blocks, first, hidden_of, hooks
 from eval.probe.maps import PROBE_SEED
-from eval.run import answer_budget, stop_ids
+from eval.scoring import answer_budget
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def effects(model: Any, found: Components, tokens: list[int], *, normalised: boo
 
 
 def first_difference(
-    base: Any, tuned: Any, messages: Messages, tokenizer: Any, stop: set[int], budget: int
+    base: Any, tuned: Any, messages: Messages, tokenizer: Any, stop: Collection[int], budget: int
 ) -> tuple[torch.Tensor, int, int] | None:
     """Where two models' greedy answers part, if the tuned one's is right up to there and the base one's is not.
 
@@ -175,7 +176,7 @@ def first_difference(
     """
     ids, start = encode(messages, tokenizer)
     prompt, reference = ids[0, :start].tolist(), ids[0, start:].tolist()
-    one, two = (answer(model, [prompt], budget, stop)[0] for model in (base, tuned))
+    one, two = (generate_answers(model, [prompt], max_new_tokens=budget, stop=stop)[0] for model in (base, tuned))
     right = [id_ for id_ in reference if id_ not in stop]
     if two[: len(right)] != right or one[: len(right)] == right:
         return None

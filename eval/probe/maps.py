@@ -21,11 +21,12 @@ from tqdm import tqdm
 from axolotl_plugins.seal.load import Loaded
 from axolotl_plugins.seal.tune import answer_loss, encode
 from data_gen.generate import Request, generate
+from eval.generation import stop_ids
 from eval.journal import Journal
 from eval.probe.anatomy import Block, blocks, probing, wrapped
 from eval.probe.removal import Remover
-from eval.run import answer_budget, stop_ids
 from eval.score import SCORERS
+from eval.scoring import answer_budget
 
 # Probes look at samples of the training split under a seed that nothing is trained on: test samples stay unseen.
 PROBE_SEED = 9000

@@ -10,7 +10,7 @@ log-probability comes for free.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from eval.prefix import can_crop
+from eval.generation import can_join_caches
 from eval.probe.anatomy import Block, blocks, first, forwards, hidden_of, hooks, like, probing
 
 
@@ -70,13 +70,13 @@ class Remover:
         batch: variants that go through the model together.
     """
 
-    def __init__(self, model: Any, stop: set[int], max_new_tokens: int, batch: int = 8) -> None:
+    def __init__(self, model: Any, stop: Collection[int], max_new_tokens: int, batch: int = 8) -> None:
         """Find the model's layers."""
         self.model, self.stop, self.max_new_tokens, self.batch = model, stop, max_new_tokens, batch
         self.blocks: list[Block] = blocks(model)
         config = model.config
         # A cache that forgets cannot be cut back to before the reference.
-        self.drafts = can_crop(model)
+        self.drafts = can_join_caches(model)
         self.new_cache: Callable[[], DynamicCache] = lambda: DynamicCache(config=config)
 
     @torch.inference_mode()

@@ -81,7 +81,7 @@ def training_data(request: Request, tokenizer: Any, samples: int, seed: int) -> 
 
 def sweep(
     recipe: dict[str, Any], *, rates: list[float], samples: list[int], epochs: list[int], seeds: list[int],
-    lengths: list[int], validation: int = 50, batch_size: int = 1, journal: Path | None = None,
+    lengths: list[int], validation: int = 50, batch_size: int | None = None, journal: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Tune with every combination and score each on fresh validation samples, which no test sample can equal.
 
@@ -93,7 +93,7 @@ def sweep(
         seeds: of data and order.
         lengths: longest validation samples, in tokens.
         validation: samples per length.
-        batch_size: prompts answered together.
+        batch_size: prompts decoded together; None takes what memory allows.
         journal: file that keeps results while they come in.
 
     Returns:
@@ -131,7 +131,7 @@ def sweep(
 
 
 def validation_scores(
-    loaded: Loaded, recipe: dict[str, Any], lengths: list[int], samples: int, batch_size: int
+    loaded: Loaded, recipe: dict[str, Any], lengths: list[int], samples: int, batch_size: int | None
 ) -> dict[str, float]:
     """Score by length on samples of the training split under a seed that nothing is trained on."""
     haystack = recipe["request"].haystack
@@ -141,8 +141,8 @@ def validation_scores(
 
 
 def controls(
-    recipe: dict[str, Any], *, seeds: list[int], lengths: list[int], validation: int = 50, batch_size: int = 1,
-    journal: Path | None = None,
+    recipe: dict[str, Any], *, seeds: list[int], lengths: list[int], validation: int = 50,
+    batch_size: int | None = None, journal: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Base and tuned beside three controls, on validation samples.
 
@@ -154,7 +154,7 @@ def controls(
         seeds: of data, order and shuffling.
         lengths: longest validation samples, in tokens.
         validation: samples per length.
-        batch_size: prompts answered together.
+        batch_size: prompts decoded together; None takes what memory allows.
         journal: file that keeps results while they come in.
 
     Returns:

@@ -62,7 +62,9 @@ def summarise(base: Path, adapters: list[Path], scores: Path) -> dict[str, Any]:
         results[method], scales[method] = merged, saved_scales(adapter)
     lengths = [row["length"] for row in results["base"]["scores"]]
     middle = lengths[len(lengths) // 2]
-    answers = zip(*([row for row in result["responses"] if row["length"] == middle] for result in results.values()), strict=True)
+    answers = zip(
+        *([row for row in result["responses"] if row["length"] == middle] for result in results.values()), strict=True
+    )
     return {
         "base_model": str(base),
         "lengths": lengths,

@@ -23,7 +23,7 @@ KILLS ?= 50
 BENCH_TOKENS ?= 8192 31000 65536 131072
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo model test train data eval report merge recipes recipes-smoke bench bench-data bench-gpu chaos lock lint
+.PHONY: help setup demo model test train data eval report merge recipes recipes-smoke study bench bench-data bench-gpu chaos lock lint
 
 help: ## list the targets and their variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -101,6 +101,11 @@ recipes: setup ## write the paper's recipes again, from recipes/matrix.yml
 
 recipes-smoke: setup ## launch every recipe for two steps on a random-weight miniature of its model (an hour)
 	$(RUN) -m recipes smoke
+
+study: setup ## the paper's tables on SmolLM2-135M, up to 2,048 tokens on this CPU (a day; resumes): results/smollm2.json
+	@$(MAKE) --no-print-directory models/smollm2-135m/config.json
+	$(RUN) -m recipes.study run --model models/smollm2-135m --out outputs/study --longest 2048
+	$(RUN) -m recipes.study collect --out outputs/study --result results/smollm2.json
 
 bench: setup ## time SEAL beside IA3 and LoRA on this CPU: results/bench.json
 	$(RUN) -m recipes.bench

@@ -18,7 +18,9 @@ from data_gen.files import written_whole
 
 COLOURS = {
     "base": "#555555", "SEAL-H": "#e08214", "SEAL-C": "#2166ac", "shuffled": "#9467bd", "wrong facts": "#2ca02c",
-    "wrong answers": "#d62728", "one-shot": "#17becf", "SEAL-L": "#2ca02c", "SEAL-D": "#9467bd",
+    "wrong answers": "#d62728", "one-shot": "#17becf", "LoRA": "#2ca02c", "DoRA": "#9467bd", "query": "#8c564b",
+    "SEAL-H shuffled": "#fdb863", "SEAL-C shuffled": "#92c5de", "SEAL-H wrong answers": "#b35806",
+    "SEAL-C wrong answers": "#053061",
 }  # fmt: skip
 
 
@@ -29,13 +31,19 @@ def save_figure(figure: Figure, out: Path) -> None:
     plt.close(figure)
 
 
-def draw_accuracy(axes: Axes, results: list[dict[str, Any]]) -> None:
-    """Accuracy over length, one line per method: mean over its results (seeds), and their range or 95 % interval."""
+def draw_accuracy(axes: Axes, results: list[dict[str, Any]], at: str = "tokens") -> None:
+    """Accuracy over length, one line per method: mean over its results (seeds), and their range or 95 % interval.
+
+    Args:
+        axes: to draw on.
+        results: each with ``method`` and ``scores``.
+        at: what of a score says its length: ``tokens``, measured, or ``length``, the one that was asked for.
+    """
     methods: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for result in results:
         methods[result["method"]].append(result)
     for method, runs in methods.items():
-        tokens = [score["tokens"] for score in runs[0]["scores"]]
+        tokens = [score[at] for score in runs[0]["scores"]]
         table = np.array([[score["score"] for score in run["scores"]] for run in runs])
         if len(runs) > 1:
             low, high = table.min(0), table.max(0)

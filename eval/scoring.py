@@ -85,7 +85,7 @@ def score_samples(
 
     answers = generate_answers(
         model, prompts, max_new_tokens=budget, stop=stop_ids(model, tokenizer), batch_size=batch_size,
-        ends=lambda ids: truncate_at(text := text_of(ids), until) != text, on_answer=lambda index, _: on_answer(index),
+        ends=lambda ids: bool(until) and truncate_at(text := text_of(ids), until) != text, on_answer=lambda index, _: on_answer(index),
     )  # fmt: skip
     responses = [truncate_at(text_of(answer), until) for answer in answers]
     return [

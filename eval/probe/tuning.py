@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.args import parse_block
-from axolotl_plugins.seal.layer import SealLayer
 from axolotl_plugins.seal.load import Loaded, load, with_adapter
 from axolotl_plugins.seal.tune import tune
 from data_gen.files import load_yaml
 from data_gen.generate import Messages, Request, generate
+from eval.controls import seal_layers, shuffle_heads, wrong_answers, wrong_facts
 from eval.journal import Journal
 from eval.probe.maps import PROBE_SEED
 from eval.run import run
@@ -65,54 +65,11 @@ def load_new(recipe: dict[str, Any]) -> Loaded:
     return with_adapter(loaded, SealConfig(**recipe["scales"]))
 
 
-def seal_layers(model: nn.Module) -> list[SealLayer]:
-    """The wrapped projections, from the lowest layer."""
-    return [module for module in model.modules() if isinstance(module, SealLayer)]
-
-
 @torch.no_grad()
 def reset(model: nn.Module) -> None:
     """Set all scales to 1."""
     for layer in seal_layers(model):
         layer.seal_scale["default"].fill_(1)
-
-
-@torch.no_grad()
-def shuffle_heads(model: nn.Module, rng: random.Random) -> None:
-    """Permute whole heads' scales over all layers: the same values in other places."""
-    layers = seal_layers(model)
-    scales = [layer.seal_scale["default"] for layer in layers]
-    heads = layers[0].num_heads
-    rows = torch.cat([scale.detach().view(heads, -1) for scale in scales])
-    order = rng.sample(range(len(rows)), len(rows))
-    for scale, picked in zip(scales, torch.tensor(order).split(heads), strict=True):
-        scale.copy_(rows[picked].view(scale.shape))
-
-
-def of_others(items: list[Any], rng: random.Random) -> list[Any]:
-    """The same items, each in another's place.
-
-    Raises:
-        ValueError: there are fewer than two.
-    """
-    if len(items) < 2:
-        raise ValueError("samples: found 1, expected at least 2, so that each can have another's answer")
-    turn = rng.randrange(1, len(items))
-    return items[turn:] + items[:turn]
-
-
-def wrong_facts(chats: list[Messages], facts: list[str], rng: random.Random) -> list[Messages]:
-    """The same chats, each with the key fact of another sample's answer in its own."""
-    return [
-        [*chat[:-1], {**chat[-1], "content": chat[-1]["content"].replace(mine, other)}]
-        for chat, mine, other in zip(chats, facts, of_others(facts, rng), strict=True)
-    ]
-
-
-def wrong_answers(chats: list[Messages], rng: random.Random) -> list[Messages]:
-    """The same questions, each with another sample's whole answer."""
-    answers = of_others([chat[-1] for chat in chats], rng)
-    return [[*chat[:-1], answer] for chat, answer in zip(chats, answers, strict=True)]
 
 
 def training_data(request: Request, tokenizer: Any, samples: int, seed: int) -> tuple[list[Messages], list[str]]:

@@ -1,0 +1,55 @@
+"""Controls of a gain from tuning: scales in other places, and answers that are wrong."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch import nn
+
+from axolotl_plugins.seal.layer import SealLayer
+from data_gen.generate import Messages
+
+
+def seal_layers(model: nn.Module) -> list[SealLayer]:
+    """Return the wrapped projections, from the lowest layer."""
+    return [module for module in model.modules() if isinstance(module, SealLayer)]
+
+
+@torch.no_grad()
+def shuffle_heads(model: nn.Module, rng: random.Random) -> None:
+    """Permute whole heads' scales over all layers: the same values in other places."""
+    layers = seal_layers(model)
+    scales = [layer.seal_scale["default"] for layer in layers]
+    heads = layers[0].num_heads
+    rows = torch.cat([scale.detach().view(heads, -1) for scale in scales])
+    order = rng.sample(range(len(rows)), len(rows))
+    for scale, picked in zip(scales, torch.tensor(order, device=rows.device).split(heads), strict=True):
+        scale.copy_(rows[picked].view(scale.shape))
+
+
+def of_others(items: list[Any], rng: random.Random) -> list[Any]:
+    """Rotate items by a random amount, so that each stands in another's place.
+
+    Raises:
+        ValueError: there are fewer than two.
+    """
+    if len(items) < 2:
+        raise ValueError("samples: found 1, expected at least 2, so that each can have another's answer")
+    turn = rng.randrange(1, len(items))
+    return items[turn:] + items[:turn]
+
+
+def wrong_facts(chats: list[Messages], facts: list[str], rng: random.Random) -> list[Messages]:
+    """Replace the key fact in every chat's answer by that of another sample."""
+    return [
+        [*chat[:-1], {**chat[-1], "content": chat[-1]["content"].replace(mine, other)}]
+        for chat, mine, other in zip(chats, facts, of_others(facts, rng), strict=True)
+    ]
+
+
+def wrong_answers(chats: list[Messages], rng: random.Random) -> list[Messages]:
+    """Replace every chat's answer by the whole answer of another sample."""
+    answers = of_others([chat[-1] for chat in chats], rng)
+    return [[*chat[:-1], answer] for chat, answer in zip(chats, answers, strict=True)]

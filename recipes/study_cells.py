@@ -1,0 +1,465 @@
+"""The cells of the study: what each of them tunes and scores, and on which samples.
+
+A cell is one task and method with one learning rate and seed. Everything here is a function of its arguments, so that a
+cell that is run again gives the same result on the same kind of device.
+"""
+
+from __future__ import annotations
+
+import gc
+import gzip
+import json
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from data_gen.files import load_json, read_rows, write_text, written_whole
+from data_gen.generate import Messages, Request, count_tokens, generate, load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Purpose = Literal["validation", "test"]
+
+# Of training samples (paper sections 4.1 and 5, appendix B.3) and of test samples, in tokens; most telling task first.
+TRAIN_TOKENS = {"line": "512:7680", "vt": "1024:7680", "niah": "7680", "fwe": "1024:7680", "cwe": "2560:7680"}
+TEST_LENGTHS = {
+    "line": (512, 1024, 2048, 4096, 7680),
+    "vt": (1024, 2048, 4096, 7680),
+    "niah": (1024, 2048, 4096, 7680),
+    "fwe": (1024, 2048, 4096, 7680),
+    "cwe": (2560, 4096, 7680),
+}
+TASKS = tuple(TEST_LENGTHS)
+# Candidates; the paper's are 1e-2 and 2e-2 for SEAL on lines, and 2e-4 for LoRA and DoRA (section 9).
+RATES = {
+    "SEAL-H": (1e-2, 2e-2, 5e-2, 1e-1),
+    "SEAL-C": (1e-2, 2e-2, 5e-2, 1e-1),
+    "LoRA": (2e-4, 1e-3, 3e-3),
+    "query": (1e-2, 2e-2, 5e-2, 1e-1),  # scales on queries, to compare where scales are put
+}
+RATE_OF = {"DoRA": "LoRA"}  # a method that takes the rate that was chosen for another
+UNTUNED = ("base", "one-shot")
+CONTROLS = ("SEAL-H shuffled", "SEAL-C shuffled", "SEAL-H wrong answers", "SEAL-C wrong answers")
+METHODS = (*UNTUNED, "SEAL-H", "SEAL-C", "LoRA", "DoRA", *CONTROLS, "query")
+VALIDATION_LENGTHS = 3  # the longest ones of a task
+VALIDATION_SEED = 9000  # of samples of the training split that nothing is tuned on
+ANSWER_ROOM = 128  # tokens in the window that no prompt takes; the longest answer has 120
+BATCH_TOKENS = 1 << 18  # of prompts decoded together on a GPU: 6 GiB of KV cache for SmolLM2-135M in bfloat16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all cells of a study share; equal settings and cells give equal samples.
+
+    Attributes:
+        model: SHA-256 of the model's weights.
+        window: of the model, in tokens.
+        dtype: of its weights.
+        samples: test samples per length.
+        validation_samples: per length.
+        tune_samples: training samples of every cell.
+        shot_tokens: longest worked example.
+        haystack: of needles, see ``data_gen.generate.Request``.
+        train: task -> length or range of training samples, in tokens.
+        lengths: task -> lengths of test samples, in tokens.
+    """
+
+    model: str
+    window: int
+    dtype: str
+    samples: int
+    validation_samples: int
+    tune_samples: int
+    shot_tokens: int
+    haystack: str
+    train: dict[str, str]
+    lengths: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model that is scored on one task.
+
+    Attributes:
+        task: a key of ``TEST_LENGTHS``.
+        method: one of ``METHODS``.
+        purpose: whether it chooses a rate or is reported.
+        seed: of training samples, their order, new weights and controls.
+        rate: learning rate; None where nothing is tuned, or where validation has not chosen it yet.
+    """
+
+    task: str
+    method: str
+    purpose: Purpose
+    seed: int = 0
+    rate: float | None = None
+
+    @property
+    def tuned_as(self) -> str | None:
+        """The method that tunes it, without what a control changes; None where nothing is tuned."""
+        return None if self.method in UNTUNED else self.method.split(" ")[0]
+
+    @property
+    def file_name(self) -> str:
+        """Where its result is kept in the folder of cells."""
+        rate = "" if self.rate is None else f"_{self.rate:g}"
+        return f"{self.task}_{self.method.replace(' ', '-')}_{self.purpose}_{self.seed}{rate}.json"
+
+    def __str__(self) -> str:
+        """Return what a progress line says."""
+        rate = "" if self.rate is None else f" rate {self.rate:g}"
+        return f"{self.task} {self.method} {self.purpose} seed {self.seed}{rate}"
+
+
+def capped(longest: int | None, tasks: dict[str, str] | None = None) -> tuple[dict[str, str], dict[str, list[int]]]:
+    """Return training ranges and test lengths with no length above ``longest``, None for the paper's shares.
+
+    Args:
+        longest: in tokens.
+        tasks: training ranges to use instead of those in ``TRAIN_TOKENS``.
+    """
+    limit = longest or max(map(max, TEST_LENGTHS.values()))
+    lengths = {task: sorted({min(n, limit) for n in values}) for task, values in TEST_LENGTHS.items()}
+    train = {}
+    for task, text in {**TRAIN_TOKENS, **(tasks or {})}.items():
+        low, _, high = text.partition(":")
+        shortest, most = min(int(low), limit), min(int(high or low), limit)
+        train[task] = str(most) if shortest == most else f"{shortest}:{most}"
+    return train, lengths
+
+
+def validation_cells(task: str, method: str) -> list[Cell]:
+    """Return the cells that choose a method's rate for a task."""
+    method = RATE_OF.get(method, method)
+    return [Cell(task, method, "validation", 0, rate) for rate in RATES[method]]
+
+
+def plan(tasks: list[str], methods: list[str], seeds: list[int]) -> list[Cell]:
+    """Return all cells, the most telling ones first; rates of test cells are left open.
+
+    Args:
+        tasks: keys of ``TEST_LENGTHS``.
+        methods: of ``METHODS``.
+        seeds: of tuned cells.
+    """
+    first, others = seeds[:1], seeds[1:]
+    seal, low_rank = ("SEAL-H", "SEAL-C"), ("LoRA",)
+    stages: list[tuple[tuple[str, ...], Purpose, list[int]]] = [
+        (("base",), "test", first),
+        (seal, "validation", [0]), (seal, "test", first),
+        (low_rank, "validation", [0]), (low_rank, "test", first),
+        (("query",), "validation", [0]), (("query",), "test", first),
+        (("one-shot", "DoRA"), "test", first),
+        *(((*seal, *low_rank), "test", [seed]) for seed in others),
+        (CONTROLS, "test", first),
+        (("DoRA", "query"), "test", others),
+        (CONTROLS, "test", others),
+    ]  # fmt: skip
+    needed = {RATE_OF.get(tuned, tuned) for method in methods if (tuned := Cell("", method, "test").tuned_as)}
+    cells: list[Cell] = []
+    for stage, purpose, of_seeds in stages:
+        for task in tasks:
+            for method in stage:
+                if purpose == "validation" and method in needed:
+                    cells += validation_cells(task, method)
+                elif purpose == "test" and method in methods:
+                    cells += [Cell(task, method, "test", seed) for seed in of_seeds]
+    return cells
+
+
+def mean_score(result: dict[str, Any]) -> float:
+    """Return a cell's mean over lengths; below all scores where tuning failed."""
+    scores = [row["score"] for row in result["scores"]]
+    return sum(scores) / len(scores) if scores else -1.0
+
+
+def choose_rate(results: list[dict[str, Any]]) -> float:
+    """Return the rate with the best mean validation score, of equals the smallest."""
+    return max(results, key=lambda result: (mean_score(result), -result["rate"]))["rate"]
+
+
+# --- samples ---------------------------------------------------------------------------------------------------------
+
+
+def request(settings: Settings, task: str, tokens: str | int, samples: int, seed: int, split: str) -> Request:
+    """Return the request for samples of a task."""
+    haystack = settings.haystack if task == "niah" else None
+    return Request(task, tokens, samples=samples, seed=seed, split=split, haystack=haystack)  # type: ignore[arg-type]
+
+
+def training_request(settings: Settings, cell: Cell) -> Request:
+    """Return the request for a cell's training samples."""
+    return request(settings, cell.task, settings.train[cell.task], settings.tune_samples, cell.seed, "train")
+
+
+def example_request(settings: Settings, task: str) -> Request:
+    """Return the request for the worked example of a one-shot prompt."""
+    return request(settings, task, settings.shot_tokens, 1, 0, "train")
+
+
+def scored_requests(settings: Settings, cell: Cell) -> dict[int, Request]:
+    """Return by length the requests for the samples that a cell is scored on.
+
+    A one-shot prompt that would not fit into the window has a shorter sample, so that it is of the stated length with
+    its example (paper section 8).
+    """
+    lengths = settings.lengths[cell.task]
+    if cell.purpose == "validation":
+        return {
+            length: request(settings, cell.task, length, settings.validation_samples, VALIDATION_SEED, "train")
+            for length in lengths[-VALIDATION_LENGTHS:]
+        }
+    taken = settings.shot_tokens if cell.method == "one-shot" else 0
+    return {
+        length: request(
+            settings, cell.task, length - taken * (length + taken + ANSWER_ROOM > settings.window),
+            settings.samples, 0, "test",
+        )
+        for length in lengths
+    }  # fmt: skip
+
+
+def data_requests(settings: Settings, cells: list[Cell]) -> list[Request]:
+    """Return every request of the cells once, in their order."""
+    requests: list[Request] = []
+    for cell in cells:
+        if cell.tuned_as:
+            requests.append(training_request(settings, cell))
+        if cell.method == "one-shot":
+            requests.append(example_request(settings, cell.task))
+        requests += scored_requests(settings, cell).values()
+    return list(dict.fromkeys(requests))
+
+
+def data_file(folder: Path, wanted: Request) -> Path:
+    """Return where the samples of a request are kept; its name says all that they depend on beside the tokenizer."""
+    haystack = f"_{Path(wanted.haystack).name}" if wanted.haystack else ""
+    tokens = str(wanted.tokens).replace(":", "-")
+    return folder / f"{wanted.task}_{wanted.split}_{tokens}_{wanted.samples}_{wanted.seed}{haystack}.jsonl.gz"
+
+
+def write_samples(wanted: Request, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """Draw the samples of a request into a compressed file; equal requests give equal bytes."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in generate(wanted, tokenizer))
+    with written_whole(out) as partial:
+        partial.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+def read_samples(wanted: Request, tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[dict[str, Any]]:
+    """Read the samples of a request.
+
+    Raises:
+        ValueError: the file is broken, has other samples than are wanted, or is of another tokenizer.
+    """
+    file = data_file(folder, wanted)
+    try:
+        rows = [json.loads(line) for line in gzip.decompress(file.read_bytes()).decode().splitlines()]
+        alike = len(rows) == wanted.samples and all(
+            (row["task"], row["split"], row["seed"]) == (wanted.task, wanted.split, wanted.seed) for row in rows
+        )
+        alike = alike and count_tokens(tokenizer, rows[0]["messages"]) == rows[0]["tokens"]
+    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: broken ({error}): delete it, it is drawn again") from None
+    if not alike:
+        raise ValueError(f"{file}: holds other samples, or those of another tokenizer: delete it, it is drawn again")
+    return rows
+
+
+# --- running a cell --------------------------------------------------------------------------------------------------
+
+
+def adapter_config(method: str) -> Any:
+    """Return the PEFT configuration of a tuned method."""
+    from peft import IA3Config
+
+    from recipes.matrix import peft_config
+
+    if method == "query":
+        return IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+    names = {"SEAL-H": "sealh", "SEAL-C": "sealc", "LoRA": "seall", "DoRA": "seald"}
+    return peft_config(names[method])
+
+
+class Workbench:
+    """A model that is loaded once and tuned again and again, each time from the same weights.
+
+    Attributes:
+        model: the base model, without an adapter between cells.
+        tokenizer: of the model.
+        settings: of the study.
+        data: folder of samples.
+    """
+
+    def __init__(self, model: Path, device: str, settings: Settings, data: Path) -> None:
+        """Load the model."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self.settings, self.data = settings, data
+        self.tokenizer = load_tokenizer(str(model))
+        dtype = getattr(torch, settings.dtype)
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, attn_implementation="sdpa"
+        )
+        self.model.to(device).eval().requires_grad_(False)
+        self.names = set(self.model.state_dict())
+        watched = [name for name in self.model.state_dict() if name.endswith(("q_proj.weight", "o_proj.weight"))]
+        self.watched = {name: self.model.state_dict()[name].clone() for name in watched}
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """Tune and score one cell; afterwards the model is as it was.
+
+        Returns:
+            The cell's fields with ``scores`` (``length``, ``tokens``, ``count``, ``score``), ``responses`` (of test
+            cells), ``losses``, ``parameters`` (trainable), ``trained_tokens``, ``seconds`` (``tuning``, ``scoring``),
+            ``general`` (see ``eval.general``; of tuned test cells) and what it ran on.
+        """
+        import torch
+
+        result: dict[str, Any] = {**asdict(cell), "scores": [], **self.machine()}
+        if not cell.tuned_as:
+            return result | self.score(self.model, cell)
+        from peft import get_peft_model
+
+        torch.manual_seed(cell.seed)  # of new low-rank weights
+        peft_model = get_peft_model(self.model, adapter_config(cell.tuned_as))
+        try:
+            result |= self.tune(peft_model, cell)
+            if "failed" not in result:
+                result |= self.score(peft_model.base_model.model, cell)
+                if cell.purpose == "test" and cell.method not in CONTROLS:
+                    result["general"] = general(peft_model, self.tokenizer)
+        finally:
+            self.model = peft_model.unload()
+            del peft_model
+            self.check_unchanged()
+        return result
+
+    def machine(self) -> dict[str, Any]:
+        """Return what results of floating-point arithmetic depend on."""
+        import peft
+        import torch
+        import transformers
+
+        device = self.model.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        versions = {library.__name__: library.__version__ for library in (torch, transformers, peft)}
+        return {"device": name, "dtype": self.settings.dtype, "versions": versions}
+
+    def tune(self, model: PeftModel, cell: Cell) -> dict[str, Any]:
+        """Tune the adapter of a cell; a loss that is not finite makes the cell fail, not the study."""
+        from axolotl_plugins.seal.tune import tune
+        from eval.controls import shuffle_heads, wrong_answers
+
+        assert cell.rate is not None
+        rows = read_samples(training_request(self.settings, cell), self.tokenizer, self.data)
+        chats: list[Messages] = [row["messages"] for row in rows]
+        if cell.method.endswith("wrong answers"):
+            chats = wrong_answers(chats, random.Random(cell.seed))
+        start = time.perf_counter()
+        result: dict[str, Any] = {
+            "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+            "trained_tokens": sum(row["tokens"] for row in rows),
+        }
+        try:
+            losses = tune(model, chats, self.tokenizer, lr=cell.rate, seed=cell.seed)
+        except FloatingPointError as error:
+            return result | {"failed": str(error)}
+        model.zero_grad(set_to_none=True)
+        free_memory()
+        if cell.method.endswith("shuffled"):
+            shuffle_heads(model, random.Random(cell.seed))
+        seconds = time.perf_counter() - start
+        return result | {"losses": [round(loss, 4) for loss in losses], "tuning_seconds": round(seconds, 1)}
+
+    def score(self, model: torch.nn.Module, cell: Cell) -> dict[str, Any]:
+        """Score the model of a cell over all lengths."""
+        from eval.scoring import score_samples
+
+        shown = ""
+        if cell.method == "one-shot":
+            example = read_samples(example_request(self.settings, cell.task), self.tokenizer, self.data)[0]
+            shown = "\n".join(message["content"] for message in example["messages"]) + "\n\n"
+        start = time.perf_counter()
+        scores, responses = [], []
+        for length, wanted in scored_requests(self.settings, cell).items():
+            samples = [{**row, "length": length} for row in read_samples(wanted, self.tokenizer, self.data)]
+            batch = max(1, BATCH_TOKENS // length) if self.model.device.type == "cuda" else 8
+            rows = score_samples(model, self.tokenizer, cell.task, samples, batch_size=batch, shown=shown)
+            mean = {key: sum(row[key] for row in rows) / len(rows) for key in ("tokens", "score")}
+            scores.append(
+                {"length": length, "tokens": round(mean["tokens"], 1), "count": len(rows), "score": mean["score"]}
+            )
+            responses += [{key: row[key] for key in ("length", "index", "score", "response")} for row in rows]
+            free_memory()
+        result = {"scores": scores, "scoring_seconds": round(time.perf_counter() - start, 1)}
+        return result | ({"responses": responses} if cell.purpose == "test" else {})
+
+    def check_unchanged(self) -> None:
+        """Check that no adapter is left and that attention weights are those that were loaded, bit for bit."""
+        import torch
+
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config  # else PEFT takes the model for one that is still wrapped
+        free_memory()
+        state = self.model.state_dict()
+        assert set(state) == self.names, "an adapter was left in the model"
+        changed = [name for name, tensor in self.watched.items() if not torch.equal(state[name], tensor)]
+        assert not changed, f"tuning changed the base model: {changed[0]}"
+
+
+def free_memory() -> None:
+    """Give a GPU's unused memory back, which other workers on it need."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def general(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """Return what tuning does to texts and chats that have nothing to do with the tasks."""
+    from eval.general import TEXTS, general_ability
+
+    rows = [row for _, row in read_rows(TEXTS)]
+    texts = [row["text"] for row in rows if "text" in row]
+    chats = [row["messages"] for row in rows if "messages" in row]
+    return general_ability(model, tokenizer, texts, chats)
+
+
+# --- files of a study ------------------------------------------------------------------------------------------------
+
+
+def read_cell(folder: Path, cell: Cell) -> dict[str, Any] | None:
+    """Read a cell's result; None if there is none yet."""
+    file = folder / "cells" / cell.file_name
+    return load_json(file) if file.exists() else None
+
+
+def write_cell(folder: Path, cell: Cell, result: dict[str, Any]) -> None:
+    """Write a cell's result."""
+    write_text(folder / "cells" / cell.file_name, json.dumps(result, ensure_ascii=False) + "\n")
+
+
+def keep_settings(folder: Path, settings: Settings) -> None:
+    """Write the settings of a study, or check that they are the ones it was begun with.
+
+    Raises:
+        ValueError: they are not; the message names the first difference.
+    """
+    file, wanted = folder / "settings.json", asdict(settings)
+    if not file.exists():
+        write_text(file, json.dumps(wanted, indent=1) + "\n")
+        return
+    kept = load_json(file)
+    for key in sorted(wanted.keys() | kept.keys()):
+        if wanted.get(key) != kept.get(key):
+            raise ValueError(
+                f"{folder}: was begun with {key} {kept.get(key)!r}, but {wanted.get(key)!r} is asked for: "
+                "name another folder with --out, or give the same options"
+            )

@@ -1,0 +1,198 @@
+"""The result of a study: rows by task, method and length, rates, general ability, pictures and tables."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from data_gen.files import load_json, write_text
+from eval.score import wilson
+from recipes.study_cells import CONTROLS, METHODS, TASKS, choose_rate, mean_score
+
+# What the pictures compare.
+COMPARED = ("base", "one-shot", "SEAL-H", "SEAL-C", "LoRA", "DoRA")
+CONTROLLED = ("base", "SEAL-H", "SEAL-C", *CONTROLS)
+
+
+def with_interval(score: dict[str, Any]) -> dict[str, Any]:
+    """Add the 95 % interval to a score."""
+    low, high = wilson(score["score"], score["count"])
+    return {**score, "score": round(score["score"], 4), "low": round(low, 4), "high": round(high, 4)}
+
+
+def gather(folder: Path, commit: str | None) -> dict[str, Any]:
+    """Gather the cells of a study that are done.
+
+    Args:
+        folder: of the study.
+        commit: of the code, for cells that do not say theirs.
+
+    Returns:
+        What was run on what, ``rates`` (task, method, the chosen ``rate`` and ``candidates`` with their mean validation
+        scores), ``rows`` (one per test cell: task, method, rate, seed, trainable parameters, losses, seconds, and
+        ``scores`` by length with their intervals) and ``general`` (see ``eval.general``, of test cells that have it).
+
+    Raises:
+        ValueError: there is no cell.
+    """
+    cells = [load_json(file) for file in sorted((folder / "cells").glob("*.json"))]
+    if not cells:
+        raise ValueError(f"out: no results in {folder / 'cells'}: run the study first")
+    rates = chosen_rates([cell for cell in cells if cell["purpose"] == "validation"])
+    chosen = {(row["task"], row["method"]): row["rate"] for row in rates}
+    tested = [
+        cell for cell in cells
+        if cell["purpose"] == "test" and cell["rate"] == chosen.get((cell["task"], cell["method"].split(" ")[0]))
+    ]  # fmt: skip
+    tested.sort(key=lambda cell: (TASKS.index(cell["task"]), METHODS.index(cell["method"]), cell["seed"]))
+    kept = ("task", "method", "rate", "seed", "parameters", "trained_tokens", "losses", "tuning_seconds",
+            "scoring_seconds", "failed")  # fmt: skip
+    settings = load_json(folder / "settings.json")
+    return {
+        "what": "the paper's tasks and methods on one model; greedy answers; rates chosen on validation samples",
+        "command": "python -m recipes.study run",
+        "date": datetime.date.today().isoformat(),
+        "commit": only([cell.get("commit") or commit for cell in cells]),
+        "device": only([cell["device"] for cell in cells]),
+        "versions": only([cell["versions"] for cell in cells]),
+        "settings": settings,
+        "rates": rates,
+        "rows": [
+            {
+                **{key: cell[key] for key in kept if key in cell},
+                "scores": [with_interval(row) for row in cell["scores"]],
+            }
+            for cell in tested
+        ],
+        "general": [
+            {**{key: cell[key] for key in ("task", "method", "seed", "rate")}, **cell["general"]}
+            for cell in tested
+            if "general" in cell
+        ],
+    }
+
+
+def only(values: list[Any]) -> Any:
+    """Return the one value that all are, or the list of different ones."""
+    different = [value for place, value in enumerate(values) if value not in values[:place]]
+    return different[0] if len(different) == 1 else different
+
+
+def chosen_rates(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return by task and method the rate that validation chose, beside what all candidates reached."""
+    groups = defaultdict(list)
+    for cell in cells:
+        groups[cell["task"], cell["method"]].append(cell)
+    order = sorted(groups, key=lambda pair: (TASKS.index(pair[0]), METHODS.index(pair[1])))
+    return [
+        {
+            "task": task,
+            "method": method,
+            "rate": choose_rate(groups[task, method]),
+            "candidates": {
+                f"{cell['rate']:g}": round(mean_score(cell), 4) if cell["scores"] else None
+                for cell in sorted(groups[task, method], key=lambda cell: cell["rate"])
+            },
+        }
+        for task, method in order
+    ]
+
+
+def save(gathered: dict[str, Any], out: Path) -> None:
+    """Write a study's result as JSON, and its pictures beside it."""
+    import matplotlib.pyplot as plt
+
+    from eval.plot import draw_accuracy, save_figure
+
+    def by_length(methods: tuple[str, ...], name: str) -> None:
+        rows = [row for row in gathered["rows"] if row["method"] in methods and row["scores"]]
+        tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
+        columns = min(3, max(1, len(tasks)))
+        size = (0.6 + 3.8 * columns, 3.8 * -(-max(1, len(tasks)) // columns))
+        figure, panels = plt.subplots(
+            -(-max(1, len(tasks)) // columns), columns, figsize=size, layout="constrained", squeeze=False
+        )
+        for axes in panels.flat:
+            axes.set_axis_off()
+        for axes, task in zip(panels.flat, tasks, strict=False):
+            axes.set_axis_on()
+            of_task = [row for row in rows if row["task"] == task]
+            draw_accuracy(axes, sorted(of_task, key=lambda row: methods.index(row["method"])), at="length")
+            axes.set_title(task)
+        save_figure(figure, out.with_name(f"{out.stem}_{name}.png"))
+
+    write_text(out, json.dumps(gathered, indent=1) + "\n")
+    by_length(COMPARED, "tasks")
+    by_length(CONTROLLED, "controls")
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    draw_general(panels, gathered["general"])
+    save_figure(figure, out.with_name(f"{out.stem}_general.png"))
+
+
+def draw_general(panels: Any, rows: list[dict[str, Any]]) -> None:
+    """Draw the change of perplexity and the divergence from the base, one point per task and seed."""
+    from eval.plot import COLOURS
+
+    methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
+    for axes, key, label in zip(
+        panels, ("ratio", "kl"), ("perplexity, tuned / base", "KL(base || tuned), nats per token"), strict=True
+    ):
+        for place, method in enumerate(methods):
+            values = [(row["task"], row[key]) for row in rows if row["method"] == method]
+            axes.plot([place] * len(values), [value for _, value in values], "o", color=COLOURS.get(method), alpha=0.6)
+        axes.set_xticks(range(len(methods)), methods)
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    panels[0].axhspan(0.98, 1.02, color="#2ca02c", alpha=0.12)  # within 2 %
+
+
+def tables(gathered: dict[str, Any]) -> str:
+    """Return markdown tables: scores by length (mean and range over seeds), rates, general ability."""
+    lines: list[str] = []
+    for task in TASKS:
+        rows = [row for row in gathered["rows"] if row["task"] == task and row["scores"]]
+        if rows:
+            lines += score_table(task, rows)
+    if gathered["rates"]:
+        lines += ["", "Rates: mean validation score of each candidate", "", "| task | method | chosen | candidates |",
+                  "|---|---|---:|---|"]  # fmt: skip
+    for row in gathered["rates"]:
+        tried = ", ".join(f"{rate}: {score}" for rate, score in row["candidates"].items())
+        lines.append(f"| {row['task']} | {row['method']} | {row['rate']:g} | {tried} |")
+    if gathered["general"]:
+        lines += ["", "General ability, over tasks and seeds", "",
+                  "| method | base perplexity | tuned / base, mean | farthest from 1 | KL per token, mean | most |",
+                  "|---|---:|---:|---:|---:|---:|"]  # fmt: skip
+    for method in METHODS:
+        if rows := [row for row in gathered["general"] if row["method"] == method]:
+            ratios, divergences = [row["ratio"] for row in rows], [row["kl"] for row in rows]
+            farthest = max(ratios, key=lambda ratio: abs(ratio - 1))
+            lines.append(
+                f"| {method} | {rows[0]['perplexity_base']:.2f} | {sum(ratios) / len(ratios):.3f} | {farthest:.3f} | "
+                f"{sum(divergences) / len(divergences):.4f} | {max(divergences):.4f} |"
+            )
+    return "\n".join(lines)
+
+
+def score_table(task: str, rows: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of one task's table."""
+    lengths = [score["length"] for score in rows[0]["scores"]]
+    lines = ["", f"{task}, {rows[0]['scores'][0]['count']} samples per length", "",
+             "| method | trainable | rate | seeds | " + " | ".join(map(str, lengths)) + " |",
+             "|---|---:|---:|---:|" + "---:|" * len(lengths)]  # fmt: skip
+    for method in dict.fromkeys(row["method"] for row in rows):
+        of_method = [row for row in rows if row["method"] == method]
+        columns = []
+        for place in range(len(lengths)):
+            values = [row["scores"][place]["score"] for row in of_method]
+            spread = f" ({min(values):.2f}-{max(values):.2f})" if len(values) > 1 else ""
+            columns.append(f"{sum(values) / len(values):.2f}{spread}")
+        rate, trained = of_method[0]["rate"], of_method[0].get("parameters", 0)
+        lines.append(
+            f"| {method} | {trained:,} | {'-' if rate is None else f'{rate:g}'} | {len(of_method)} | "
+            + " | ".join(columns) + " |"
+        )  # fmt: skip
+    return lines

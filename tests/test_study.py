@@ -1,0 +1,278 @@
+"""The study end to end at toy size: cells, rates, resuming, the clock, and a machine without the heavy libraries."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from paths import ROOT, TINY
+
+from recipes import study_results
+from recipes.study_cells import (
+    RATES,
+    Cell,
+    Settings,
+    Workbench,
+    capped,
+    choose_rate,
+    data_file,
+    data_requests,
+    plan,
+    read_samples,
+    scored_requests,
+    training_request,
+)
+
+OPTIONS = [
+    "--tasks", "line,vt", "--methods", "base,SEAL-H", "--lengths", "900", "--train-tokens", "line=300:400,vt=900",
+    "--samples", "2", "--validation-samples", "1", "--tune-samples", "2", "--seeds", "0",
+]  # fmt: skip
+BLOCKED = ("lm_eval", "datasets", "axolotl", "wonderwords", "rouge_score", "nltk", "gguf", "bitsandbytes", "git")
+BLOCKER = f"""
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {BLOCKED!r}:
+            raise ModuleNotFoundError(f"blocked: {{name}}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def study(*arguments: str, path: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": f"{path}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "recipes.study", *arguments], capture_output=True, text=True, env=environment
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A whole study, run where heavy libraries cannot be imported, from samples that were drawn before."""
+    out, blocker = tmp_path_factory.mktemp("study"), tmp_path_factory.mktemp("blocker")
+    (blocker / "sitecustomize.py").write_text(BLOCKER)
+    options = ["--model", str(TINY), "--out", str(out), *OPTIONS]
+    drawn = study("data", *options)
+    assert drawn.returncode == 0, drawn.stderr
+    assert "wonderwords" in study("data", *options[:-2], "--seeds", "7", path=str(blocker)).stderr  # the blocker blocks
+    run = study("run", *options, "--device", "cpu", path=str(blocker))
+    assert run.returncode == 0, run.stderr
+    return out
+
+
+def cells(out: Path) -> dict[str, dict]:
+    return {file.name: json.loads(file.read_text()) for file in sorted((out / "cells").iterdir())}
+
+
+def without_times(result: dict) -> dict:
+    return {key: value for key, value in result.items() if not key.endswith("seconds")}
+
+
+def test_every_cell_is_tuned_and_scored(finished):
+    results = cells(finished)
+    assert len(results) == 2 * (1 + len(RATES["SEAL-H"]) + 1)  # of each task: base, all rates, the chosen one
+    for result in results.values():
+        tuned = result["method"] == "SEAL-H"
+        assert [(row["length"], row["count"]) for row in result["scores"]] == [
+            (900, 2 if result["purpose"] == "test" else 1)
+        ]
+        assert len(result.get("losses", ())) == 2 * tuned and result.get("parameters", 0) == 12 * tuned
+        assert ("responses" in result) == (result["purpose"] == "test")
+        assert ("general" in result) == (result["purpose"] == "test" and tuned)
+        assert result["device"] == "cpu" and result["dtype"] == "float32"
+
+
+def test_the_rate_is_the_best_of_validation(finished):
+    for task in ("line", "vt"):
+        tried = [r for r in cells(finished).values() if r["task"] == task and r["purpose"] == "validation"]
+        (tested,) = (
+            r for r in cells(finished).values() if (r["task"], r["method"], r["purpose"]) == (task, "SEAL-H", "test")
+        )
+        assert tested["rate"] == choose_rate(tried)
+    scored = lambda rate, score: {"rate": rate, "scores": [{"score": score}]}  # noqa: E731
+    assert choose_rate([scored(0.05, 0.5), scored(0.02, 0.5), scored(0.01, 0.4)]) == 0.02  # of equals the smallest
+    assert choose_rate([scored(0.01, 0.0), {"rate": 0.001, "scores": []}]) == 0.01  # what failed is never chosen
+
+
+def test_a_second_run_does_nothing_and_a_deleted_cell_comes_back_the_same(finished):
+    options = ["run", "--model", str(TINY), "--out", str(finished), *OPTIONS, "--device", "cpu"]
+    before = {file: file.stat().st_mtime_ns for file in (finished / "cells").iterdir()}
+    result = cells(finished)
+    (deleted,) = (finished / "cells").glob("line_SEAL-H_test_*")
+    deleted.unlink()
+    again = study(*options)
+    assert again.returncode == 0 and again.stdout.endswith("1 cells done now\n"), again.stdout + again.stderr
+    assert without_times(cells(finished)[deleted.name]) == without_times(result[deleted.name])
+    assert {file for file, changed in before.items() if file.stat().st_mtime_ns != changed} == {deleted}
+    start = time.monotonic()
+    assert study(*options).stdout.endswith("0 cells done now\n")
+    assert time.monotonic() - start < 60
+
+
+def test_other_settings_are_refused_in_the_same_folder(finished):
+    options = ["run", "--model", str(TINY), "--out", str(finished), *OPTIONS, "--device", "cpu", "--samples", "3"]
+    again = study(*options)
+    assert again.returncode == 1 and "was begun with samples 2, but 3 is asked for" in again.stderr
+    assert len(again.stderr.strip().splitlines()) == 1
+
+
+def test_the_clock_stops_it_without_half_files(finished, tmp_path):
+    (tmp_path / "data").symlink_to(finished / "data")
+    options = ["--model", str(TINY), "--out", str(tmp_path), *OPTIONS, "--device", "cpu"]
+    run = study("run", *options, "--minutes", "0.05")
+    assert run.returncode == 0 and "more are open: call it again" in run.stdout, run.stdout + run.stderr
+    assert not list(tmp_path.rglob("*.partial")) and len(list(tmp_path.glob("cells/*"))) < 10
+
+
+def test_collect_makes_a_result_with_pictures_and_tables(finished, tmp_path):
+    result = tmp_path / "toy.json"
+    collected = study("collect", "--out", str(finished), "--result", str(result))
+    assert collected.returncode == 0, collected.stderr
+    gathered = json.loads(result.read_text())
+    assert [(row["task"], row["method"]) for row in gathered["rows"]] == [
+        ("line", "base"), ("line", "SEAL-H"), ("vt", "base"), ("vt", "SEAL-H"),
+    ]  # fmt: skip
+    assert gathered["device"] == "cpu" and len(gathered["rates"]) == 2 and len(gathered["general"]) == 2
+    assert all(score["low"] <= score["score"] <= score["high"] for row in gathered["rows"] for score in row["scores"])
+    assert {file.name for file in tmp_path.glob("*.png")} == {"toy_tasks.png", "toy_controls.png", "toy_general.png"}
+    assert "| SEAL-H | 12 |" in collected.stdout
+    empty = study("collect", "--out", str(tmp_path), "--result", str(result))
+    assert empty.returncode == 1 and "no results" in empty.stderr
+
+
+def test_rates_never_see_test_samples():
+    train, lengths = capped(None)
+    settings = Settings("", 8192, "float32", 100, 30, 50, 1000, "prose", train, lengths)
+    for cell in plan(list(lengths), ["SEAL-H", "LoRA"], [0]):
+        scored = scored_requests(settings, cell).values()
+        assert {request.split for request in scored} == {"train" if cell.purpose == "validation" else "test"}
+        assert training_request(settings, cell).split == "train"
+        assert (
+            training_request(settings, cell).seed not in {request.seed for request in scored} or cell.purpose == "test"
+        )
+
+
+def test_the_plan_is_ordered_and_complete():
+    cells = plan(["line", "vt"], ["base", "SEAL-H", "LoRA", "SEAL-H shuffled"], [0, 1])
+    assert len(set(cells)) == len(cells) == 2 * (1 + len(RATES["SEAL-H"]) + 2 + len(RATES["LoRA"]) + 2 + 2)
+    order = [(cell.method, cell.purpose, cell.seed) for cell in cells if cell.task == "line"]
+    assert (
+        order[0] == ("base", "test", 0)
+        and order[1 + len(RATES["SEAL-H"])] == ("SEAL-H", "test", 0)
+        and order[-1] == ("SEAL-H shuffled", "test", 1)
+    )
+    assert (
+        Cell("line", "SEAL-H shuffled", "test").tuned_as == "SEAL-H"
+        and Cell("line", "one-shot", "test").tuned_as is None
+    )
+
+
+def test_prompts_fit_into_the_window():
+    train, lengths = capped(None)
+    settings = Settings("", 8192, "float32", 100, 30, 50, 1000, "prose", train, lengths)
+    for task in lengths:
+        requests = scored_requests(settings, Cell(task, "one-shot", "test"))
+        assert requests[7680].tokens == "6680" and requests[4096].tokens == "4096"
+    train, lengths = capped(2048)
+    assert train["line"] == "512:2048" and train["niah"] == "2048" and lengths["cwe"] == [2048]
+
+
+def test_tuning_and_controls_differ_and_leave_the_model_as_it_was(finished):
+    settings = Settings(**json.loads((finished / "settings.json").read_text()))
+    bench = Workbench(TINY, "cpu", settings, finished / "data")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    scales = {}
+    before = bench.model(ids).logits
+    from eval.controls import seal_layers
+
+    score = Workbench.score
+
+    def keep(self, model, cell):
+        scales[cell.method] = torch.cat([layer.seal_scale["default"].detach().clone() for layer in seal_layers(model)])
+        return score(self, model, cell)
+
+    bench.score = keep.__get__(bench)
+    for method in ("SEAL-H", "SEAL-H shuffled", "SEAL-H wrong answers"):
+        bench.run(Cell("line", method, "validation", 0, 0.02))
+        torch.testing.assert_close(bench.model(ids).logits, before, rtol=0, atol=0)
+    tuned, shuffled, wrong = scales.values()
+    assert not torch.equal(tuned, torch.ones_like(tuned)) and not torch.equal(tuned, wrong)
+    assert not torch.equal(tuned, shuffled) and torch.equal(tuned.sort().values, shuffled.sort().values)
+
+
+@pytest.mark.parametrize("method", ["LoRA", "DoRA", "query"])
+def test_other_methods_run_and_are_taken_off_again(method, finished):
+    settings = Settings(**json.loads((finished / "settings.json").read_text()))
+    result = Workbench(TINY, "cpu", settings, finished / "data").run(Cell("line", method, "validation", 0, 1e-3))
+    assert len(result["losses"]) == 2 and result["parameters"] == {"LoRA": 12288, "DoRA": 13824, "query": 384}[method]
+
+
+def test_a_loss_that_is_not_finite_fails_the_cell_alone(finished):
+    settings = Settings(**json.loads((finished / "settings.json").read_text()))
+    result = Workbench(TINY, "cpu", settings, finished / "data").run(Cell("line", "SEAL-H", "validation", 0, 1e37))
+    assert result["scores"] == [] and "lower the rate" in result["failed"]
+
+
+def test_broken_samples_are_named(finished, tmp_path):
+    from data_gen.generate import load_tokenizer
+
+    settings = Settings(**json.loads((finished / "settings.json").read_text()))
+    (wanted, *_) = data_requests(settings, plan(["line"], ["base"], [0]))
+    file = data_file(tmp_path, wanted)
+    content = data_file(finished / "data", wanted).read_bytes()
+    tokenizer = load_tokenizer(str(TINY))
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="broken"):
+        read_samples(wanted, tokenizer, tmp_path)
+    file.write_bytes(content)
+    assert len(read_samples(wanted, tokenizer, tmp_path)) == 2
+
+
+def test_general_ability_is_that_of_plain_arithmetic():
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from axolotl_plugins.seal import SealConfig
+    from data_gen.generate import load_tokenizer
+    from eval.controls import seal_layers
+    from eval.general import general_ability
+
+    tokenizer = load_tokenizer(str(TINY))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(TINY), SealConfig(granularity="head"))
+    texts = ["The record is over. Tell me the number.", "Below is a record of lines."]
+    same = general_ability(model, tokenizer, texts, [])
+    assert same["ratio"] == pytest.approx(1, abs=1e-5) and same["kl"] == pytest.approx(0, abs=1e-5)
+    generator = random.Random(0)
+    for layer in seal_layers(model):
+        layer.seal_scale["default"].data += torch.tensor([generator.uniform(-0.5, 0.5) for _ in range(4)])
+    losses, bases, divergence, count = 0.0, 0.0, 0.0, 0
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            tuned = model(ids).logits[0, :-1].log_softmax(-1)
+            with model.disable_adapter():
+                base = model(ids).logits[0, :-1].log_softmax(-1)
+        target = ids[0, 1:, None]
+        losses -= tuned.gather(1, target).sum().item()
+        bases -= base.gather(1, target).sum().item()
+        divergence += (base.exp() * (base - tuned)).sum().item()
+        count += len(target)
+    moved = general_ability(model, tokenizer, texts, [])
+    assert (
+        moved["tokens"] == count and moved["kl"] == pytest.approx(divergence / count, rel=1e-3) and moved["kl"] > 1e-4
+    )
+    assert moved["ratio"] == pytest.approx(torch.tensor((losses - bases) / count).exp().item(), rel=1e-4)
+
+
+def test_pictures_know_every_method():
+    from eval.plot import COLOURS
+
+    assert {*study_results.COMPARED, *study_results.CONTROLLED, "query"} <= COLOURS.keys()

@@ -12,13 +12,23 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from peft import PeftModel
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+)
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +37,7 @@ if TYPE_CHECKING:
 MIN_PREFIX_SAVING = 1.2
 MAX_BATCH = 32  # decoded together unless told otherwise; a killed run loses the prefill of one batch at most
 CACHE_SHARE = 0.4  # of the free memory that the caches of a batch may take
+GROUPED = "seal_grouped_sdpa"  # name of ``grouped_attention`` among Transformers' attention functions
 
 
 def stop_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -211,11 +222,56 @@ def generate_answers(
             for batched, layer in zip(layers, cache.layers, strict=True):
                 batched.insert(row, layer)
         lengths = [len(prompts[index]) for index in group]
-        decoded = decode(model, Cache(layers=layers), lengths, tokens, max_new_tokens, stop, ends)
+        with decoding_attention(base_model(model)):
+            decoded = decode(model, Cache(layers=layers), lengths, tokens, max_new_tokens, stop, ends)
         for index, answer in zip(group, decoded, strict=True):
             answers[index] = answer
             on_answer(index, answer)
     return answers
+
+
+def grouped_attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, scaling: float | None = None, **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Attend with one query token per row, without a copy of keys and values for every query head that shares them.
+
+    Where there is a mask, Transformers' own function makes these copies of the whole cache for every token.
+
+    Args:
+        module: the attention module.
+        query: shape (B, query heads, 1, D).
+        key: shape (B, H, T, D); a group of query heads shares each of the H heads.
+        value: shape (B, H, T, D).
+        attention_mask: which keys count, shape (B, 1, 1, T); None for all.
+        scaling: of scores.
+        kwargs: passed on where there are several query tokens or a position bias.
+    """
+    batch, heads, tokens, size = query.shape
+    if tokens > 1 or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query.view(batch, key.shape[1], -1, size), key, value, attn_mask=attention_mask, scale=scaling
+    )
+    return output.reshape(batch, 1, heads, -1), None
+
+
+AttentionInterface.register(GROUPED, grouped_attention)
+AttentionMaskInterface.register(GROUPED, sdpa_mask)
+
+
+@contextlib.contextmanager
+def decoding_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model decode with ``grouped_attention`` if its attention is ``sdpa``."""
+    own = model.config._attn_implementation
+    if own != "sdpa":
+        yield
+        return
+    model.set_attn_implementation(GROUPED)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
 
 
 def prefill(model: PreTrainedModel | PeftModel, cache: Cache, cached: list[int], prompt: list[int]) -> int:
@@ -296,7 +352,7 @@ def generate_one(
     """Decode one prompt greedily with the model's own cache; see ``generate_answers``."""
 
     class Ends(StoppingCriteria):
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
             return torch.tensor([ends(input_ids[0, len(prompt) :].tolist())], device=input_ids.device)
 
     model = base_model(model)

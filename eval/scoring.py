@@ -83,9 +83,11 @@ def score_samples(
     def text_of(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True)
 
+    def ends(ids: list[int]) -> bool:
+        return bool(until) and truncate_at(text := text_of(ids), until) != text
+
     answers = generate_answers(
-        model, prompts, max_new_tokens=budget, stop=stop_ids(model, tokenizer), batch_size=batch_size,
-        ends=lambda ids: bool(until) and truncate_at(text := text_of(ids), until) != text,
+        model, prompts, max_new_tokens=budget, stop=stop_ids(model, tokenizer), ends=ends, batch_size=batch_size,
         on_answer=lambda index, _: on_answer(index),
     )  # fmt: skip
     responses = [truncate_at(text_of(answer), until) for answer in answers]

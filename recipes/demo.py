@@ -62,9 +62,7 @@ def summarise(base: Path, adapters: list[Path], scores: Path) -> dict[str, Any]:
         results[method], scales[method] = merged, saved_scales(adapter)
     lengths = [row["length"] for row in results["base"]["scores"]]
     middle = lengths[len(lengths) // 2]
-    answers = zip(
-        *([row for row in result["responses"] if row["length"] == middle] for result in results.values()), strict=True
-    )
+    of_middle = [[row for row in result["responses"] if row["length"] == middle] for result in results.values()]
     return {
         "base_model": str(base),
         "lengths": lengths,
@@ -81,7 +79,7 @@ def summarise(base: Path, adapters: list[Path], scores: Path) -> dict[str, Any]:
                 "reference": rows[0]["references"][0],
                 "answers": {method: row["response"] for method, row in zip(results, rows, strict=True)},
             }
-            for rows in list(answers)[:SHOWN]
+            for rows in list(zip(*of_middle, strict=True))[:SHOWN]
         ],
         "scales": {method: values.mean(2).round(4).tolist() for method, values in scales.items()},
         "machine": machine(),

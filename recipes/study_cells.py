@@ -37,12 +37,12 @@ TEST_LENGTHS = {
 TASKS = tuple(TEST_LENGTHS)
 # Candidates; the paper's are 1e-2 and 2e-2 for SEAL on lines, and 2e-4 for LoRA and DoRA (section 9).
 RATES = {
-    "SEAL-H": (1e-2, 2e-2, 5e-2),
-    "SEAL-C": (1e-2, 2e-2, 5e-2),
+    "SEAL-H": (1e-2, 2e-2, 5e-2, 1e-1),
+    "SEAL-C": (1e-2, 2e-2, 5e-2, 1e-1),
     "LoRA": (2e-4, 1e-3, 3e-3),
-    "DoRA": (2e-4, 1e-3, 3e-3),
-    "query": (1e-2, 2e-2, 5e-2),  # scales on queries, to compare where scales are put
+    "query": (1e-2, 2e-2, 5e-2, 1e-1),  # scales on queries, to compare where scales are put
 }
+RATE_OF = {"DoRA": "LoRA"}  # a method that takes the rate that was chosen for another
 UNTUNED = ("base", "one-shot")
 CONTROLS = ("SEAL-H shuffled", "SEAL-C shuffled", "SEAL-H wrong answers", "SEAL-C wrong answers")
 METHODS = (*UNTUNED, "SEAL-H", "SEAL-C", "LoRA", "DoRA", *CONTROLS, "query")
@@ -135,6 +135,7 @@ def capped(longest: int | None, tasks: dict[str, str] | None = None) -> tuple[di
 
 def validation_cells(task: str, method: str) -> list[Cell]:
     """Return the cells that choose a method's rate for a task."""
+    method = RATE_OF.get(method, method)
     return [Cell(task, method, "validation", 0, rate) for rate in RATES[method]]
 
 
@@ -152,15 +153,14 @@ def plan(tasks: list[str], methods: list[str], seeds: list[int]) -> list[Cell]:
         (("base",), "test", first),
         (seal, "validation", [0]), (seal, "test", first),
         (low_rank, "validation", [0]), (low_rank, "test", first),
-        (("one-shot",), "test", first),
-        (("DoRA",), "validation", [0]), (("DoRA",), "test", first),
+        (("query",), "validation", [0]), (("query",), "test", first),
+        (("one-shot", "DoRA"), "test", first),
         *(((*seal, *low_rank), "test", [seed]) for seed in others),
         (CONTROLS, "test", first),
-        (("DoRA",), "test", others),
-        (("query",), "validation", [0]), (("query",), "test", seeds),
+        (("DoRA", "query"), "test", others),
         (CONTROLS, "test", others),
     ]  # fmt: skip
-    needed = {Cell("", method, "test").tuned_as for method in methods}
+    needed = {RATE_OF.get(tuned, tuned) for method in methods if (tuned := Cell("", method, "test").tuned_as)}
     cells: list[Cell] = []
     for stage, purpose, of_seeds in stages:
         for task in tasks:

@@ -122,9 +122,9 @@ class Study:
 
     def with_rate(self, cell: Cell) -> Cell | None:
         """Return a cell with the rate that validation chose; None while that is not known."""
-        if cell.tuned_as is None or cell.rate is not None:
+        if cell.rated_as is None or cell.rate is not None:
             return cell
-        candidates = validation_cells(cell.task, cell.tuned_as)
+        candidates = validation_cells(cell.task, cell.rated_as)
         results = [self.result(candidate) for candidate in candidates if not self.given_up(candidate)]
         if not results or any(result is None for result in results):
             return None

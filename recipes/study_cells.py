@@ -105,6 +105,11 @@ class Cell:
         return None if self.method in UNTUNED else self.method.split(" ")[0]
 
     @property
+    def rated_as(self) -> str | None:
+        """The method whose validation chooses its rate; None where nothing is tuned."""
+        return None if self.tuned_as is None else RATE_OF.get(self.tuned_as, self.tuned_as)
+
+    @property
     def file_name(self) -> str:
         """Where its result is kept in the folder of cells."""
         rate = "" if self.rate is None else f"_{self.rate:g}"
@@ -134,8 +139,7 @@ def capped(longest: int | None, tasks: dict[str, str] | None = None) -> tuple[di
 
 
 def validation_cells(task: str, method: str) -> list[Cell]:
-    """Return the cells that choose a method's rate for a task."""
-    method = RATE_OF.get(method, method)
+    """Return the cells that choose the rate of a method, one in ``RATES``, for a task."""
     return [Cell(task, method, "validation", 0, rate) for rate in RATES[method]]
 
 
@@ -160,7 +164,7 @@ def plan(tasks: list[str], methods: list[str], seeds: list[int]) -> list[Cell]:
         (("DoRA", "query"), "test", others),
         (CONTROLS, "test", others),
     ]  # fmt: skip
-    needed = {RATE_OF.get(tuned, tuned) for method in methods if (tuned := Cell("", method, "test").tuned_as)}
+    needed = {Cell("", method, "test").rated_as for method in methods}
     cells: list[Cell] = []
     for stage, purpose, of_seeds in stages:
         for task in tasks:

@@ -10,7 +10,7 @@ from typing import Any
 
 from data_gen.files import load_json, write_text
 from eval.score import wilson
-from recipes.study_cells import CONTROLS, METHODS, TASKS, choose_rate, mean_score
+from recipes.study_cells import CONTROLS, METHODS, TASKS, Cell, choose_rate, mean_score
 
 # What the pictures compare.
 COMPARED = ("base", "one-shot", "SEAL-H", "SEAL-C", "LoRA", "DoRA")
@@ -45,7 +45,8 @@ def gather(folder: Path, commit: str | None) -> dict[str, Any]:
     chosen = {(row["task"], row["method"]): row["rate"] for row in rates}
     tested = [
         cell for cell in cells
-        if cell["purpose"] == "test" and cell["rate"] == chosen.get((cell["task"], cell["method"].split(" ")[0]))
+        if cell["purpose"] == "test"
+        and cell["rate"] == chosen.get((cell["task"], Cell(cell["task"], cell["method"], "test").rated_as))
     ]  # fmt: skip
     tested.sort(key=lambda cell: (TASKS.index(cell["task"]), METHODS.index(cell["method"]), cell["seed"]))
     kept = ("task", "method", "rate", "seed", "parameters", "trained_tokens", "losses", "tuning_seconds",

@@ -8,12 +8,14 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from paths import ROOT, TINY
 
+from data_gen.files import write_text
 from recipes import study_results
 from recipes.study_cells import (
     RATES,
@@ -28,6 +30,7 @@ from recipes.study_cells import (
     read_samples,
     scored_requests,
     training_request,
+    write_cell,
 )
 
 OPTIONS = [
@@ -146,6 +149,16 @@ def test_collect_makes_a_result_with_pictures_and_tables(finished, tmp_path):
     assert "| SEAL-H | 12 |" in collected.stdout
     empty = study("collect", "--out", str(tmp_path), "--result", str(result))
     assert empty.returncode == 1 and "no results" in empty.stderr
+
+
+def test_a_method_with_the_rate_of_another_is_collected(finished, tmp_path):
+    write_text(tmp_path / "settings.json", (finished / "settings.json").read_text())
+    (tuned,) = (finished / "cells").glob("line_SEAL-H_test_*")
+    for method, purpose, rate in [("LoRA", "validation", 1e-3), ("DoRA", "test", 1e-3), ("DoRA", "test", 2e-4)]:
+        cell = Cell("line", method, purpose, 0, rate)
+        write_cell(tmp_path, cell, {**json.loads(tuned.read_text()), **asdict(cell)})
+    rows = study_results.gather(tmp_path, None)["rows"]
+    assert [(row["method"], row["rate"]) for row in rows] == [("DoRA", 1e-3)]
 
 
 def test_rates_never_see_test_samples():

@@ -114,4 +114,4 @@ bench-data: setup ## time every task's data at 31K tokens with Mistral's tokeniz
 	$(RUN) -m data_gen.bench
 
 bench-gpu: setup ## the same at 7B on a GPU: results/bench_gpu.json   [BENCH_TOKENS="8192 31000 65536 131072"]
-	$(RUN) -m recipes.bench --device cuda --shape llama2_7b --checkpointing --tokens $(BENCH_TOKENS) --repeats 3 --out results/bench_gpu.json
+	$(RUN) -m recipes.bench --device cuda --shape llama2_7b --settings full --tokens $(BENCH_TOKENS) --repeats 3 --out results/bench_gpu.json

@@ -1,28 +1,37 @@
-"""How fast, and in how much memory, attention scales are tuned, beside IA3 and LoRA in the same run (``make bench``).
+"""Time one tuning step: methods side by side, and what a step gains when free memory is spent on recomputing less.
 
 Models have real shapes and random weights, so nothing is fetched; a step is forward, backward and AdamW on one sample
-whose last 40 tokens are the answer. Methods take turns, so that a slow minute of the machine is every method's.
+whose last 40 tokens are the answer. On a CPU methods take turns, so that a slow minute of the machine is everyone's; on
+a GPU a model has the card to itself, so that the peak is its own, and all settings are applied to it in turn.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import gc
 import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import IA3Config, get_peft_model
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from axolotl_plugins.seal.needed import no_embedding_gradients
 from axolotl_plugins.seal.tune import answer_loss
-from data_gen.console import quiet_libraries
-from data_gen.files import write_text
+from data_gen.console import first_line, out_of_memory, quiet_libraries, stop
+from data_gen.files import load_json, write_text
 from recipes.cost import Shape, training_flop
 from recipes.machine import machine
 from recipes.matrix import peft_config, read_matrix
@@ -36,40 +45,140 @@ METHODS = {
     "IA3": lambda: IA3Config(target_modules=["o_proj"], feedforward_modules=["o_proj"]),
     "LoRA": lambda: peft_config("seall"),
 }
+BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+# Forward kernels of scaled dot-product attention, whose outputs `selective_checkpointing: true` keeps.
+ATTENTION = {getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default for kernel in (
+    "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")}  # fmt: skip
+OUT_OF_MEMORY = "out of memory"
+LIKELY_SHARE = 0.5  # of the matrix products' rate, for the clock before anything was measured
 
 
-def build(shape: dict[str, Any], method: str, tokens: int, device: str, checkpointing: bool) -> Any:
+@dataclass(frozen=True)
+class Setting:
+    """What a step recomputes, and with which kernels.
+
+    Attributes:
+        recompute: activations are formed again (``gradient_checkpointing: true``, not reentrant).
+        selective: attention outputs are kept all the same (``selective_checkpointing: true``).
+        every: only each N-th layer is recomputed (``gradient_checkpointing_kwargs: every_n_layers``).
+        liger: Liger's RMSNorm, RoPE and SwiGLU.
+        backend: of scaled dot-product attention, one of ``BACKENDS``; None leaves the choice to PyTorch.
+    """
+
+    recompute: bool = True
+    selective: bool = False
+    every: int = 1
+    liger: bool = False
+    backend: str | None = None
+
+    @classmethod
+    def of(cls, name: str) -> Setting:
+        """Read a name: parts joined by ``+``, such as ``selective+liger+every2``.
+
+        Raises:
+            ValueError: a part is not known, or parts exclude each other.
+        """
+        parts = set(name.split("+"))
+        every = {int(part[5:]) for part in parts if part.startswith("every") and part[5:].isdecimal()}
+        known = {"full", "none", "selective", "liger", *BACKENDS, *(f"every{n}" for n in every)}
+        if unknown := parts - known:
+            raise ValueError(f"settings: found {min(unknown)!r}, expected full, none, selective, everyN, liger, "
+                             f"{', '.join(BACKENDS)} or several joined by +")  # fmt: skip
+        backends = [part for part in BACKENDS if part in parts]
+        recomputed = "full" in parts or "selective" in parts or bool(every)
+        if ("none" in parts and recomputed) or ("full" in parts and every) or len(every) > 1 or len(backends) > 1:
+            raise ValueError(f"settings: the parts of {name!r} exclude each other")
+        if 0 in every:
+            raise ValueError("settings: found 'every0', expected every1 or more")
+        return cls("none" not in parts, "selective" in parts, max(every, default=1), "liger" in parts,
+                   backends[0] if backends else None)  # fmt: skip
+
+    def check(self, device: str) -> None:
+        """See that its kernels can run.
+
+        Raises:
+            ValueError: Liger is not installed, or a kernel needs a GPU.
+        """
+        if self.liger and find_spec("liger_kernel") is None:
+            raise ValueError("settings: liger: liger_kernel is not installed: pip install liger-kernel")
+        if device != "cuda" and (self.liger or self.backend):
+            raise ValueError(f"settings: {'liger' if self.liger else self.backend} needs a GPU")
+
+
+def keep_attention(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Save attention outputs, recompute the rest."""
+    return CheckpointPolicy.MUST_SAVE if op in ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextmanager
+def liger_kernels(base: PreTrainedModel) -> Iterator[None]:
+    """Use Liger's RMSNorm, RoPE and SwiGLU in a Llama."""
+    from liger_kernel.transformers.monkey_patch import apply_liger_kernel_to_llama
+    from transformers.models.llama import modeling_llama
+
+    replaced = {name: getattr(modeling_llama, name) for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")}
+    try:
+        apply_liger_kernel_to_llama(rope=True, rms_norm=True, swiglu=True, cross_entropy=False,
+                                    fused_linear_cross_entropy=False, model=base)  # fmt: skip
+        yield
+    finally:
+        for name, original in replaced.items():
+            setattr(modeling_llama, name, original)
+        for module in base.modules():
+            for method in ("forward", "extra_repr", "_get_name"):
+                module.__dict__.pop(method, None)  # bound to the instance, in front of the class's own
+
+
+@contextmanager
+def applied(model: Any, setting: Setting) -> Iterator[None]:
+    """Apply a setting to a model wrapped by PEFT, by the calls that Axolotl makes, and undo it."""
+    base = model.get_base_model()
+    with ExitStack() as undo:
+        if setting.recompute:
+            options: dict[str, Any] = {"use_reentrant": False}
+            if setting.selective:
+                options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_attention)
+            base.gradient_checkpointing_enable(options, every_n_layers=setting.every)
+            base.disable_input_require_grads()  # gradients end at the lowest scale, as in training
+            undo.callback(base.gradient_checkpointing_disable)
+        if setting.liger:
+            undo.enter_context(liger_kernels(base))
+        if setting.backend:
+            undo.enter_context(sdpa_kernel(BACKENDS[setting.backend]))
+        yield
+
+
+def build(shape: dict[str, Any], method: str, device: str) -> Any:
     """A model with random weights, wrapped by a method, ready to train."""
     settings = dict(shape)
-    config = CONFIG_MAPPING[settings.pop("model_type")](**settings, max_position_embeddings=tokens + 1, pad_token_id=0)
+    config = CONFIG_MAPPING[settings.pop("model_type")](**settings, pad_token_id=0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    model = get_peft_model(model, METHODS[method]())
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        no_embedding_gradients(model.get_base_model())
-    return model.train()
+    return get_peft_model(model, METHODS[method]()).train()
+
+
+def sample(tokens: int, vocabulary: int, device: str) -> torch.Tensor:
+    """Random token ids of shape (1, T)."""
+    return torch.randint(1, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
 
 
 class Run:
-    """One method's model and optimiser, kept between its turns."""
+    """One method's model and optimizer, kept between its turns."""
 
-    def __init__(self, shape: dict[str, Any], method: str, tokens: int, device: str, checkpointing: bool) -> None:
+    def __init__(self, shape: dict[str, Any], method: str, device: str) -> None:
         """Build it."""
-        self.model = build(shape, method, tokens, device, checkpointing)
+        self.model = build(shape, method, device)
         self.device = device
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-2, weight_decay=0.0)
-        generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(1, 32_000, (1, tokens), generator=generator).to(device)
 
-    def step(self) -> float:
-        """Seconds of one step."""
+    def step(self, ids: torch.Tensor) -> float:
+        """Seconds of one step on ids of shape (1, T)."""
         synchronize(self.device)
         start = time.perf_counter()
-        loss = answer_loss(self.model, self.ids, self.ids.shape[1] - ANSWER)
+        loss = answer_loss(self.model, ids, ids.shape[1] - ANSWER)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -97,102 +206,217 @@ def matmul_rate(device: str) -> float:
     return 2 * size**3 / statistics.median(seconds[2:])
 
 
-def measure(
-    shape: dict[str, Any], methods: list[str], tokens: int, repeats: int, device: str, checkpointing: bool, rate: float
-) -> list[dict[str, Any]]:
-    """One row per method.
+def attention_kernel(device: str) -> str:
+    """The kernel that scaled dot-product attention runs here, in the dtype that models run in, as autograd names it."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    q = torch.ones(1, 2, 256, 128, device=device, dtype=dtype, requires_grad=True)
+    node = F.scaled_dot_product_attention(q, q, q, is_causal=True).grad_fn
+    return node.name().removeprefix("ScaledDotProduct").removesuffix("Backward0") if node else "none"
+
+
+class Clock:
+    """Time that is left."""
+
+    def __init__(self, minutes: float | None) -> None:
+        """Start; None never ends."""
+        self.end = time.perf_counter() + 60 * minutes if minutes is not None else float("inf")
+
+    def left(self) -> float:
+        """Seconds until the end."""
+        return self.end - time.perf_counter()
+
+
+def time_steps(
+    runs: list[Run], setting: Setting, ids: torch.Tensor, warmup: int | None, repeats: int, clock: Clock
+) -> dict[str, Any]:
+    """Time models in turn after a step each that is not counted; at least one turn, more while the clock allows.
+
+    Args:
+        runs: the models.
+        setting: applied to all of them.
+        ids: the sample, of shape (1, T).
+        warmup: tokens of the first step at most.
+        repeats: turns.
+        clock: left out is a turn for which too little time is left.
 
     Returns:
-        ``seconds`` (median), ``range`` of them, ``ratio`` (median over pairs with the first method, and its range),
-        ``flop_per_second`` and ``share`` (useful FLOP alone, and as a share of ``rate``), on a GPU ``peak_gib``.
+        ``steps``, for each model its seconds, and ``attention``, the kernel; or ``error``, one line.
     """
-    seconds: dict[str, list[float]] = {method: [] for method in methods}
-    peaks: dict[str, float] = {}
-    # On a GPU a model has the device to itself, so that its peak is its own.
-    together = device == "cpu"
-    runs = {method: Run(shape, method, tokens, device, checkpointing) for method in methods} if together else {}
-    if together:
-        for run in runs.values():
-            run.step()
-        for _, method in itertools.product(range(repeats), methods):
-            seconds[method].append(runs[method].step())
-    else:
-        for method in methods:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            run = Run(shape, method, tokens, device, checkpointing)
-            run.step()
-            seconds[method] = [run.step() for _ in range(repeats)]
-            peaks[method] = torch.cuda.max_memory_allocated() / 2**30
-            del run
-    useful = training_flop(Shape.of(shape), tokens, answer=ANSWER)
+    try:
+        with ExitStack() as undo:
+            for run in runs:
+                undo.enter_context(applied(run.model, setting))
+                run.step(ids[:, -min(warmup or ids.shape[1], ids.shape[1]) :])
+            turns = [[run.step(ids) for run in runs]]
+            while len(turns) < repeats and sum(turns[-1]) < clock.left():
+                turns.append([run.step(ids) for run in runs])
+            steps = [list(seconds) for seconds in zip(*turns, strict=True)]
+            return {"steps": steps, "attention": attention_kernel(runs[0].device)}
+    except Exception as error:  # what one setting cannot do must not lose the others; the command still fails
+        return {"error": OUT_OF_MEMORY if out_of_memory(error) else first_line(error)}
+
+
+def measure(
+    runs: dict[str, Run], name: str, ids: torch.Tensor, useful: float, args: argparse.Namespace, clock: Clock
+) -> list[dict[str, Any]]:
+    """One row per method, without what is the same in all rows.
+
+    Args:
+        runs: the models by method.
+        name: of the setting.
+        ids: the sample, of shape (1, T).
+        useful: FLOP of a step, without what is formed again.
+        args: the command line's.
+        clock: of the command.
+    """
+    gpu = args.device == "cuda"
+    gc.collect()  # graphs of a step that ran out of memory
+    if gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    times = time_steps(list(runs.values()), Setting.of(name), ids, args.warmup, args.repeats, clock)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else None
     rows = []
-    for method in methods:
-        ratios = [own / first for own, first in zip(seconds[method], seconds[methods[0]], strict=True)]
-        median = statistics.median(seconds[method])
-        rows.append({
-            "method": method, "tokens": tokens, "seconds": median,
-            "range": [min(seconds[method]), max(seconds[method])],
-            "ratio": [statistics.median(ratios), min(ratios), max(ratios)], "flop_per_second": useful / median,
-            "share": useful / median / rate, "peak_gib": peaks.get(method),
-        })  # fmt: skip
+    for index, method in enumerate(runs):
+        row = {"method": method, "setting": name, "tokens": ids.shape[1], "peak_gib": peak, "date": str(date.today())}
+        if "error" in times:
+            row["error"] = times["error"]
+        else:
+            steps = times["steps"][index]
+            median = statistics.median(steps)
+            row |= {"seconds": median, "steps": steps, "tflop_per_second": useful / median / 1e12,
+                    "attention": times["attention"]}  # fmt: skip
+        rows.append(row)
     return rows
 
 
+KEY = ("device", "torch", "shape", "layers", "method", "setting", "tokens")
+
+
+def fill(
+    rows: list[dict[str, Any]], shape: dict[str, Any], same: dict[str, Any], args: argparse.Namespace, clock: Clock
+) -> None:
+    """Measure what rows lack, in the order of the command line; each is written as soon as it is measured.
+
+    Args:
+        rows: those there are, of any command; new ones are added.
+        shape: of the model.
+        same: what is the same in all new rows, the ``rate`` of matrix products among it.
+        args: the command line's.
+        clock: of the command; what would end after it is left out.
+    """
+    done = {tuple(row.get(key) for key in KEY) for row in rows}
+    # On a GPU a model has the device to itself.
+    groups = [args.methods] if args.device == "cpu" else [[method] for method in args.methods]
+    shares = [row["share"] for row in rows if "share" in row and row["device"] == same["device"]]
+    share = shares[-1] if shares else LIKELY_SHARE
+    for group in groups:
+        runs: dict[str, Run] = {}
+        for tokens in args.tokens:
+            ids = sample(tokens, shape["vocab_size"], args.device)
+            useful = training_flop(Shape.of(shape), tokens, answer=ANSWER)
+            for name in args.settings:
+                wanted = [{**same, "method": method, "setting": name, "tokens": tokens} for method in group]
+                if all(tuple(row[key] for key in KEY) in done for row in wanted):
+                    continue
+                steps = 1 + min(args.warmup or tokens, tokens) / tokens
+                likely = steps * len(group) * useful / (share * same["rate"])
+                if likely > clock.left():
+                    print(f"{name}, {tokens} tokens: left out, for it takes about {likely:.0f} s", file=sys.stderr)
+                    continue
+                runs = runs or {method: Run(shape, method, args.device) for method in group}
+                for row in measure(runs, name, ids, useful, args, clock):
+                    if "error" not in row:
+                        share = row["share"] = row["tflop_per_second"] * 1e12 / same["rate"]
+                    rows.append({**same, **row})
+                    print(f"{row['method']}, {name}, {tokens} tokens:", row.get("error") or f"{row['seconds']:.3f} s")
+                write_text(args.out, json.dumps({"rows": rows}, indent=1) + "\n")
+
+
 def print_rows(rows: list[dict[str, Any]]) -> None:
-    """The table that one came for."""
+    """Print the table of rows, ratios to the first of the same tokens."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("tokens", "method", "s/sample (range)", f"ratio to {rows[0]['method']} (range)", "useful TFLOP/s",
+    table = Table("tokens", "method", "setting", "s/sample (range)", "ratio to first (range)", "useful TFLOP/s",
                   "share of matmul", "peak GiB")  # fmt: skip
+    first: dict[int, list[float]] = {}
     for row in rows:
-        ratio, low, high = row["ratio"]
-        peak = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
-        table.add_row(str(row["tokens"]), row["method"],
-                      f"{row['seconds']:.3f} ({row['range'][0]:.3f}-{row['range'][1]:.3f})",
-                      f"{ratio:.2f} ({low:.2f}-{high:.2f})", f"{row['flop_per_second'] / 1e12:.3f}",
-                      f"{row['share']:.0%}", peak)  # fmt: skip
-    Console(width=120).print(table)
+        start = (str(row["tokens"]), row["method"], row["setting"])
+        if "error" in row:
+            table.add_row(*start, row["error"])
+            continue
+        steps = row["steps"]
+        ratios = [own / other for own, other in zip(steps, first.setdefault(row["tokens"], steps), strict=False)]
+        table.add_row(*start, f"{row['seconds']:.3f} ({min(steps):.3f}-{max(steps):.3f})",
+                      f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})",
+                      f"{row['tflop_per_second']:.3f}", f"{row['share']:.0%}",
+                      "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}")  # fmt: skip
+    Console(width=140).print(table)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure from the command line."""
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="small", help="small, or a shape in recipes/matrix.yml such as llama2_7b")
     parser.add_argument("--layers", type=int, help="instead of the shape's own")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--settings", type=lambda names: names.split(","), default=["none"],
+                        help="separated by commas, the most important first: full, none, selective, everyN, liger, "
+                        "cudnn, flash, or several joined by +, such as selective+liger+every2")  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps")
+    parser.add_argument("--warmup", type=int, help="tokens of the step before them, at most (default: the sample's)")
+    parser.add_argument("--minutes", type=float, help="leave out what would take longer")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations instead of keeping them")
-    parser.add_argument("--out", type=Path, default=Path("results/bench.json"))
-    args = parser.parse_args(argv)
+    parser.add_argument("--out", type=Path, default=Path("results/bench.json"), help="rows that it has are kept")
+    return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace, shapes: dict[str, Any]) -> None:
+    """See that the command line can be done.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if args.shape not in shapes:
+        raise ValueError(f"shape: found {args.shape!r}, expected one of {', '.join(shapes)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no GPU is here: leave --device out, or name cpu")
+    if (least := min([*args.tokens, args.warmup or args.tokens[0]])) <= ANSWER:
+        raise ValueError(f"tokens: found {least}, expected more than the answer's {ANSWER}")
+    for name in args.settings:
+        setting = Setting.of(name)
+        setting.check(args.device)
+        if setting.liger and shapes[args.shape]["model_type"] != "llama":
+            raise ValueError(f"settings: liger: {args.shape} is not a Llama")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure from the command line."""
+    args = arguments(argv)
+    clock = Clock(args.minutes)
     quiet_libraries()
     shapes = {"small": SMALL, **read_matrix()["shapes"]}
-    if args.shape not in shapes:
-        sys.exit(f"bench: shape: found {args.shape!r}, expected one of {', '.join(shapes)}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("bench: no GPU is here: leave --device out, or name cpu")
-    if min(args.tokens) <= ANSWER:
-        sys.exit(f"bench: tokens: found {min(args.tokens)}, expected more than the answer's {ANSWER}")
+    try:
+        check(args, shapes)
+        rows = load_json(args.out)["rows"] if args.out.exists() else []
+    except ValueError as error:
+        stop("bench", error)
     shape = dict(shapes[args.shape]) | ({"num_hidden_layers": args.layers} if args.layers else {})
-    rate = matmul_rate(args.device)
-    where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}" if args.device == "cuda" else machine()
-    print(f"{where}, {torch.get_num_threads()} threads, sdpa; matrix products {rate / 1e12:.2f} TFLOP/s")
-    rows: list[dict[str, Any]] = []
-    for tokens in args.tokens:
-        try:
-            rows += measure(shape, args.methods, tokens, args.repeats, args.device, args.checkpointing, rate)
-        except torch.OutOfMemoryError:
-            print(f"{tokens} tokens do not fit into this card's memory", file=sys.stderr)
-            break
-    if not rows:
-        sys.exit("bench: nothing fitted: ask for fewer --tokens")
-    print_rows(rows)
-    write_text(args.out, json.dumps({"machine": where, "shape": shape, "rate": rate,
-                                     "checkpointing": args.checkpointing, "rows": rows}, indent=1) + "\n")  # fmt: skip
+    device = torch.cuda.get_device_name() if args.device == "cuda" else machine()
+    same = {"device": device, "torch": torch.__version__, "shape": args.shape, "layers": shape["num_hidden_layers"],
+            "rate": matmul_rate(args.device)}  # fmt: skip
+    print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads, sdpa; matrix products "
+          f"{same['rate'] / 1e12:.2f} TFLOP/s")  # fmt: skip
+    fill(rows, shape, same, args, clock)
+    here = [row for row in rows if all(row[key] == same[key] for key in KEY[:4])]
+    if all("error" in row for row in here):
+        sys.exit("bench: nothing was measured: ask for fewer --tokens or more --minutes")
+    print_rows(here)
     print(args.out)
+    if failed := [row["setting"] for row in here if row.get("error", OUT_OF_MEMORY) != OUT_OF_MEMORY]:
+        sys.exit(f"bench: could not be measured: {', '.join(failed)}; remove these rows from {args.out} to try again")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def test_flop_are_those_that_a_step_performs(tokens):
     """Counted by PyTorch, attention written out in full there, which is twice causal attention forward and back."""
     settings = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
                 "num_key_value_heads": 4, "vocab_size": 300, "model_type": "llama"}  # fmt: skip
-    model = bench.build(settings, "SEAL-C", tokens, "cpu", checkpointing=False)
+    model = bench.build(settings, "SEAL-C", "cpu")
     model.set_attn_implementation("eager")
     ids = torch.randint(1, 300, (1, tokens))
     with FlopCounterMode(display=False) as counter:
@@ -69,15 +69,16 @@ import gc, sys, torch
 from recipes import bench
 torch.set_num_threads(1)
 tokens, checkpointing = int(sys.argv[1]), sys.argv[2] == "True"
-run = bench.Run(bench.SMALL, "SEAL-C", tokens, "cpu", checkpointing)
-long, run.ids = run.ids, run.ids[:, :256]
-run.step()
-run.ids = long
+run = bench.Run(bench.SMALL, "SEAL-C", "cpu")
+ids = bench.sample(tokens, 32_000, "cpu")
+setting = bench.applied(run.model, bench.Setting(recompute=checkpointing))
+setting.__enter__()
+run.step(ids[:, :256])
 read = lambda key: int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
 gc.collect()
 open("/proc/self/clear_refs", "w").write("5")  # the highest mark starts anew
 before = read("VmRSS")
-run.step()
+run.step(ids)
 print((read("VmHWM") - before) * 1024)
 """
 
@@ -131,22 +132,144 @@ def test_float32_costs_what_the_card_takes_for_it():
     assert tf32 == pytest.approx(2 * bf16) and float32 == pytest.approx(16 * bf16)  # 312, 156 and 19.5 TFLOP/s
 
 
+SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 5, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "vocab_size": 300, "model_type": "llama"}  # fmt: skip
+
+
+def gradients(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    bench.answer_loss(model, ids, ids.shape[1] - bench.ANSWER).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("method", ["SEAL-C", "LoRA"])
+def test_every_setting_gives_the_same_gradients(method):
+    """Those of ``full`` to the bit, and nothing of a setting is left when the next is applied."""
+    model, ids = bench.build(SHAPE, method, "cpu"), bench.sample(96, 300, "cpu")
+    with bench.applied(model, bench.Setting.of("full")):
+        expected = gradients(model, ids)
+    assert len(expected) == sum(p.requires_grad for p in model.parameters())
+    assert all(g.any() for key, g in expected.items() if "lora_A" not in key)  # those are 0 at first, as B is
+    for name in ("selective", "every2", "selective+every2", "every4", "none", "flash", "full"):
+        with bench.applied(model, bench.Setting.of(name)):
+            assert all(torch.equal(g, expected[key]) for key, g in gradients(model, ids).items()), name
+        assert not model.get_base_model().is_gradient_checkpointing
+
+
+class Count(torch.utils._python_dispatch.TorchDispatchMode):
+    """Calls of attention forward and of matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = self.products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.attention += func in bench.ATTENTION
+        self.products += func is torch.ops.aten.mm.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_settings_recompute_what_they_say():
+    """Five layers of seven projections: attention and products of a step by setting, beside those that are kept."""
+    model, ids = bench.build(SHAPE, "SEAL-C", "cpu"), bench.sample(96, 300, "cpu")
+    counts = {}
+    for name in ("none", "full", "every2", "every4", "selective", "selective+every2"):
+        with bench.applied(model, bench.Setting.of(name)), Count() as count:
+            gradients(model, ids)
+        counts[name] = (count.attention, count.products)
+    attention, products = counts["none"]
+    layers = {name: round((n - products) / 6) for name, (_, n) in counts.items()}  # the down projection is not needed
+    assert layers == {"none": 0, "full": 5, "every2": 3, "every4": 2, "selective": 5, "selective+every2": 3}
+    again = {name: n - attention for name, (n, _) in counts.items()}
+    assert again == {"none": 0, "full": 5, "every2": 3, "every4": 2, "selective": 0, "selective+every2": 0}
+
+
+def test_embeddings_have_no_gradients_under_recomputing():
+    model = bench.build(SHAPE, "SEAL-C", "cpu")
+    seen = []
+    model.get_input_embeddings().register_forward_hook(lambda _, __, output: seen.append(output.requires_grad))
+    for name in ("full", "selective", "none"):
+        with bench.applied(model, bench.Setting.of(name)):
+            gradients(model, bench.sample(96, 300, "cpu"))
+    assert seen == [False] * 3
+
+
+def test_names_of_settings():
+    assert bench.Setting.of("liger") == bench.Setting.of("full+liger") == bench.Setting(liger=True)
+    assert bench.Setting.of("selective+liger+every2") == bench.Setting(selective=True, liger=True, every=2)
+    assert bench.Setting.of("none+liger") == bench.Setting(recompute=False, liger=True)
+    assert bench.Setting.of("full+cudnn") == bench.Setting(backend="cudnn")
+
+
+def bench_rows(out, *options: str) -> list[dict]:
+    bench.main(["--layers", "2", "--repeats", "2", "--device", "cpu", "--out", str(out), *options])
+    return json.loads(out.read_text())["rows"]
+
+
 def test_bench_runs_end_to_end(tmp_path, capsys):
-    out = tmp_path / "bench.json"
-    bench.main(["--layers", "1", "--tokens", "64", "96", "--repeats", "2", "--device", "cpu", "--out", str(out)])
-    found = json.loads(out.read_text())
-    assert [(row["tokens"], row["method"]) for row in found["rows"]] == [
+    rows = bench_rows(tmp_path / "bench.json", "--tokens", "64", "96")
+    assert [(row["tokens"], row["method"]) for row in rows] == [
         (tokens, method) for tokens in (64, 96) for method in bench.METHODS
     ]
-    assert all(row["seconds"] > 0 and 0 < row["share"] < 1 and row["ratio"][0] > 0 for row in found["rows"])
+    assert all(row["seconds"] > 0 and 0 < row["share"] < 1 and len(row["steps"]) == 2 for row in rows)
     assert "matrix products" in capsys.readouterr().out
 
 
+def test_bench_keeps_the_rows_it_has(tmp_path, capsys):
+    out, one = tmp_path / "bench.json", ["--methods", "SEAL-C", "--tokens", "64"]
+    first = bench_rows(out, *one, "--settings", "full,selective")
+    assert [row["setting"] for row in first] == ["full", "selective"]
+    assert {"device", "torch", "date", "rate", "tflop_per_second", "peak_gib"} < set(first[0])
+    assert first[0]["attention"] == "FlashAttentionForCpu"
+    more = bench_rows(out, *one, "--settings", "full,selective,every2", "--warmup", "48")
+    assert more[:2] == first and [row["setting"] for row in more[2:]] == ["every2"]
+    with pytest.raises(SystemExit, match="nothing was measured"):
+        bench_rows(tmp_path / "late.json", *one, "--settings", "full", "--minutes", "0")
+    assert bench_rows(out, *one, "--settings", "every2,none", "--minutes", "0") == more
+    assert "none, 64 tokens: left out" in capsys.readouterr().err
+
+
+SHORT_OF_MEMORY = """
+import resource, sys, torch
+torch.set_num_threads(1)
+from recipes import bench
+bench.main(["--device", "cpu", "--methods", "SEAL-C", "--tokens", "64", "--settings", "full", "--out", sys.argv[1]])
+size = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (size + 1000 * 2**20,) * 2)
+bench.main(["--device", "cpu", "--methods", "SEAL-C", "--tokens", "8192", "--settings", "none,full", "--repeats", "1",
+            "--warmup", "64", "--out", sys.argv[1]])
+"""
+
+
+@pytest.mark.slow
+def test_bench_goes_on_when_memory_runs_out(tmp_path):
+    """At 8,192 tokens a step takes 1,934 MiB beside the model, or 487 where it recomputes."""
+    out = tmp_path / "bench.json"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY, out], cwd=ROOT, env=environment, check=True)
+    none, full = json.loads(out.read_text())["rows"][1:]
+    assert none["error"] == "out of memory" and full["seconds"] > 0
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(["--shape", "huge"], "shape: found 'huge'"), (["--tokens", "30"], "expected more than the answer's 40")],
+    ("options", "message"),
+    [
+        (["--shape", "huge"], "shape: found 'huge'"),
+        (["--tokens", "30"], "expected more than the answer's 40"),
+        (["--settings", "full,half"], "settings: found 'half', expected full, none"),
+        (["--settings", "none+selective"], "the parts of 'none.selective' exclude each other"),
+        (["--settings", "selective+liger+every2"], "liger needs a GPU"),
+        (["--settings", "full+cudnn"], "cudnn needs a GPU"),
+    ],
 )
-def test_bench_refuses(arguments, message, tmp_path):
+def test_bench_refuses(options, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "find_spec", lambda name: name)
     with pytest.raises(SystemExit, match=message):
-        bench.main([*arguments, "--device", "cpu", "--out", str(tmp_path / "x.json")])
+        bench.main([*options, "--device", "cpu", "--out", str(tmp_path / "x.json")])
     assert not list(tmp_path.iterdir())
+
+
+def test_bench_says_that_liger_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    with pytest.raises(SystemExit, match="settings: liger: liger_kernel is not installed"):
+        bench.main(["--settings", "full,liger", "--device", "cpu", "--out", str(tmp_path / "x.json")])

@@ -10,6 +10,7 @@ from typing import Any
 
 from data_gen.files import load_json, write_text
 from eval.score import wilson
+from recipes.matrix import TASKS as TITLES
 from recipes.study_cells import CONTROLS, METHODS, TASKS, Cell, choose_rate, mean_score
 
 # What the pictures compare.
@@ -106,31 +107,47 @@ def save(gathered: dict[str, Any], out: Path) -> None:
     """Write a study's result as JSON, and its pictures beside it."""
     import matplotlib.pyplot as plt
 
-    from eval.plot import draw_accuracy, save_figure
-
-    def by_length(methods: tuple[str, ...], name: str) -> None:
-        rows = [row for row in gathered["rows"] if row["method"] in methods and row["scores"]]
-        tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
-        columns = min(3, max(1, len(tasks)))
-        size = (0.6 + 3.8 * columns, 3.8 * -(-max(1, len(tasks)) // columns))
-        figure, panels = plt.subplots(
-            -(-max(1, len(tasks)) // columns), columns, figsize=size, layout="constrained", squeeze=False
-        )
-        for axes in panels.flat:
-            axes.set_axis_off()
-        for axes, task in zip(panels.flat, tasks, strict=False):
-            axes.set_axis_on()
-            of_task = [row for row in rows if row["task"] == task]
-            draw_accuracy(axes, sorted(of_task, key=lambda row: methods.index(row["method"])), at="length")
-            axes.set_title(task)
-        save_figure(figure, out.with_name(f"{out.stem}_{name}.png"))
+    from eval.plot import save_figure
 
     write_text(out, json.dumps(gathered, indent=1) + "\n")
-    by_length(COMPARED, "tasks")
-    by_length(CONTROLLED, "controls")
+    for methods, name in ((COMPARED, "tasks"), (CONTROLLED, "controls")):
+        rows = [row for row in gathered["rows"] if row["method"] in methods and row["scores"]]
+        save_figure(scores_figure(rows, methods), out.with_name(f"{out.stem}_{name}.png"))
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     draw_general(panels, gathered["general"])
     save_figure(figure, out.with_name(f"{out.stem}_general.png"))
+
+
+def scores_figure(rows: list[dict[str, Any]], methods: tuple[str, ...]) -> Any:
+    """Draw scores by length, one panel per task and one line per method, with the range over seeds.
+
+    Args:
+        rows: see ``gather``.
+        methods: in the order of the legend.
+    """
+    import matplotlib.pyplot as plt
+
+    from eval.plot import draw_accuracy
+
+    tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
+    columns, lines = min(3, max(1, len(tasks))), -(-max(1, len(tasks)) // 3)
+    size = (0.6 + 3.8 * columns, 0.6 + 3.6 * lines)
+    figure, panels = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+    legend: dict[str, Any] = {}
+    for axes in panels.flat[len(tasks) :]:
+        axes.set_axis_off()
+    for axes, task in zip(panels.flat, tasks, strict=False):
+        of_task = sorted((row for row in rows if row["task"] == task), key=lambda row: methods.index(row["method"]))
+        draw_accuracy(axes, of_task, at="length")
+        axes.get_legend().remove()
+        legend |= {line.get_label(): line for line in axes.get_lines()}
+        lengths = [score["length"] for score in of_task[0]["scores"]]
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.set_xticks([], minor=True)
+        axes.set_title(TITLES[task])
+    figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=max(1, len(legend)), fontsize=9)
+    return figure
 
 
 def draw_general(panels: Any, rows: list[dict[str, Any]]) -> None:

@@ -23,7 +23,7 @@ KILLS ?= 50
 BENCH_TOKENS ?= 8192 31000 65536 131072
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test train data eval report merge recipes recipes-smoke bench bench-data bench-gpu chaos lock lint
+.PHONY: help setup model test train data eval report merge recipes recipes-smoke bench bench-data bench-gpu chaos lock lint
 
 help: ## list the targets and their variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,17 +37,20 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
+model: setup ## fetch SmolLM2-135M-Instruct, a chat model for CPUs, into models/smollm2-135m (90 MB)
+	$(RUN) -m recipes fetch
+
 test: setup ## lint, then run the tests (minutes; `pytest -m slow` has the rest)
 	@$(MAKE) --no-print-directory lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadscope -m "not slow"
 
-train: setup ## tune with a recipe   [RECIPE=recipes/smollm2_line_sealc.yml]
+train: setup $(if $(findstring recipes/smollm2,$(RECIPE)),model) ## tune with a recipe   [RECIPE=recipes/smollm2_line_sealc.yml]
 	AXOLOTL_DO_NOT_TRACK=1 $(BIN)/accelerate launch -m axolotl.cli.train $(RECIPE)
 
-data: setup ## write training samples   [TASK=line MODEL=models/smollm2-135m TOKENS=2048 SAMPLES=50]
+data: setup $(if $(findstring models/smollm2,$(MODEL)),model) ## write training samples   [TASK=line MODEL=models/smollm2-135m TOKENS=2048 SAMPLES=50]
 	$(RUN) -m data_gen $(TASK) --tokenizer $(MODEL) --tokens $(TOKENS) --samples $(SAMPLES) --out data/$(TASK)_$(TOKENS).jsonl
 
-eval: setup ## score a model, merged folder or adapter   [MODEL=models/smollm2-135m TASK=line LENGTHS=512,1024,2048 SAMPLES=50 BACKEND=hf|vllm RESULTS=results]
+eval: setup $(if $(findstring models/smollm2,$(MODEL)),model) ## score a model, merged folder or adapter   [MODEL=models/smollm2-135m TASK=line LENGTHS=512,1024,2048 SAMPLES=50 BACKEND=hf|vllm RESULTS=results]
 	$(RUN) -m eval run --model $(MODEL) --task $(TASK) --lengths "$(LENGTHS)" --samples $(SAMPLES) --backend $(BACKEND) --out $(RESULTS)
 
 report: setup ## gather results/*.json into results/report.html
@@ -77,7 +80,7 @@ recipes-smoke: setup ## launch every recipe for two steps on a random-weight min
 bench: setup ## time SEAL beside IA3 and LoRA on this CPU: results/bench.json
 	$(RUN) -m recipes.bench
 
-bench-data: setup ## time every task's data at 31K tokens with Mistral's tokenizer
+bench-data: setup $(if $(findstring models/smollm2,$(MODEL)),model) ## time every task's data at 31K tokens with Mistral's tokenizer
 	$(RUN) -m data_gen.bench
 
 bench-gpu: setup ## the same at 7B on a GPU: results/bench_gpu.json   [BENCH_TOKENS="8192 31000 65536 131072"]

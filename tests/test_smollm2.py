@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from paths import ROOT
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from recipes.smollm2 import GGUF, HUB, MANIFEST, MODEL, PACKAGE, fetch
 
-ROOT = Path(__file__).parent.parent
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -178,3 +180,27 @@ def test_it_knows_the_capital_of_france(smollm2):
     ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=False)
     answer = model.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
+
+
+def test_a_recipe_tunes_it_and_its_adapter_is_scored(smollm2, tmp_path):
+    recipe = yaml.safe_load((ROOT / "recipes/smollm2_line_sealh.yml").read_text())
+    adapter = tmp_path / "adapter"
+    recipe |= {"max_steps": 2, "output_dir": str(adapter), "dataset_prepared_path": str(tmp_path / "prepared")}
+    recipe["seal"]["data"] |= {"samples": 2, "tokens": 256}
+    recipe["datasets"][0]["path"] = str(tmp_path / "line.jsonl")
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    done = command("accelerate.commands.launch", "-m", "axolotl.cli.train", str(tmp_path / "recipe.yml"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    scales = load_file(adapter / "adapter_model.safetensors")
+    assert len(scales) == 30 and {scale.numel() for scale in scales.values()} == {9}
+    assert all(scale.isfinite().all() and (scale != 1).all() for scale in scales.values())
+    out = tmp_path / "result.json"
+    options = ["--model", str(adapter), "--task", "line", "--lengths", "256", "--samples", "2", "--out", str(out)]
+    done = command("eval", "run", *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(out.read_text())
+    assert (result["base"], result["method"], result["contaminated"]) == (str(MODEL), "SEAL-H", 0)
+    assert [(score["length"], score["count"]) for score in result["scores"]] == [(256, 2)]
+    assert len(result["responses"]) == 2 and all(
+        row["response"] and row["tokens"] <= 256 for row in result["responses"]
+    )

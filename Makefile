@@ -45,11 +45,11 @@ demo: setup ## tune, merge, score and draw SEAL-H and SEAL-C on SmolLM2-135M: re
 	@$(MAKE) --no-print-directory outputs/demo/line_outputs_smollm2_demo_sealc.json
 	$(RUN) -m recipes.demo
 
-model: setup ## fetch SmolLM2-135M-Instruct into models/smollm2-135m
-	@$(MAKE) --no-print-directory models/smollm2-135m/config.json
+model: setup ## fetch SmolLM2-135M-Instruct, a chat model for CPUs, into models/smollm2-135m (90 MB)
+	$(RUN) -m recipes fetch
 
 models/smollm2-135m/config.json:
-	$(RUN) -m recipes fetch --out $(@D)
+	$(RUN) -m recipes fetch
 
 $(DEMO)_%/adapter_model.safetensors: recipes/smollm2_demo_%.yml | models/smollm2-135m/config.json
 	HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 $(BIN)/accelerate launch -m axolotl.cli.train $<
@@ -69,13 +69,13 @@ test: setup ## lint, then run the tests (minutes; `pytest -m slow` has the rest)
 	@$(MAKE) --no-print-directory lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadscope -m "not slow"
 
-train: setup ## tune with a recipe   [RECIPE=recipes/smollm2_line_sealc.yml]
+train: setup $(if $(findstring recipes/smollm2,$(RECIPE)),model) ## tune with a recipe   [RECIPE=recipes/smollm2_line_sealc.yml]
 	AXOLOTL_DO_NOT_TRACK=1 $(BIN)/accelerate launch -m axolotl.cli.train $(RECIPE)
 
-data: setup ## write training samples   [TASK=line MODEL=models/smollm2-135m TOKENS=2048 SAMPLES=50]
+data: setup $(if $(findstring models/smollm2,$(MODEL)),model) ## write training samples   [TASK=line MODEL=models/smollm2-135m TOKENS=2048 SAMPLES=50]
 	$(RUN) -m data_gen $(TASK) --tokenizer $(MODEL) --tokens $(TOKENS) --samples $(SAMPLES) --out data/$(TASK)_$(TOKENS).jsonl
 
-eval: setup ## score a model, merged folder or adapter   [MODEL=models/smollm2-135m TASK=line LENGTHS=512,1024,2048 SAMPLES=50 BACKEND=hf|vllm RESULTS=results]
+eval: setup $(if $(findstring models/smollm2,$(MODEL)),model) ## score a model, merged folder or adapter   [MODEL=models/smollm2-135m TASK=line LENGTHS=512,1024,2048 SAMPLES=50 BACKEND=hf|vllm RESULTS=results]
 	$(RUN) -m eval run --model $(MODEL) --task $(TASK) --lengths "$(LENGTHS)" --samples $(SAMPLES) --backend $(BACKEND) --out $(RESULTS)
 
 report: setup ## gather results/*.json into results/report.html

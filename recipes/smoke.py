@@ -35,6 +35,7 @@ ROPE: dict[str, dict[str, Any]] = {
     "longchat13b": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
     "vicuna7b": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     "vicuna13b": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "smollm2": {"rope_type": "default", "rope_theta": 100000.0},
     "mistral7b": {"rope_type": "default", "rope_theta": 1000000.0},
     "llama31_8b": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
                    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},

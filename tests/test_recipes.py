@@ -14,12 +14,14 @@ from paths import FIXTURES, ROOT, TINY
 from pydantic import AliasChoices, BaseModel
 from transformers import AutoTokenizer, LlamaConfig
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from axolotl_plugins.seal.args import SealArgs
 from axolotl_plugins.seal.plugin import check_recipe
 from data_gen.generate import Request, generate
 from eval.__main__ import app as eval_app
-from recipes.__main__ import count_parameters, recipe_for
+from recipes.__main__ import app, count_parameters, recipe_for
+from recipes.cost import Shape, recipe_cost
 from recipes.matrix import SHARDING, all_recipes, read_matrix, recipe
 from recipes.rows import write_rows
 
@@ -241,10 +243,13 @@ def test_a_recipe_for_the_small_model_and_what_cannot_be_tuned(tmp_path):
     (small / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
     for arguments, message in (
         ((str(small), "line", "sealc"), "has 100 embeddings, fewer than its tokenizer has tokens"),
-        ((tiny, "line", "sealc", 0), "tokens: found 0, expected at least 1"),
+        ((tiny, "line", "sealc", "0"), "tokens: found '0', expected N or N:M with 0 < N <= M"),
+        ((tiny, "line", "sealc", "900:300"), "tokens: found '900:300', expected N or N:M with 0 < N <= M"),
+        ((tiny, "line", "sealc", "300:"), "tokens: found '300:', expected N or N:M"),
+        ((tiny, "line", "sealc", "300:2048"), "tokens: 2048 do not fit into the window of 2048"),
         ((tiny, "lines", "sealc"), "task: found 'lines'"),
         ((tiny, "line", "seal"), "method: found 'seal'"),
-        ((tiny, "line", "sealc", 5000), "tokens: 5000 do not fit into the window of 2048"),
+        ((tiny, "line", "sealc", "5000"), "tokens: 5000 do not fit into the window of 2048"),
         ((tiny, "line", "sealc", None, "nope"), "chat-template: found 'nope', expected one of vicuna_v1.1"),
         ((str(tmp_path), "line", "sealc"), "cannot load"),
     ):
@@ -252,17 +257,66 @@ def test_a_recipe_for_the_small_model_and_what_cannot_be_tuned(tmp_path):
             recipe_for(*arguments)
 
 
+def test_a_recipe_for_a_cpu_and_a_range_of_lengths(tmp_path):
+    out = tmp_path / "mine.yml"
+    command = ["new", str(TINY), "--task", "vt", "--tokens", "0512:1024", "--no-gpu", "--out", str(out)]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    text = out.read_text()
+    assert '    tokens: "512:1024" #' in text and yaml.safe_load(text)["seal"]["data"]["tokens"] == "512:1024"
+    assert "# Takes about 1 GiB, and a minute on two CPU cores: computed" in text and "A100" not in text
+    assert "gradient_checkpointing: false" in text and "attn_implementation: sdpa" in text
+    # A single length of RULER's tasks is the end of a range.
+    text, _ = recipe_for(str(TINY), "vt", "sealc", "1024", out=out, gpu=False)
+    assert yaml.safe_load(text)["seal"]["data"]["tokens"] == "512:1024"
+
+
+def test_recipes_for_cpus_fit_into_their_memory_and_state_the_measured_rate():
+    """50 steps of 1,024 tokens took 5.3 minutes; a step of 7,680 took 11.0 GiB."""
+    matrix = read_matrix()
+    shape, entry = Shape.of(matrix["shapes"]["smollm2"]), matrix["models"]["smollm2"]
+    measured = entry | {"tokens": 1024}
+    text = recipe(Path("recipes/x.yml"), measured, "line", "sealc", lr=0.05, shows="a test", shape=shape)
+    assert "and 5 minutes on two CPU cores" in text and "89 GFLOP/s" in " ".join(text.replace("#", "").split())
+    assert "# Takes about 11 GiB, and 97 minutes" in TEXTS["smollm2_niah_sealc"]
+    # A window of eight times the length: activations of all layers are no longer held at once.
+    for tokens, recompute in ((7680, False), (60000, True)):
+        longer = entry | {"tokens": tokens, "window": 65536}
+        settings = yaml.safe_load(
+            recipe(Path("recipes/x.yml"), longer, "line", "sealc", lr=0.05, shows="", shape=shape)
+        )
+        assert settings["gradient_checkpointing"] is recompute
+        assert settings.get("gradient_checkpointing_kwargs") == ({"use_reentrant": False} if recompute else None)
+        assert recipe_cost(settings, shape).cpu_gib < 16
+    for name in TEXTS:
+        if name.startswith("smollm2"):
+            assert recipe_cost(yaml.safe_load(TEXTS[name]), shape).cpu_gib < 16
+
+
+def test_the_small_models_recipes_are_whole():
+    tasks, methods = ("line", "niah", "vt", "cwe", "fwe"), ("sealh", "sealc", "seall", "seald")
+    names = {f"smollm2_{task}_{method}" for task in tasks for method in methods}
+    names |= {f"smollm2_{mixture}_{method}" for mixture in ("multi", "demo") for method in ("sealh", "sealc")}
+    assert {name for name in TEXTS if name.startswith("smollm2")} == names
+    lengths = {"line": "512:7680", "niah": 7680, "vt": "1024:7680", "cwe": "2560:7680", "fwe": "1024:7680"}
+    for task in tasks:
+        data = yaml.safe_load(TEXTS[f"smollm2_{task}_sealc"])["seal"]["data"]
+        assert data["tokens"] == lengths[task] and data.get("haystack") == ("prose" if task == "niah" else None)
+    parts = yaml.safe_load(TEXTS["smollm2_multi_sealh"])["seal"]["data"]
+    assert [(part["task"], part["tokens"], part["samples"]) for part in parts] == [
+        (task, lengths[task], 10) for task in tasks
+    ]
+
+
 def test_a_mixture_has_a_file_of_data_for_each_of_its_tasks(schema):
     model = {"name": "a model", "base_model": str(TINY), "window": 2048, "tokens": "256:1960", "gpu": False}
     text = recipe(Path("mixed_multi_sealc.yml"), model, "multi", "sealc", lr=0.01, shows="a mixture", shape=None)
     cfg = yaml.load(text, OnceLoader)
     parts = SealArgs(seal=cfg["seal"]).seal.data
-    assert "line retrieval and RULER's variable tracking" in text
-    assert [(part.task, part.tokens, part.samples) for part in parts] == [
-        ("line", "256:1960", 25), ("vt", "980:1960", 25)
-    ]  # fmt: skip
-    paths = [dataset["path"] for dataset in cfg["datasets"]]
-    assert paths == ["data/mixed_multi_line.jsonl", "data/mixed_multi_vt.jsonl"]
+    assert "line retrieval + needle in a haystack + RULER's variable tracking + RULER's" in text
+    assert all(len(line) <= 118 for line in text.splitlines() if line.startswith("#"))
+    tasks = ("line", "niah", "vt", "cwe", "fwe")
+    assert [(part.task, part.tokens, part.samples) for part in parts] == [(task, "256:1960", 10) for task in tasks]
+    assert [dataset["path"] for dataset in cfg["datasets"]] == [f"data/mixed_multi_{task}.jsonl" for task in tasks]
     assert not unknown_keys(cfg, schema)
     check_recipe(cfg)
 

@@ -38,6 +38,7 @@ NAMES = [
     "llama2_7b_ntk_niah_sealc",
     "llama2_7b_selfextend_line_sealh",
     "longchat7b_longbench_sealc",
+    "smollm2_multi_sealh",
     *(f"{model}_line_{method}" for model in MODELS for method in ("seall", "seald")),
 ]
 

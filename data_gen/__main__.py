@@ -11,11 +11,11 @@ import typer
 
 from data_gen.console import quiet_libraries, stop
 from data_gen.console import run as run_app
-from data_gen.endpoint import KEY
-from data_gen.files import check_output, read_rows
-from data_gen.generate import TASKS, Request, load_tokenizer, remark, write
+from data_gen.dataset import TASKS, Request, load_tokenizer, remark, write
+from data_gen.io import check_output, read_rows
 from data_gen.needles import collect
 from data_gen.needles import write as write_needles
+from data_gen.openai_client import KEY
 
 EXAMPLE = "python -m data_gen line --tokenizer models/smollm2-135m --tokens 2048 --samples 50 --out data/line.jsonl"
 

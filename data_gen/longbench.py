@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_gen.console import first_line
-from data_gen.files import read_rows
-from data_gen.sizing import Room
+from data_gen.fit_length import LengthBudget
+from data_gen.io import read_rows
 
 if TYPE_CHECKING:
-    from data_gen.generate import Request
+    from data_gen.dataset import Request
 
 PROMPT = (
     "Answer the question based on the given passage. Only give me the answer and do not output any other words. The "
@@ -53,7 +53,7 @@ def longest(data: str | None) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["length"])
 
 
-def sample(request: Request, rng: random.Random, index: int, room: Room) -> dict[str, Any]:
+def sample(request: Request, rng: random.Random, index: int, room: LengthBudget) -> dict[str, Any]:
     """The sample of rank ``index`` by length, cut in the middle where it does not fit, which it says.
 
     Raises:

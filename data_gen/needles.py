@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from data_gen.endpoint import ask, text_of
-from data_gen.files import write_text
+from data_gen.io import write_text
 from data_gen.niah import TEST_NEEDLE, TEST_REFERENCE, plain
+from data_gen.openai_client import ask, text_of
 
 PROMPT = (
     "I am trying to test the retrieval performance of the model. I need needle sentences to find in a long context, "

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_gen.console import first_line
-from data_gen.files import read_rows
-from data_gen.sizing import Room, largest
+from data_gen.fit_length import LengthBudget, largest
+from data_gen.io import read_rows
 
 if TYPE_CHECKING:
-    from data_gen.generate import Request
+    from data_gen.dataset import Request
 
 PROMPT = "<book>{context}</book>\nBased on the content of the book, Question: {question}\nAnswer:"
 TEST_NEEDLE = {
@@ -114,7 +114,7 @@ def read(source: str) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def straw(source: str, seed: str, start: float) -> Haystack:
+def haystack_text(source: str, seed: str, start: float) -> Haystack:
     """The haystack of one sample: from its beginning, or turned so that it begins at a later paragraph."""
     if source == "prose":
         return haystack(prose(random.Random(seed)))
@@ -159,7 +159,7 @@ def insert(context: str, needle: str, depth: float) -> str:
     return f"{context[:place]}\n{needle}\n{context[place:]}"
 
 
-def sample(request: Request, rng: random.Random, index: int, room: Room) -> dict[str, Any]:
+def sample(request: Request, rng: random.Random, index: int, room: LengthBudget) -> dict[str, Any]:
     """One needle in as much haystack as fits.
 
     Test samples walk through the depths of the grid with the paper's needle: one haystack serves all lengths and
@@ -174,11 +174,11 @@ def sample(request: Request, rng: random.Random, index: int, room: Room) -> dict
         depths = request.depths or DEPTHS
         turn, step = divmod(index, depths)
         depth = round(100 * step / (depths - 1))
-        hay = straw(source, f"{request.seed}/test/{turn}", (turn * 0.381966) % 1)
+        hay = haystack_text(source, f"{request.seed}/test/{turn}", (turn * 0.381966) % 1)
     else:
         pair = rng.choice(needles(Path(request.needles) if request.needles else NEEDLES))
         reference, depth = pair["needle"], rng.randint(0, 100)
-        hay = straw(source, f"train/{rng.getrandbits(64)}", rng.random())
+        hay = haystack_text(source, f"train/{rng.getrandbits(64)}", rng.random())
 
     def prompt(words: int) -> str:
         context = insert(hay.first(words)[0], pair["needle"], depth)

@@ -14,10 +14,10 @@ import random
 import string
 from typing import TYPE_CHECKING, Any
 
-from data_gen.sizing import Room, largest
+from data_gen.fit_length import LengthBudget, largest
 
 if TYPE_CHECKING:
-    from data_gen.generate import Request
+    from data_gen.dataset import Request
 
 VT_PROMPT = (
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
@@ -64,7 +64,7 @@ def turn(task: str, prompt: str, prefix: str, answer: str, references: list[str]
     }
 
 
-def length(drawn: dict[str, Any], room: Room) -> int:
+def length(drawn: dict[str, Any], room: LengthBudget) -> int:
     """Tokens of a sample with its generation budget, or with its answer where that is longer."""
     full = room.count(drawn["prompt"], drawn["answer"])
     return max(full, room.count(drawn["prompt"], drawn["prefix"]) + drawn["budget"])
@@ -94,7 +94,7 @@ def vt_example(names: list[str], value: str, positions: list[int], noises: int) 
     return "".join(vt_input(names, value, positions, noises)) + " " + " ".join(names) + "\n"
 
 
-def vt(request: Request, rng: random.Random, index: int, room: Room) -> dict[str, Any]:
+def vt(request: Request, rng: random.Random, index: int, room: LengthBudget) -> dict[str, Any]:
     """Variable tracking: which variables hold a value, after one worked example of up to 500 tokens.
 
     Raises:
@@ -155,7 +155,7 @@ def cwe_example(entries: list[str], common: list[str]) -> str:
     return CWE_PROMPT.format(context=numbered(entries)) + f"{CWE_PREFIX} {numbered(common)}"
 
 
-def cwe(request: Request, rng: random.Random, index: int, room: Room) -> dict[str, Any]:
+def cwe(request: Request, rng: random.Random, index: int, room: LengthBudget) -> dict[str, Any]:
     """Common words: the ten most frequent words of a long list, after one worked example.
 
     Raises:
@@ -187,7 +187,7 @@ def frequencies(total: int, vocabulary: int) -> list[int]:
     return [int(total * rank**-ALPHA / zeta) for rank in range(1, vocabulary + 1)]
 
 
-def fwe(request: Request, rng: random.Random, index: int, room: Room) -> dict[str, Any]:
+def fwe(request: Request, rng: random.Random, index: int, room: LengthBudget) -> dict[str, Any]:
     """Frequent words: the three most frequent of coded words, ranks 2 to 4; the first rank is a row of dots.
 
     Raises:

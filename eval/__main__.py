@@ -11,11 +11,11 @@ import typer
 
 from data_gen.console import quiet_libraries, stop
 from data_gen.console import run as run_app
-from data_gen.files import load_yaml, write_text
-from data_gen.generate import remark
-from eval.journal import check_replaced, journal_file, result_file, result_name
+from data_gen.dataset import remark
+from data_gen.io import load_yaml, write_text
 from eval.probe.cli import adapters_named, numbers
 from eval.probe.cli import app as probe
+from eval.result_cache import check_replaced, journal_file, result_file, result_name
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.add_typer(probe, name="probe")
@@ -26,18 +26,18 @@ def main() -> None:
     """Score models on the tasks they are tuned for."""
 
 
-OURS = ("line", "niah", "vt", "cwe", "fwe")
-KNOWN = ("longbench", "mmlu")
+SEAL_TASKS = ("line", "niah", "vt", "cwe", "fwe")
+LM_EVAL_TASKS = ("longbench", "mmlu")
 # Options that only some tasks know.
 OPTIONS = {
     "cases": ("line",),
     "haystack": ("niah",),
     "depths": ("niah",),
-    "data": KNOWN,
-    "lengths": OURS,
-    "shots": OURS,
+    "data": LM_EVAL_TASKS,
+    "lengths": SEAL_TASKS,
+    "shots": SEAL_TASKS,
 }
-GROUPS = {"ruler": ("vt", "cwe", "fwe"), "all": (*OURS, *KNOWN)}
+GROUPS = {"ruler": ("vt", "cwe", "fwe"), "all": (*SEAL_TASKS, *LM_EVAL_TASKS)}
 
 
 def tasks_named(task: str, given: dict[str, Any]) -> tuple[str, ...]:
@@ -51,8 +51,10 @@ def tasks_named(task: str, given: dict[str, Any]) -> tuple[str, ...]:
         ValueError: there is no such task, or none of them knows an option that was given.
     """
     tasks = GROUPS.get(task, (task,))
-    if unknown := [name for name in tasks if name not in OURS + KNOWN]:
-        raise ValueError(f"task: found {unknown[0]!r}, expected one of {', '.join((*OURS, *KNOWN, *GROUPS))}")
+    if unknown := [name for name in tasks if name not in SEAL_TASKS + LM_EVAL_TASKS]:
+        raise ValueError(
+            f"task: found {unknown[0]!r}, expected one of {', '.join((*SEAL_TASKS, *LM_EVAL_TASKS, *GROUPS))}"
+        )
     if given["data"] and len(tasks) > 1:
         raise ValueError("data: holds one benchmark, but several tasks are asked for: score them one by one")
     for option, knows in OPTIONS.items():
@@ -90,7 +92,8 @@ def run(
         typer.Option(help="NAME=FOLDER, once for each of several adapters of one base model, which is loaded once."),
     ] = None,
     task: Annotated[
-        str, typer.Option(help=f"What to score: {', '.join((*OURS, *KNOWN))}; ruler for its three, or all.")
+        str,
+        typer.Option(help=f"What to score: {', '.join((*SEAL_TASKS, *LM_EVAL_TASKS))}; ruler for its three, or all."),
     ] = "line",
     lengths: Annotated[
         str, typer.Option(help="Longest samples in tokens, as 512,2048; default: the paper's shares of the window.")
@@ -167,11 +170,11 @@ def run(
         if one_file and (results_asked := len(names) * len(tasks)) > 1:
             raise ValueError(f"out: {out} is one file, but {results_asked} results are asked for: name a folder")
         wanted = list(dict.fromkeys(numbers(lengths, "lengths"))) if lengths else None
-        from axolotl_plugins.seal.load import Loaded, check_name, load, load_each
-        from eval import known
+        from axolotl_plugins.seal.model_loading import LoadedModel, check_name, load, load_each
+        from eval import benchmarks
         from eval import run as ours
-        from eval.served import connect
         from eval.table import print_scores, print_sets
+        from eval.vllm_backend import connect
 
         options: dict[str, Any] = {"chat_template": chat_template, "trust_remote_code": trust_remote_code}
         changes = None
@@ -181,7 +184,7 @@ def run(
                 raise ValueError(f"model-config: {model_config} has no `model_config:` with settings under it")
         for named in model or ():
             check_name(named)
-        models: Iterable[Loaded] = load_each(folders, **options)
+        models: Iterable[LoadedModel] = load_each(folders, **options)
         if model:
             models = (load(named, **options, model_config=changes, weights=backend == "hf") for named in model)
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in tasks}
@@ -193,7 +196,7 @@ def run(
             for name in tasks:
                 path = out if one_file else result_file(out, name, title)
                 journal = journal_file(path, loaded.name, backend, changes, chat_template)
-                if name in KNOWN:
+                if name in LM_EVAL_TASKS:
                     asked = {"data": data, "limit": min(most, default=None)}
                 else:
                     asked = {
@@ -203,8 +206,8 @@ def run(
                         "depths": depths if name == "niah" else None, "cases": cases if name == "line" else None,
                     }  # fmt: skip
                 check_replaced(path, asked)
-                if name in KNOWN:
-                    result = known.run_known(loaded, name, **asked, batch_size=batch_size, journal=journal)
+                if name in LM_EVAL_TASKS:
+                    result = benchmarks.run_benchmark(loaded, name, **asked, batch_size=batch_size, journal=journal)
                     write_text(path, json.dumps(result | {"asked": asked}, indent=1) + "\n")
                     print_sets(result)
                     print(path)

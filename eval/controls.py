@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from axolotl_plugins.seal.layer import SealLayer
-from data_gen.generate import Messages
+from data_gen.dataset import Messages
 
 
 def seal_layers(model: nn.Module) -> list[SealLayer]:

@@ -14,8 +14,8 @@ import numpy as np
 import yaml
 from jinja2 import Environment, FileSystemLoader
 
-from data_gen.files import check_output, load_json, write_text
-from eval.plot import draw_accuracy, draw_grid, draw_scales
+from data_gen.io import check_output, load_json, write_text
+from eval.plots import draw_accuracy, draw_grid, draw_scales
 
 HERE = Path(__file__).parent
 TITLES = {
@@ -80,7 +80,7 @@ def rate_table(found: dict[str, Any]) -> dict[str, Any]:
 def probe_section(found: dict[str, Any]) -> dict[str, Any]:
     """What the page says about a result of ``python -m eval probe``."""
     from eval.probe.captions import CAPTION, TITLE
-    from eval.probe.pictures import DRAW
+    from eval.probe.plots import DRAW
 
     kind = found["kind"]
     shown = rate_table(found) if kind == "sweep" else None

@@ -16,13 +16,13 @@ from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
-from axolotl_plugins.seal.load import Loaded
+from axolotl_plugins.seal.model_loading import LoadedModel
 from axolotl_plugins.seal.provenance import text_hash
-from data_gen.files import write_text
-from data_gen.generate import Request, Split
+from data_gen.dataset import Request, Split
+from data_gen.io import write_text
 from eval.generation import generate_answers, stop_ids
-from eval.journal import Journal
-from eval.score import SCORERS, wilson
+from eval.metrics import METRICS, wilson
+from eval.result_cache import Journal
 from eval.scoring import TASK_FOLDER
 
 # What a result keeps of a sample.
@@ -51,7 +51,7 @@ class Harness(HFLM):
     Samples in ``refused`` (hashes of prompts) are not answered.
     """
 
-    loaded: Loaded
+    loaded: LoadedModel
     journal: Responses
     prompts_together: int | None = None
     refused: frozenset[str] = frozenset()
@@ -60,7 +60,7 @@ class Harness(HFLM):
         """Check every prompt, then answer those that the journal has no answer to.
 
         Raises:
-            ValueError: the model was tuned on the sample, or see ``Loaded.check_room``.
+            ValueError: the model was tuned on the sample, or see ``LoadedModel.check_room``.
         """
         if self.refused and (count := sum(was_seen(request.doc, self.refused) for request in requests)):
             raise ValueError(
@@ -120,7 +120,7 @@ class Harness(HFLM):
 
 
 def harness_for(
-    loaded: Loaded, batch_size: int | None, journal: Path | None, *, add_bos_token: bool = False
+    loaded: LoadedModel, batch_size: int | None, journal: Path | None, *, add_bos_token: bool = False
 ) -> Harness:
     """What lets a model answer: itself, or the server that has it.
 
@@ -130,7 +130,7 @@ def harness_for(
         journal: see ``run``.
         add_bos_token: for prompts without a chat template, which otherwise says whether there is one.
     """
-    from eval.served import Served, ServedHarness
+    from eval.vllm_backend import Served, ServedHarness
 
     harness = (ServedHarness if isinstance(loaded, Served) else Harness)(
         pretrained=loaded.model, tokenizer=loaded.tokenizer, max_length=loaded.window, batch_size=batch_size or 1,
@@ -153,7 +153,7 @@ def default_lengths(window: int, answer: int = 128) -> list[int]:
 
 
 def run(
-    loaded: Loaded, task: str, *, lengths: list[int] | None = None, samples: int = 50, seed: int = 0,
+    loaded: LoadedModel, task: str, *, lengths: list[int] | None = None, samples: int = 50, seed: int = 0,
     split: Split = "test", shots: int = 0, shot_tokens: int = 1000, haystack: str | None = None,
     depths: int | None = None, cases: str | None = None, batch_size: int | None = None, journal: Path | None = None,
     allow_contamination: bool = False,
@@ -162,15 +162,15 @@ def run(
 
     Args:
         loaded: the model with its tokenizer.
-        task: one of ``SCORERS``.
+        task: one of ``METRICS``.
         lengths: longest samples, in tokens; None means ``default_lengths``.
         samples: per length.
         seed: of the samples.
         split: ``train`` with a seed that was not trained on gives validation data.
         shots: worked examples before every prompt (paper section 8: one).
         shot_tokens: longest example, in tokens (paper section 8: 1K).
-        haystack: see ``data_gen.generate.Request``.
-        depths: see ``data_gen.generate.Request``.
+        haystack: see ``data_gen.dataset.Request``.
+        depths: see ``data_gen.dataset.Request``.
         cases: folder of LongEval's published line cases, scored instead of samples of ours; ``samples`` of each file.
         batch_size: prompts decoded together; None takes what memory allows.
         journal: file that keeps responses while they come in; a run that was cut off goes on from it.
@@ -185,8 +185,8 @@ def run(
     Raises:
         ValueError: bad input; the message is one line.
     """
-    if task not in SCORERS:
-        raise ValueError(f"task: found {task!r}, expected one of {', '.join(SCORERS)}")
+    if task not in METRICS:
+        raise ValueError(f"task: found {task!r}, expected one of {', '.join(METRICS)}")
     if cases and task != "line":
         raise ValueError(f"cases: they are LongEval's line cases, but the task is {task}")
     lengths = [] if cases else lengths or default_lengths(loaded.window)
@@ -243,14 +243,14 @@ def summaries(responses: list[dict[str, Any]], *keys: str) -> list[dict[str, Any
 
 
 def generate_responses(
-    loaded: Loaded, task: str, metadata: dict[str, Any], batch_size: int | None, journal: Path | None,
+    loaded: LoadedModel, task: str, metadata: dict[str, Any], batch_size: int | None, journal: Path | None,
     allow_contamination: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Run lm-eval and keep, for each sample, what identifies it, the response, its score and whether it was ``seen``.
 
     Args:
         loaded: the model.
-        task: one of ``SCORERS``.
+        task: one of ``METRICS``.
         metadata: arguments of ``eval.tasks.documents.documents``.
         batch_size: prompts decoded together; None takes what memory allows.
         journal: see ``run``.
@@ -279,7 +279,7 @@ def generate_responses(
 
 def save(result: dict[str, Any], out: Path) -> None:
     """Write a result as JSON and, beside it, its picture."""
-    from eval.plot import accuracy_by_length
+    from eval.plots import accuracy_by_length
 
     accuracy_by_length([result], out.with_suffix(".png"))
     write_text(out, json.dumps(result, indent=1) + "\n")

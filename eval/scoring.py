@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from eval.generation import generate_answers, stop_ids
-from eval.score import SCORERS
+from eval.metrics import METRICS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,8 +61,8 @@ def score_samples(
     Args:
         model: in evaluation mode.
         tokenizer: with a chat template.
-        task: a key of ``SCORERS``.
-        samples: as ``data_gen.generate`` draws them; ``length`` says which they belong to.
+        task: a key of ``METRICS``.
+        samples: as ``data_gen.dataset`` draws them; ``length`` says which they belong to.
         batch_size: see ``generate_answers``.
         shown: see ``prompt_ids``.
         on_answer: called with the index of every sample that is answered.
@@ -97,7 +97,7 @@ def score_samples(
             "index": sample["index"],
             "tokens": sample["tokens"],
             "response": response,
-            "score": SCORERS[task](response, sample["references"]),
+            "score": METRICS[task](response, sample["references"]),
         }
         for sample, response in zip(samples, responses, strict=True)
     ]

@@ -11,15 +11,15 @@ import typer
 
 from data_gen.console import first_line, quiet_libraries, stop
 from data_gen.console import run as run_app
-from data_gen.files import check_output, load_yaml, write_text
-from recipes.cost import (
+from data_gen.io import check_output, load_yaml, write_text
+from recipes.estimate import (
     CARD_SHARE,
     CARDS,
     CPU_FLOPS,
     GOOD_SHARE,
     GPUS,
     PAPER_SHARE,
-    Held,
+    MemoryConfig,
     Shape,
     longest_sample,
     recipe_cost,
@@ -129,7 +129,7 @@ def recipe_for(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from axolotl_plugins.seal import find_attention_outputs
-    from data_gen.generate import Request, load_tokenizer
+    from data_gen.dataset import Request, load_tokenizer
 
     for what, value, known in (("task", task, TASKS), ("method", method, METHODS)):
         if value not in known:
@@ -185,7 +185,7 @@ def cost(
     file: Annotated[Path, typer.Argument(help="A recipe that describes its data.")],
     gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h200",
 ) -> None:
-    """Estimate the time and memory of a recipe on one GPU, from shapes alone (docs/speed.md)."""
+    """Estimate the time and memory of a recipe on one GPU, from shapes alone (docs/performance.md)."""
     quiet_libraries()
     try:
         for line in cost_lines(file, gpu):
@@ -227,13 +227,15 @@ def cost_lines(file: Path, gpu: str) -> list[str]:
     cpu = [
         f"on two CPU cores: {found.cpu_minutes} minutes at {CPU_FLOPS / 1e9:.0f} GFLOP/s, about {found.cpu_gib:.0f} GiB"
     ]
-    several, each = (f"{found.held.sharers} x ", " of each") if found.held.sharers > 1 else ("", "")
+    several, each = (
+        (f"{found.held.context_parallel_size} x ", " of each") if found.held.context_parallel_size > 1 else ("", "")
+    )
     return [
         f"{settings['base_model']}: {shape.parameters / 1e9:.2f} B parameters, {found.tokens} tokens at most",
         f"useful work: {found.flop:.3g} FLOP; activations are {'' if found.held.recompute else 'not '}formed again",
         f"time on {several}{gpu}: {minutes[0]:.1f} minutes at {GOOD_SHARE:.0%} of its peak, {minutes[1]:.1f} at the "
         f"{PAPER_SHARE:.0%} that the paper's 40 minutes on an A100 come to",
-        *(cpu if found.held == Held(element=4, recompute=found.held.recompute) else []),
+        *(cpu if found.held == MemoryConfig(element=4, recompute=found.held.recompute) else []),
         f"memory{each}: about {found.gib:.0f} GiB of {memory}" + ("" if found.gib < memory else ": it will not fit"),
         "longest sample that fits, by memory: "
         + ", ".join(f"{gib} GiB {longest_sample(shape, CARD_SHARE * gib, found.held)} tokens" for gib in CARDS),

@@ -31,8 +31,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_plugins.seal.tune import answer_loss
 from data_gen.console import first_line, out_of_memory, quiet_libraries, stop
-from data_gen.files import load_json, write_text
-from recipes.cost import Shape, training_flop
+from data_gen.io import load_json, write_text
+from recipes.estimate import Shape, training_flop
 from recipes.machine import machine
 from recipes.matrix import peft_config, read_matrix
 

@@ -17,9 +17,9 @@ from rich.table import Table
 from axolotl_plugins.seal.scales import saved_scales
 from data_gen.console import quiet_libraries, stop
 from data_gen.console import run as run_app
-from data_gen.files import load_json, write_text
-from data_gen.line import QUESTION
-from eval.journal import result_file, result_name
+from data_gen.io import load_json, write_text
+from data_gen.line_retrieval import QUESTION
+from eval.result_cache import result_file, result_name
 from recipes.machine import machine
 
 METHODS = ("SEAL-H", "SEAL-C")
@@ -110,7 +110,7 @@ def draw(summary: dict[str, Any], out: Path) -> None:
     """Draw accuracy by length, and the scales of all heads (SEAL-C: means over a head's channels)."""
     import matplotlib.pyplot as plt
 
-    from eval.plot import draw_accuracy, draw_scales, save_figure
+    from eval.plots import draw_accuracy, draw_scales, save_figure
 
     figure, (left, *maps) = plt.subplots(1, 3, figsize=(14, 5), width_ratios=(1.4, 1, 1), layout="constrained")
     draw_accuracy(left, [{"method": method, "scores": rows} for method, rows in summary["scores"].items()])

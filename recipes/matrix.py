@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from recipes.cost import CPU_FLOPS, GOOD_SHARE, PAPER_SHARE, Shape, needs_checkpointing, recipe_cost
+from recipes.estimate import CPU_FLOPS, GOOD_SHARE, PAPER_SHARE, Shape, needs_checkpointing, recipe_cost
 
 FOLDER = Path(__file__).parent
 METHODS = {"sealh": "SEAL-H", "sealc": "SEAL-C", "seall": "SEAL-L (LoRA)", "seald": "SEAL-D (DoRA)"}
@@ -59,14 +59,16 @@ def expectation(settings: dict[str, Any], shape: Shape | None, gpu: bool) -> str
             "with 1,024 tokens reached on two idle cores with AVX-512; others may take several times as long."
         )
     fast, slow = cost.minutes("a100")
-    each, cards = ("", "one") if cost.held.sharers == 1 else (" on each", str(cost.held.sharers))
+    each, cards = (
+        ("", "one") if cost.held.context_parallel_size == 1 else (" on each", str(cost.held.context_parallel_size))
+    )
     text = (
         f"Takes about {cost.gib:.0f} GiB{each}, and {fast:.0f} to {slow:.0f} minutes on {cards} A100 80 GB: computed "
         f"from shapes (`python -m recipes cost`), at {GOOD_SHARE:.0%} of the card's peak and at the {PAPER_SHARE:.0%} "
         "that the authors' 40 minutes for 7B models and 31K tokens (section 5) come to; not measured yet."
     )
-    if cost.held.sharers > 1:
-        text += f" Start {cost.held.sharers} processes, which share every sample."
+    if cost.held.context_parallel_size > 1:
+        text += f" Start {cost.held.context_parallel_size} processes, which share every sample."
     if "fsdp_config" in settings or "deepspeed" in settings:
         weights = cost.held.element * shape.parameters / 2**30
         text += (
@@ -106,7 +108,8 @@ seed: 0
 
 
 def recipe(file: Path, model: dict[str, Any], task: str, method: str, *, lr: float, shows: str, shape: Shape | None,
-           samples: int = 50, epochs: int = 1, sharding: str | None = None, sharers: int = 1) -> str:  # fmt: skip
+           samples: int = 50, epochs: int = 1, sharding: str | None = None,
+           context_parallel_size: int = 1) -> str:  # fmt: skip
     """The text of one recipe.
 
     Args:
@@ -120,7 +123,7 @@ def recipe(file: Path, model: dict[str, Any], task: str, method: str, *, lr: flo
         samples: training samples.
         epochs: passes over them.
         sharding: a key of ``SHARDING``, for weights that are spread over devices.
-        sharers: devices that every sample's tokens are spread over.
+        context_parallel_size: devices that every sample's tokens are spread over.
     """
     name, gpu = file.stem, model.get("gpu", True)
     parts = MIXTURES.get(task, (task,))
@@ -138,8 +141,10 @@ def recipe(file: Path, model: dict[str, Any], task: str, method: str, *, lr: flo
     if method in GRANULARITY:
         adapter = f"adapter: seal\n{SEAL}"
     seal = f"  granularity: {GRANULARITY[method]}\n" if method in GRANULARITY else ""
-    if sharers > 1:
-        seal += f"  context_parallel: {sharers} # processes that share a sample, each a part of its tokens\n"
+    if context_parallel_size > 1:
+        seal += (
+            f"  context_parallel: {context_parallel_size} # processes that share a sample, each a part of its tokens\n"
+        )
         attention = "sdpa # context_parallel gathers keys and values for it"
     template = "chat_template: tokenizer_default"
     if "template" in model:
@@ -151,7 +156,9 @@ def recipe(file: Path, model: dict[str, Any], task: str, method: str, *, lr: flo
     if "self_extend" in stretched:
         plugins = f"  - axolotl_plugins.self_extend.SelfExtendPlugin\n{plugins}"
         attention = "sdpa # self_extend takes its place when the model is loaded"
-    same = name.removesuffix(f"_{sharding}").removesuffix(f"_cp{sharers}")  # data are the same on however many devices
+    same = name.removesuffix(f"_{sharding}").removesuffix(
+        f"_cp{context_parallel_size}"
+    )  # data are the same on however many devices
     key = same.removesuffix(f"_{method}")
     blocks = [
         data_block(model, part, length, samples // len(parts)) for part, length in zip(parts, tokens, strict=True)
@@ -295,6 +302,6 @@ def all_recipes() -> dict[str, str]:
                 lr=rate(entry.get("rates", matrix["rates"]), model, task, method),
                 shows=f"{row['shows']} of arXiv 2501.15225", shape=Shape.of(shape),
                 samples=samples, epochs=epochs, sharding=row.get("sharding"),
-                sharers=row.get("context_parallel", 1),
+                context_parallel_size=row.get("context_parallel", 1),
             )  # fmt: skip
     return texts

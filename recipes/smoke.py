@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from data_gen.files import remove, write_text
+from data_gen.io import remove, write_text
 from recipes.matrix import FOLDER, all_recipes, read_matrix
 
 ROOT = FOLDER.parent

@@ -26,8 +26,8 @@ import typer
 
 from data_gen.console import first_line, quiet_libraries, stop
 from data_gen.console import run as run_app
-from data_gen.files import file_hash, load_json
-from data_gen.generate import Request, load_tokenizer
+from data_gen.dataset import Request, load_tokenizer
+from data_gen.io import file_hash, load_json
 from recipes.study_cells import (
     METHODS,
     TASKS,

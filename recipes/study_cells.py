@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from data_gen.files import load_json, read_rows, write_text, written_whole
-from data_gen.generate import Messages, Request, count_tokens, generate, load_tokenizer
+from data_gen.dataset import Messages, Request, count_tokens, generate, load_tokenizer
+from data_gen.io import load_json, read_rows, write_text, written_whole
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ class Settings:
         validation_samples: per length.
         tune_samples: training samples of every cell.
         shot_tokens: longest worked example.
-        haystack: of needles, see ``data_gen.generate.Request``.
+        haystack: of needles, see ``data_gen.dataset.Request``.
         train: task -> length or range of training samples, in tokens.
         lengths: task -> lengths of test samples, in tokens.
     """

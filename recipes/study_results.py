@@ -8,8 +8,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from data_gen.files import load_json, write_text
-from eval.score import wilson
+from data_gen.io import load_json, write_text
+from eval.metrics import wilson
 from recipes.matrix import TASKS as TITLES
 from recipes.study_cells import CONTROLS, METHODS, TASKS, Cell, choose_rate, mean_score
 
@@ -107,7 +107,7 @@ def save(gathered: dict[str, Any], out: Path) -> None:
     """Write a study's result as JSON, and its pictures beside it."""
     import matplotlib.pyplot as plt
 
-    from eval.plot import save_figure
+    from eval.plots import save_figure
 
     write_text(out, json.dumps(gathered, indent=1) + "\n")
     for methods, name in ((COMPARED, "tasks"), (CONTROLLED, "controls")):
@@ -127,7 +127,7 @@ def scores_figure(rows: list[dict[str, Any]], methods: tuple[str, ...]) -> Any:
     """
     import matplotlib.pyplot as plt
 
-    from eval.plot import draw_accuracy
+    from eval.plots import draw_accuracy
 
     tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
     columns, lines = min(3, max(1, len(tasks))), -(-max(1, len(tasks)) // 3)
@@ -152,7 +152,7 @@ def scores_figure(rows: list[dict[str, Any]], methods: tuple[str, ...]) -> Any:
 
 def draw_general(panels: Any, rows: list[dict[str, Any]]) -> None:
     """Draw the change of perplexity and the divergence from the base, one point per task and seed."""
-    from eval.plot import COLOURS
+    from eval.plots import COLOURS
 
     methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
     for axes, key, label in zip(

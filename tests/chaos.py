@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.__main__ import app as seal
-from axolotl_plugins.seal.load import load
+from axolotl_plugins.seal.model_loading import load
 from data_gen.__main__ import app as data_gen
 from data_gen.console import run
 from eval.__main__ import app as evaluate
@@ -241,7 +241,7 @@ def main() -> None:
     torch.set_num_threads(1)  # a fork has but one
     if "train" in args.stages:
         import axolotl.cli.train  # noqa: F401
-    import eval.probe.maps
+    import eval.probe.head_importance
     import eval.report  # noqa: F401
 
     rng, failed = random.Random(args.seed), False

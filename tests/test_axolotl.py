@@ -18,7 +18,7 @@ from paths import TINY, TINY_SEALC
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from axolotl_plugins.seal.load import load
+from axolotl_plugins.seal.model_loading import load
 from axolotl_plugins.seal.provenance import text_hash
 from recipes.matrix import SHARDING
 

@@ -13,7 +13,7 @@ from miniatures import build
 from peft import get_peft_model
 
 from axolotl_plugins.seal import SealConfig
-from axolotl_plugins.seal.card import card, push
+from axolotl_plugins.seal.model_card import card, push
 
 LONGCHAT = "lmsys/longchat-7b-v1.5-32k"
 

@@ -15,9 +15,9 @@ import pytest
 from chaos import Stage, torment
 from paths import ROOT, TINY
 
-from axolotl_plugins.seal.load import load
-from data_gen.files import check_output
-from data_gen.generate import Request, load_tokenizer, write
+from axolotl_plugins.seal.model_loading import load
+from data_gen.dataset import Request, load_tokenizer, write
+from data_gen.io import check_output
 from eval.run import Responses, run
 
 
@@ -42,7 +42,7 @@ def test_a_killed_command_ends_the_same_the_next_time_and_a_full_disk_costs_noth
 STARVED = """
 import resource, sys
 from pathlib import Path
-import eval.probe.maps, eval.run
+import eval.probe.head_importance, eval.run
 from data_gen.console import run
 from eval.__main__ import app as evaluate
 

@@ -16,19 +16,19 @@ import pytest
 from paths import TINY
 from transformers import AutoTokenizer
 
-from data_gen import line
-from data_gen.files import read_rows
-from data_gen.generate import (
+from data_gen import line_retrieval
+from data_gen.dataset import (
     Request,
-    accepts,
     count_tokens,
     draw,
     generate,
+    in_split,
     load_tokenizer,
     manifest_path,
     write,
 )
-from data_gen.sizing import largest
+from data_gen.fit_length import largest
+from data_gen.io import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def data_gen(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def test_text_is_longevals():
     """The literal text of LongEval's generator with these values, and the paper's answer (appendix B.1)."""
-    drawn = line.render([("torpid-kid", 2416), ("able-jeans", 6782)], 1)
+    drawn = line_retrieval.render([("torpid-kid", 2416), ("able-jeans", 6782)], 1)
     assert drawn["prompt"] == (
         "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
         "'<REGISTER_CONTENT>' at the end of the line as a numerical value. For each line index, memorize its "
@@ -65,7 +65,7 @@ def test_rendering_reproduces_longevals_own_cases():
     for file in files:
         for row in map(json.loads, file.read_text().splitlines()):
             lines = re.findall(r"^line (.+): REGISTER_CONTENT is <(\d+)>$", row["prompt"], re.MULTILINE)
-            drawn = line.render([(key, int(number)) for key, number in lines], row["random_idx"][1])
+            drawn = line_retrieval.render([(key, int(number)) for key, number in lines], row["random_idx"][1])
             assert drawn["prompt"] == row["prompt"].rstrip(" ")  # the published files end in a space
             assert drawn["number"] == row["expected_number"]
 
@@ -76,7 +76,8 @@ def test_length_is_never_over_and_at_most_a_line_short(tokenizer, tokens):
         found = count_tokens(tokenizer, sample["messages"])
         assert found == sample["tokens"] <= tokens
         prompt = sample["messages"][0]["content"]
-        assert tokens - found < len(tokenizer(line.LINE.format(key="absolute-contact lens", number=50000))["input_ids"])
+        longest_line = line_retrieval.LINE.format(key="absolute-contact lens", number=50000)
+        assert tokens - found < len(tokenizer(longest_line)["input_ids"])
         assert prompt.count("\nline ") == sample["lines"]
         assert f"line {sample['key']}: REGISTER_CONTENT is <{sample['number']}>\n" in prompt
 
@@ -109,20 +110,20 @@ def test_splits_never_meet():
     for split, found in answers.items():
         for index in range(10_000):
             rng = random.Random(f"{split}{index}")
-            record = line.Record(rng, lambda answer, split=split: accepts(split, answer))
-            drawn = line.render(record.first(1), 0)
+            record = line_retrieval.Record(rng, lambda answer, split=split: in_split(split, answer))
+            drawn = line_retrieval.render(record.first(1), 0)
             found.add(drawn["answer"])
     assert len(answers["train"]) > 9_900 and not answers["train"] & answers["test"]
     # The rule itself separates any answers, however few there are to draw from.
     answers = [str(number) for number in range(1000)]
-    assert all(accepts("train", answer) != accepts("test", answer) for answer in answers)
-    assert 400 < sum(accepts("train", answer) for answer in answers) < 600
+    assert all(in_split("train", answer) != in_split("test", answer) for answer in answers)
+    assert 400 < sum(in_split("train", answer) for answer in answers) < 600
 
 
 def test_more_lines_than_adjectives():
-    keys = list(itertools.islice(line.draw_keys(random.Random(0)), 3000))
+    keys = list(itertools.islice(line_retrieval.draw_keys(random.Random(0)), 3000))
     assert len(set(keys)) == 3000
-    adjectives = len(line.words()[0])
+    adjectives = len(line_retrieval.words()[0])
     assert len({key.split("-")[0] for key in keys[:adjectives]}) > 0.98 * adjectives
 
 

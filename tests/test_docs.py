@@ -37,8 +37,8 @@ def test_paths_of_the_readme_exist():
 
 
 def test_the_readmes_python_runs():
-    from axolotl_plugins.seal.load import load
-    from data_gen.generate import Request, generate
+    from axolotl_plugins.seal.model_loading import load
+    from data_gen.dataset import Request, generate
 
     loaded = load(TINY)
     samples = generate(Request("line", "300", samples=2), loaded.tokenizer)
@@ -53,7 +53,7 @@ def random_model(model_type: str, folder: Path) -> str:
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 
-    from data_gen.generate import Request, generate
+    from data_gen.dataset import Request, generate
 
     small = tokenizer = AutoTokenizer.from_pretrained(TINY)
     if model_type == "qwen2":

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_plugins.seal import SealConfig
-from axolotl_plugins.seal.load import load, load_each
+from axolotl_plugins.seal.model_loading import load, load_each
 from data_gen import niah
-from data_gen.generate import Request, generate
-from eval.journal import result_name
+from data_gen.dataset import Request, generate
+from eval.metrics import METRICS, last_integer, wilson
+from eval.result_cache import result_name
 from eval.run import Harness, Responses, default_lengths, run, summaries
-from eval.score import SCORERS, last_integer, wilson
 
 
 @pytest.mark.parametrize(
@@ -52,9 +52,9 @@ def test_scores_are_those_of_the_original_programs():
     for row in rows["line"]:
         assert last_integer(row["response"]) == row["parsed"]
     for row in rows["vt"]:
-        assert round(100 * SCORERS["vt"](row["response"], row["references"]), 2) == row["score"]
+        assert round(100 * METRICS["vt"](row["response"], row["references"]), 2) == row["score"]
     for row in rows["niah"]:
-        assert 100 * SCORERS["niah"](row["response"], [niah.TEST_REFERENCE]) == pytest.approx(row["score"])
+        assert 100 * METRICS["niah"](row["response"], [niah.TEST_REFERENCE]) == pytest.approx(row["score"])
     assert len({row["score"] for row in rows["niah"]}) >= 10 and len({row["score"] for row in rows["vt"]}) > 2
 
 
@@ -72,7 +72,7 @@ ROUGE = [
 
 @pytest.mark.parametrize(("response", "expected"), ROUGE)
 def test_needles_are_scored_by_recall_of_words(response, expected):
-    assert SCORERS["niah"](response, [niah.TEST_REFERENCE]) == pytest.approx(expected, abs=1e-4)
+    assert METRICS["niah"](response, [niah.TEST_REFERENCE]) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_needles_are_scored_by_recall_of_words(response, expected):
     [("ABCDE vwxyz", 1.0), ("abcde", 0.5), ("", 0.0), ("ABCD E", 0.0), ("xABCDEx ABCDE", 0.5), ("Ábcde", 0.0)],
 )
 def test_ruler_is_scored_by_the_share_of_references_found(response, expected):
-    assert SCORERS["vt"](response, ["ABCDE", "VWXYZ"]) == expected
+    assert METRICS["vt"](response, ["ABCDE", "VWXYZ"]) == expected
 
 
 def test_wilson_brackets_the_share_as_in_the_textbook():

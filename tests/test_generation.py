@@ -17,9 +17,9 @@ from miniatures import build
 from paths import TINY
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from axolotl_plugins.seal.load import Loaded, load
-from data_gen import line
-from data_gen.generate import Request, generate
+from axolotl_plugins.seal.model_loading import LoadedModel, load
+from data_gen import line_retrieval
+from data_gen.dataset import Request, generate
 from eval.generation import (
     can_join_caches,
     common_prefix,
@@ -218,7 +218,7 @@ def test_answers_end_at_a_text_that_ends_them():
         assert harness_for(loaded, batch, None).generate_until(cut) == expected
 
 
-def rope_model(tokenizer, **rope) -> Loaded:
+def rope_model(tokenizer, **rope) -> LoadedModel:
     """A random model whose answers depend on what is asked, with a window of 256 tokens and some RoPE."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -226,7 +226,7 @@ def rope_model(tokenizer, **rope) -> Loaded:
         num_key_value_heads=2, eos_token_id=2, initializer_range=0.2, max_position_embeddings=256,
         rope_parameters={"rope_theta": 10000.0, **rope},
     )  # fmt: skip
-    return Loaded("random", LlamaForCausalLM(config).eval(), tokenizer, "random", "base", 256)
+    return LoadedModel("random", LlamaForCausalLM(config).eval(), tokenizer, "random", "base", 256)
 
 
 def test_prompts_on_either_side_of_a_longrope_window_share_nothing():
@@ -236,7 +236,7 @@ def test_prompts_on_either_side_of_a_longrope_window_share_nothing():
         short_factor=[1.0] * 16, long_factor=[4.0] * 16,
     )  # fmt: skip
     assert loaded.short_window == 64
-    words, _ = line.words()
+    words, _ = line_retrieval.words()
     texts = ["<s><|user|> " + " ".join(words[:count]) for count in (30, 32, 34, 90, 92, 94)]
     harness = harness_for(loaded, 1, None)
     prompts = [harness.tok_encode(text) for text in texts]
@@ -277,10 +277,11 @@ def test_sharing_pays(what, least, tmp_path):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4 if parameter.dim() == 2 else 1)  # so that answers depend on what is asked
-    loaded = Loaded("random", model, tokenizer, "random", "base", 8192)
+    loaded = LoadedModel("random", model, tokenizer, "random", "base", 8192)
     if what.startswith("ten"):
-        lines = line.Record(random.Random(0)).first(180)
-        chats = [[{"role": "user", "content": line.render(lines, 18 * place)["prompt"]}] for place in range(10)]
+        lines = line_retrieval.Record(random.Random(0)).first(180)
+        contents = [line_retrieval.render(lines, 18 * place)["prompt"] for place in range(10)]
+        chats = [[{"role": "user", "content": content}] for content in contents]
     else:
         rows = (generate(Request("niah", n, samples=10, split="test"), tokenizer) for n in ("1000", "1500", "2000"))
         chats = [sample["messages"][:1] for row in rows for sample in list(row)[::2]]

@@ -19,15 +19,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from axolotl_plugins.seal import SealConfig
-from axolotl_plugins.seal.load import load
+from axolotl_plugins.seal.model_loading import load
 from axolotl_plugins.seal.scales import saved_scales
-from eval.probe import maps
-from eval.probe.anatomy import blocks, probing, wrapped
-from eval.probe.direct import components, effects
+from eval.probe import head_importance
+from eval.probe.ablation import HeadAblator
+from eval.probe.hooks import blocks, probing, wrapped
+from eval.probe.logit_attribution import components, effects
 from eval.probe.quadrants import quadrant_scales, save_scales
-from eval.probe.removal import Remover
-from eval.probe.transfer import transferability
-from eval.probe.tuning import (
+from eval.probe.sweep import (
     controls,
     load_new,
     read_recipe,
@@ -38,6 +37,7 @@ from eval.probe.tuning import (
     wrong_answers,
     wrong_facts,
 )
+from eval.probe.transfer import transferability
 from eval.report import write_report
 from eval.run import run
 
@@ -91,7 +91,7 @@ def test_reused_hidden_states_give_the_answers_of_full_runs(name, reference):
     for seed in range(3):
         prompt = token_ids(1, 20, seed)[0].tolist()
         draft = [*naive(model, prompt, 8, STOP)[:reference], STOP] if reference else []
-        remover = Remover(model, {STOP}, 8, batch=3)
+        remover = HeadAblator(model, {STOP}, 8, batch=3)
         reading = remover.read(prompt, draft)
         assert reading.answer.ids == naive(model, prompt, 8, STOP)
         for layer, block in enumerate(blocks(model)):
@@ -113,7 +113,7 @@ def test_reused_hidden_states_give_the_answers_of_full_runs(name, reference):
 def test_probes_leave_the_model_as_it_was():
     model = wrapped(build("llama_gqa"))
     before = model(token_ids()).logits
-    remover = Remover(model, {STOP}, 4)
+    remover = HeadAblator(model, {STOP}, 4)
     reading = remover.read(token_ids(1, 20)[0].tolist(), [STOP])
     remover.variants(reading, 1, blocks(model)[1].without_head(0)[None])
     assert torch.equal(model(token_ids()).logits, before)
@@ -126,7 +126,7 @@ def test_an_adapter_stays_applied_and_partial_ones_are_refused():
         for layer in seal_layers(model):
             layer.seal_scale["default"].normal_(1, 0.3)
     prompt = token_ids(1, 20)[0].tolist()
-    answers = Remover(wrapped(model), {STOP}, 8)
+    answers = HeadAblator(wrapped(model), {STOP}, 8)
     block = answers.blocks[0]
     found = answers.variants(answers.read(prompt, []), 0, block.without_head(1)[None])[0]
     with probing(block.projection, block.without_head(1)):
@@ -147,7 +147,7 @@ def test_reuse_is_faster_than_full_runs_by_almost_what_the_arithmetic_allows():
     found = blocks(model)
 
     def reuse():
-        remover = Remover(model, {2}, 4, batch=1)
+        remover = HeadAblator(model, {2}, 4, batch=1)
         reading = remover.read(prompt, [])
         return [
             remover.variants(reading, layer, torch.stack([block.without_head(h) for h in range(4)]))
@@ -219,23 +219,23 @@ def test_transferability_is_equation_2():
 
 def test_gradient_is_the_slope_of_the_answers_log_probability():
     loaded = load(TINY)
-    found = maps.gradient_map(loaded, "line", [256], samples=2)
-    prompt = next(maps.prompts(loaded, "line", [256], 1, maps.PROBE_SEED))
-    only = maps.gradient_map(loaded, "line", [256], samples=1)
+    found = head_importance.gradient_map(loaded, "line", [256], samples=2)
+    prompt = next(head_importance.prompts(loaded, "line", [256], 1, head_importance.PROBE_SEED))
+    only = head_importance.gradient_map(loaded, "line", [256], samples=1)
     block = blocks(loaded.model)[1]
     values = []
     for value in (0.99, 1.01):
         scale = torch.ones(block.heads, block.channels // block.heads)
         scale[2] = value
-        remover = Remover(loaded.model, {loaded.tokenizer.eos_token_id}, 1)
+        remover = HeadAblator(loaded.model, {loaded.tokenizer.eos_token_id}, 1)
         with probing(block.projection, scale.flatten()):
             values.append(remover.read(prompt.ids, prompt.reference).answer.logprob)
     slope = (values[1] - values[0]) / 0.02
-    assert maps.changes(only, 256)[1, 2] == pytest.approx(-slope, rel=0.05, abs=1e-4)
+    assert head_importance.changes(only, 256)[1, 2] == pytest.approx(-slope, rel=0.05, abs=1e-4)
     assert np.array(found["change"]["logprob"]["256"]).shape == (len(blocks(loaded.model)), block.heads)
-    one = maps.changes(only, 256, "logprob")
-    assert maps.changes(only, 256, "importance") == pytest.approx(-np.abs(one))  # of a single prompt
-    found = maps.agreement(only, only)
+    one = head_importance.changes(only, 256, "logprob")
+    assert head_importance.changes(only, 256, "importance") == pytest.approx(-np.abs(one))  # of a single prompt
+    found = head_importance.agreement(only, only)
     assert found["logprob"]["logprob"]["256"] == found["importance"]["importance"]["256"] == pytest.approx(1)
     assert found["importance"]["logprob"]["256"] == pytest.approx(
         spearmanr(-np.abs(one).ravel(), one.ravel()).statistic
@@ -244,18 +244,18 @@ def test_gradient_is_the_slope_of_the_answers_log_probability():
 
 def test_removal_map_goes_on_where_it_was_and_quadrants_make_an_adapter(tmp_path):
     loaded, journal = load(TINY), tmp_path / "j"
-    whole = maps.removal_map(loaded, "line", [200, 256], samples=2, journal=journal)
+    whole = head_importance.removal_map(loaded, "line", [200, 256], samples=2, journal=journal)
     rows = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(rows[: len(rows) // 2]) + rows[len(rows) // 2][:9])
-    again = maps.removal_map(loaded, "line", [200, 256], samples=2, journal=journal)
+    again = head_importance.removal_map(loaded, "line", [200, 256], samples=2, journal=journal)
     assert whole["change"] == again["change"] and whole["base"] == again["base"]
     assert again["seconds"] > 0.5 * whole["seconds"]  # with what the run that was cut off took
     timed = lambda row: '"seconds"' in row  # noqa: E731
     kept = journal.read_text().splitlines(keepends=True)
     assert [row for row in kept if not timed(row)] == [row for row in rows if not timed(row)]
     # No head helps on samples this easy, but some hurt.
-    where = maps.quadrants(whole)
-    assert (where == 3).any() and np.abs(maps.changes(whole, 256)).max() > 0.4
+    where = head_importance.quadrants(whole)
+    assert (where == 3).any() and np.abs(head_importance.changes(whole, 256)).max() > 0.4
     scales = quadrant_scales(whole, "Q3 up", 0.9, 1.1)
     assert set(np.unique(scales)) == {1.0, 1.1} and (scales == 1.1).sum() == (where == 3).sum()
     save_scales(load(TINY), scales, tmp_path / "adapter")
@@ -275,7 +275,7 @@ def test_quadrants_are_the_papers():
     short = [[0.1, -0.1, -0.1], [0.1, 0.0, 0.2]]
     long = [[0.2, 0.2, -0.3], [-0.1, 0.5, 0.1]]
     found = {"unit": "head", "lengths": [1, 2], "change": {"score": {"1": short, "2": long}}}
-    assert maps.quadrants(found).tolist() == [[1, 2, 3], [4, 0, 1]]
+    assert head_importance.quadrants(found).tolist() == [[1, 2, 3], [4, 0, 1]]
     assert quadrant_scales(found, "Q1 down, Q3 up", 0.9, 1.1).tolist() == [[0.9, 1.0, 1.1], [1.0, 1.0, 0.9]]
 
 
@@ -298,7 +298,7 @@ def test_sweep_and_controls_tune_for_real_and_resume(tmp_path, monkeypatch):
     assert len(found["cells"]) == 4 and found["best"]["mean"] == max(cell["mean"] for cell in found["cells"])
     # A rate of 0.5 throws the scales about, so the cells cannot all be alike.
     assert len({cell["mean"] for cell in found["cells"]}) > 1
-    monkeypatch.setattr("eval.probe.tuning.tune", lambda *a, **k: pytest.fail("tuned again"))
+    monkeypatch.setattr("eval.probe.sweep.tune", lambda *a, **k: pytest.fail("tuned again"))
     assert sweep(recipe, **settings, journal=tmp_path / "s") == found
     monkeypatch.undo()
     shown = controls(recipe, seeds=[1], lengths=[200], validation=2)
@@ -364,7 +364,7 @@ def test_commands_write_results_with_pictures(tmp_path):
 
 def test_the_journal_of_a_run_is_that_of_its_model(tmp_path):
     """A second run over other weights must not find the first one's answers."""
-    from eval.journal import journal_file
+    from eval.result_cache import journal_file
 
     one, two = tmp_path / "a", tmp_path / "b"
     for folder, text in ((one, "1"), (two, "22")):

@@ -14,9 +14,9 @@ from paths import TINY
 from transformers import AutoTokenizer
 
 from axolotl_plugins.seal.provenance import text_hash, texts
-from data_gen.generate import Request, accepts, check, count_tokens, describe, generate, write
-from eval.journal import Journal
-from eval.score import SCORERS, last_integer, wilson
+from data_gen.dataset import Request, check, count_tokens, describe, generate, in_split, write
+from eval.metrics import METRICS, last_integer, wilson
+from eval.result_cache import Journal
 
 TOKENIZER = AutoTokenizer.from_pretrained(TINY)
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -43,15 +43,15 @@ def test_samples_keep_length_split_and_answer(request):
         assert count_tokens(TOKENIZER, sample["messages"]) == sample["tokens"] <= int(request.tokens)
         assert json.loads(json.dumps(sample)) == sample
         assert all(reference.lower() in prompt.lower() for reference in sample["references"])
-        assert SCORERS[request.task](answer, sample["references"]) == 1.0
+        assert METRICS[request.task](answer, sample["references"]) == 1.0
         if request.task == "line":
-            assert accepts(request.split, answer)
+            assert in_split(request.split, answer)
 
 
 @settings(max_examples=200)
 @given(st.sampled_from(TASKS), st.text(), st.lists(st.integers(0, 10**6).map(str), min_size=1, max_size=4))
 def test_scores_are_shares_and_the_answer_itself_is_right(task, response, references):
-    score = SCORERS[task]
+    score = METRICS[task]
     assert 0 <= score(response, references) <= 1
     if task == "line":
         assert score(f"{response} {references[0]}", references) == 1

@@ -9,8 +9,8 @@ import pytest
 from paths import TINY
 
 from axolotl_plugins.seal import provenance
-from axolotl_plugins.seal.load import load
-from data_gen.generate import Request, generate, write
+from axolotl_plugins.seal.model_loading import load
+from data_gen.dataset import Request, generate, write
 from eval.run import run
 
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from axolotl_plugins.seal import SealConfig
-from axolotl_plugins.seal.load import load
 from axolotl_plugins.seal.merge import merge
+from axolotl_plugins.seal.model_loading import load
 from recipes.smoke import build_miniature
 
 pytest.importorskip("bitsandbytes")

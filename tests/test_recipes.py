@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 
 from axolotl_plugins.seal.args import SealArgs
 from axolotl_plugins.seal.plugin import check_recipe
-from data_gen.generate import Request, generate
+from data_gen.dataset import Request, generate
 from eval.__main__ import app as eval_app
 from recipes.__main__ import app, count_parameters, recipe_for
-from recipes.cost import Shape, recipe_cost
+from recipes.estimate import Shape, recipe_cost
 from recipes.matrix import SHARDING, all_recipes, read_matrix, recipe
 from recipes.rows import write_rows
 

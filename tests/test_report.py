@@ -13,7 +13,7 @@ from paths import ROOT, TINY
 from peft import get_peft_model
 
 from axolotl_plugins.seal import SealConfig
-from axolotl_plugins.seal.load import load
+from axolotl_plugins.seal.model_loading import load
 from axolotl_plugins.seal.scales import saved_scales, scale_matrix
 from eval.report import LONGCHAT, grid, labels, paper_value, rate_table, write_report
 

@@ -15,8 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from axolotl_plugins.seal import SealConfig
+from axolotl_plugins.seal.answer_logits import answers_only, next_labels
 from axolotl_plugins.seal.context_parallel import ContextParallel
-from axolotl_plugins.seal.needed import answers_only, next_labels
 
 STEPS, PROCESSES = 3, 2
 

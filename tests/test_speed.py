@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from recipes import bench
 from recipes.__main__ import cost_lines
-from recipes.cost import Held, Shape, longest_sample, recipe_cost, training_bytes, training_flop
+from recipes.estimate import MemoryConfig, Shape, longest_sample, recipe_cost, training_bytes, training_flop
 from recipes.matrix import read_matrix
 
 
@@ -91,21 +91,25 @@ def test_memory_of_a_step_is_what_the_formula_says(tokens, checkpointing):
     environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, "-c", MEASURE, str(tokens), str(checkpointing)], cwd=ROOT, env=environment,
                           capture_output=True, text=True, check=True)  # fmt: skip
-    held, small = Held(element=4, recompute=checkpointing), Shape.of(bench.SMALL)
+    held, small = MemoryConfig(element=4, recompute=checkpointing), Shape.of(bench.SMALL)
     full, empty = (training_bytes(small, n, held=held) for n in (tokens, 0))
     assert int(done.stdout.split()[-1]) == pytest.approx(full - empty, rel=0.1)
 
 
 def test_the_longest_sample_fits_and_a_longer_one_does_not():
-    for held in (Held(), Held(quantised=0.5, offload=True), Held(devices=8, sharers=8)):
+    for held in (
+        MemoryConfig(),
+        MemoryConfig(quantised=0.5, offload=True),
+        MemoryConfig(devices=8, context_parallel_size=8),
+    ):
         for gib in (24, 80):
             tokens = longest_sample(shape("llama2_7b"), gib, held)
             assert training_bytes(shape("llama2_7b"), tokens, held=held) <= gib * 2**30
             assert training_bytes(shape("llama2_7b"), tokens + 200, held=held) > gib * 2**30
-    assert longest_sample(shape("llama2_13b"), 24, Held()) == 0
+    assert longest_sample(shape("llama2_13b"), 24, MemoryConfig()) == 0
     offloaded = {"gradient_checkpointing": True, "activation_offloading": "hidden_states"}
     offloaded |= {"load_in_8bit": True, "bf16": True}
-    assert Held.of(offloaded) == Held(quantised=1.0, recompute=True, offload=True)
+    assert MemoryConfig.of(offloaded) == MemoryConfig(quantised=1.0, recompute=True, offload=True)
 
 
 def test_cost_of_a_recipe():

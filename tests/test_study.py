@@ -15,7 +15,7 @@ import pytest
 import torch
 from paths import ROOT, TINY
 
-from data_gen.files import write_text
+from data_gen.io import write_text
 from recipes import study_results
 from recipes.study_cells import (
     RATES,
@@ -241,7 +241,7 @@ def test_a_loss_that_is_not_finite_fails_the_cell_alone(finished):
 
 
 def test_broken_samples_are_named(finished, tmp_path):
-    from data_gen.generate import load_tokenizer
+    from data_gen.dataset import load_tokenizer
 
     settings = Settings(**json.loads((finished / "settings.json").read_text()))
     (wanted, *_) = data_requests(settings, plan(["line"], ["base"], [0]))
@@ -260,7 +260,7 @@ def test_general_ability_is_that_of_plain_arithmetic():
     from transformers import AutoModelForCausalLM
 
     from axolotl_plugins.seal import SealConfig
-    from data_gen.generate import load_tokenizer
+    from data_gen.dataset import load_tokenizer
     from eval.controls import seal_layers
     from eval.general import general_ability
 
@@ -292,6 +292,6 @@ def test_general_ability_is_that_of_plain_arithmetic():
 
 
 def test_pictures_know_every_method():
-    from eval.plot import COLOURS
+    from eval.plots import COLOURS
 
     assert {*study_results.COMPARED, *study_results.CONTROLLED, "query"} <= COLOURS.keys()

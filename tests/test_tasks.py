@@ -11,7 +11,7 @@ from paths import FIXTURES, TINY
 from transformers import AutoTokenizer
 
 from data_gen import bench, longbench, niah, ruler
-from data_gen.generate import Request, accepts, count_tokens, generate, load_tokenizer, remark, write
+from data_gen.dataset import Request, count_tokens, generate, in_split, load_tokenizer, remark, write
 
 # Samples that NVIDIA's own programs wrote for 1,500 tokens.
 ORIGINALS = [json.loads(row) for row in (FIXTURES / "ruler.jsonl").read_text().splitlines()]
@@ -252,4 +252,4 @@ def test_a_length_that_is_too_short_is_one_clear_error(task, tokenizer):
 
 
 def test_splits_of_names_halve_them():
-    assert 400 < sum(accepts("train", f"A{n} B C D E") for n in range(1000)) < 600
+    assert 400 < sum(in_split("train", f"A{n} B C D E") for n in range(1000)) < 600

@@ -14,7 +14,7 @@ from test_axolotl import launch, refusal, write_recipe
 from torch import nn
 
 from axolotl_plugins.seal import SealConfig
-from axolotl_plugins.seal.needed import answers_only, no_embedding_gradients
+from axolotl_plugins.seal.answer_logits import answers_only, no_embedding_gradients
 from axolotl_plugins.seal.trainer import AnswerTrainer, check_gradients, check_scales, check_trainable
 
 
@@ -146,7 +146,7 @@ import resource, sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from peft import get_peft_model
 from axolotl_plugins.seal import SealConfig
-from axolotl_plugins.seal.needed import answers_only
+from axolotl_plugins.seal.answer_logits import answers_only
 config = LlamaConfig(vocab_size=32000, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
                      num_attention_heads=1, max_position_embeddings=8192)
 model = get_peft_model(LlamaForCausalLM(config), SealConfig(granularity="channel"))

@@ -10,9 +10,9 @@ from paths import TINY
 from peft import LoraConfig, get_peft_model
 
 from axolotl_plugins.seal import SealConfig
-from axolotl_plugins.seal.load import load
+from axolotl_plugins.seal.model_loading import load
 from axolotl_plugins.seal.tune import answer_loss, encode, tune
-from data_gen.generate import Request, generate
+from data_gen.dataset import Request, generate
 
 
 @pytest.fixture(scope="module")

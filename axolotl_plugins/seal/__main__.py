@@ -82,10 +82,10 @@ def push(
 ) -> None:
     """Write a model card (method, data, scores beside the paper's) into an adapter's folder, and upload it."""
     quiet_libraries()
-    from data_gen.files import write_text
+    from data_gen.io import write_text
 
-    from .card import card
-    from .card import push as upload
+    from .model_card import card
+    from .model_card import push as upload
 
     try:
         if repository is None:

@@ -10,7 +10,7 @@ from .config import Granularity
 
 
 class DataArgs(BaseModel):
-    """What to write into the recipe's dataset file when it is missing; see ``data_gen.generate.Request``."""
+    """What to write into the recipe's dataset file when it is missing; see ``data_gen.dataset.Request``."""
 
     model_config = ConfigDict(extra="forbid")
 

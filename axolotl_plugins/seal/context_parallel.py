@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from axolotl_plugins.self_extend.attention import slides
 
-from .needed import IGNORED
+from .answer_logits import IGNORED
 
 NAME = "context_parallel"
 # Architectures whose attention is causal and nothing else.

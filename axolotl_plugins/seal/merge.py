@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from data_gen.console import first_line
-from data_gen.files import check_output, file_hash, load_json, written_whole
+from data_gen.io import check_output, file_hash, load_json, written_whole
 
 from . import provenance
 from .layer import SealLayer, scale_columns
-from .load import RECORD, Loaded, check_name, is_adapter, load
+from .model_loading import RECORD, LoadedModel, check_name, is_adapter, load
 
 Into = Literal["auto", "o_proj", "v_proj"]
 # Of any logit by a merge. Where float32 itself rounds by more, float64 tells rounding from a wrong merge.
@@ -128,13 +128,13 @@ def write_older_rope_keys(folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def prompts_for(loaded: Loaded) -> list[torch.Tensor]:
+def prompts_for(loaded: LoadedModel) -> list[torch.Tensor]:
     """Token ids of two line retrieval prompts with their answers, int64 of shape (T,): 16 lines, or what fits.
 
     Raises:
         ValueError: the model's window is too short for one line.
     """
-    from data_gen.generate import Request, generate
+    from data_gen.dataset import Request, generate
 
     for lines in (16, 8, 4, 2, 1):
         samples = generate(Request("line", lines=lines, samples=2, split="test"), loaded.tokenizer)
@@ -147,7 +147,7 @@ def prompts_for(loaded: Loaded) -> list[torch.Tensor]:
     raise ValueError(f"{loaded.base}: its window of {loaded.window} tokens is too short to prove a merge on a record")
 
 
-def load_adapter(adapter: Path) -> Loaded:
+def load_adapter(adapter: Path) -> LoadedModel:
     """A SEAL adapter on its base model, which must not be quantised.
 
     Raises:
@@ -167,7 +167,7 @@ def load_adapter(adapter: Path) -> Loaded:
 
 
 @dataclass(frozen=True)
-class Folded:
+class MergeResult:
     """A merge in memory, proved in float32.
 
     Attributes:
@@ -187,7 +187,7 @@ class Folded:
     difference: float
 
 
-def fold(loaded: Loaded, into: Into) -> Folded:
+def fold(loaded: LoadedModel, into: Into) -> MergeResult:
     """Merge in memory, and compare the logits on real prompts.
 
     Args:
@@ -208,7 +208,9 @@ def fold(loaded: Loaded, into: Into) -> Folded:
     return folded
 
 
-def fold_in(dtype: torch.dtype, loaded: Loaded, into: Into, own: torch.dtype, prompts: list[torch.Tensor]) -> Folded:
+def fold_in(
+    dtype: torch.dtype, loaded: LoadedModel, into: Into, own: torch.dtype, prompts: list[torch.Tensor]
+) -> MergeResult:
     """The merge computed in a dtype, whatever comes of it: see ``fold``; ``own`` is the base's dtype."""
     # Wrapped names lose PEFT's prefix and the wrapper's level, and become those of the base model.
     exact = loaded.model.to(dtype)
@@ -218,10 +220,10 @@ def fold_in(dtype: torch.dtype, loaded: Loaded, into: Into, own: torch.dtype, pr
     parameters = dict(plain.named_parameters())
     for name, tensor in changed.items():
         parameters[name].data = tensor
-    return Folded(plain, changed, own, prompts, unmerged, difference(last_logits(plain, prompts), unmerged))
+    return MergeResult(plain, changed, own, prompts, unmerged, difference(last_logits(plain, prompts), unmerged))
 
 
-def check_saved(folder: Path, base: str, folded: Folded) -> float:
+def check_saved(folder: Path, base: str, folded: MergeResult) -> float:
     """Load a merged folder and compare it, tensor by tensor, with its base model and the merge in memory.
 
     Returns:

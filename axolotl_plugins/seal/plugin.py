@@ -17,14 +17,14 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from data_gen.console import first_line, in_rust, out_of_memory, stop
-from data_gen.files import check_output, load_json, read_rows, write_text
-from data_gen.generate import Request, load_tokenizer, remark, write
+from data_gen.dataset import Request, load_tokenizer, remark, write
+from data_gen.io import check_output, load_json, read_rows, write_text
 
 from . import provenance
 from .args import SealArgs, SealBlock, parse_block
 from .config import SealConfig
 from .context_parallel import check_processes
-from .load import apply_adapter
+from .model_loading import apply_adapter
 from .trainer import AnswerTrainer, SealTrainer
 
 
@@ -336,7 +336,7 @@ class SealPlugin(BasePlugin):
         # Axolotl calls this twice, the first time before the adapter is saved.
         saved = (folder / "adapter_model.safetensors").is_file()
         if cfg.adapter == "seal" and saved and int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            from .card import card
+            from .model_card import card
 
             write_text(folder / "README.md", card(folder, folder))
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from data_gen.console import first_line
-from data_gen.files import file_hash, load_json, read_rows, write_text
-from data_gen.generate import manifest_path
+from data_gen.dataset import manifest_path
+from data_gen.io import file_hash, load_json, read_rows, write_text
 
 FILE = "training_data.json"
 

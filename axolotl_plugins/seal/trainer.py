@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 from data_gen.console import stop
 
 from . import provenance
+from .answer_logits import answers_only, next_labels, no_embedding_gradients
 from .context_parallel import ContextParallel
 from .layer import SealLayer
-from .needed import answers_only, next_labels, no_embedding_gradients
 from .scales import scale_matrix, summary
 
 LOG = get_logger(__name__)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.probe.maps import changes, quadrants
+from eval.probe.head_importance import changes, quadrants
 
 
 def by_length(scores: dict[str, float]) -> str:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from data_gen.console import quiet_libraries, stop
-from data_gen.files import check_output, load_json, write_text
-from eval.journal import journal_file
+from data_gen.io import check_output, load_json, write_text
+from eval.result_cache import journal_file
 
 if TYPE_CHECKING:
-    from axolotl_plugins.seal.load import Loaded
+    from axolotl_plugins.seal.model_loading import LoadedModel
 
 app = typer.Typer(no_args_is_help=True, help="Which heads and channels matter, and why SEAL works.")
 
@@ -113,8 +113,8 @@ def read_map(file: Path, model: str) -> dict[str, Any]:
 
 def finish(found: dict[str, Any], out: Path, *journals: Path) -> None:
     """Write a result with its picture; its journals are no longer needed."""
-    from eval.plot import save_figure
-    from eval.probe.pictures import DRAW
+    from eval.plots import save_figure
+    from eval.probe.plots import DRAW
 
     save_figure(DRAW[found["kind"]](found), out.with_suffix(".png"))
     write_text(out, json.dumps(found, indent=1) + "\n")
@@ -131,8 +131,8 @@ def heads(
 ) -> None:  # fmt: skip
     """Remove every head, one at a time, and score the answers (Figure 2b). Interrupted, the same command goes on."""
     with one_line_errors():
-        from axolotl_plugins.seal.load import load
-        from eval.probe.maps import changes, removal_map
+        from axolotl_plugins.seal.model_loading import load
+        from eval.probe.head_importance import changes, removal_map
 
         wanted = numbers(lengths, "lengths")
         journal = journal_file(out, model, "heads", task, wanted, samples, chat_template)
@@ -152,8 +152,8 @@ def channels(
 ) -> None:  # fmt: skip
     """Remove every channel of some heads, one at a time (Figure 2d)."""
     with one_line_errors():
-        from axolotl_plugins.seal.load import load
-        from eval.probe.maps import removal_map
+        from axolotl_plugins.seal.model_loading import load
+        from eval.probe.head_importance import removal_map
 
         wanted, chosen = numbers(lengths, "lengths"), head_names(heads)
         journal = journal_file(out, model, "channels", task, wanted, samples, chosen, chat_template)
@@ -175,8 +175,8 @@ def gradient(
 ) -> None:  # fmt: skip
     """Predict what removing every head does, from one pass forward and one backward per prompt."""
     with one_line_errors():
-        from axolotl_plugins.seal.load import load
-        from eval.probe.maps import agreement, changes, gradient_map
+        from axolotl_plugins.seal.model_loading import load
+        from eval.probe.head_importance import agreement, changes, gradient_map
 
         wanted, at = numbers(lengths, "lengths"), numbers(points, "points", float)
         exact = read_map(compare, model) if compare else None
@@ -209,7 +209,7 @@ def quadrants(
 ) -> None:  # fmt: skip
     """Scale heads by their quadrant in a map, training nothing, and score all lengths (Figure 2c)."""
     with one_line_errors():
-        from axolotl_plugins.seal.load import load
+        from axolotl_plugins.seal.model_loading import load
         from eval.probe.quadrants import KINDS, quadrant_scales, save_scales
         from eval.run import default_lengths, run
 
@@ -272,9 +272,9 @@ def direct(
 ) -> None:  # fmt: skip
     """What every head and MLP adds to the right and the wrong token where the answers part (Figure 4)."""
     with one_line_errors():
-        from axolotl_plugins.seal.load import load
-        from eval.probe.anatomy import wrapped
-        from eval.probe.direct import compare_models
+        from axolotl_plugins.seal.model_loading import load
+        from eval.probe.hooks import wrapped
+        from eval.probe.logit_attribution import compare_models
 
         check_output(out)
         models = [load(name, chat_template=chat_template) for name in (model, *adapter)]
@@ -296,21 +296,21 @@ def transfer(
 ) -> None:  # fmt: skip
     """Score every adapter on every task: gain over the range of the base model's scores (equation 2, Figure 8)."""
     with one_line_errors():
-        from axolotl_plugins.seal.load import load_each
+        from axolotl_plugins.seal.model_loading import load_each
         from axolotl_plugins.seal.provenance import seen_texts
+        from eval.metrics import METRICS
         from eval.probe.transfer import by_length, matrix
         from eval.run import default_lengths, run
-        from eval.score import SCORERS
 
         folders = adapters_named(adapter)
         if "base" in folders:
             raise ValueError("adapter: found the name 'base', which is --model's: give it another")
-        if unknown := [task for task in tasks.split(",") if task not in SCORERS]:
-            raise ValueError(f"tasks: found {unknown[0]!r}, expected some of {','.join(SCORERS)}")
+        if unknown := [task for task in tasks.split(",") if task not in METRICS]:
+            raise ValueError(f"tasks: found {unknown[0]!r}, expected some of {','.join(METRICS)}")
         check_output(out)
         journals = []
 
-        def scores(name: str, loaded: Loaded) -> dict[str, Any]:
+        def scores(name: str, loaded: LoadedModel) -> dict[str, Any]:
             wanted = numbers(lengths, "lengths") if lengths else default_lengths(loaded.window)
             found = {}
             for task in tasks.split(","):
@@ -355,8 +355,8 @@ def sweep(
     """Tune with every rate and number of samples, score on fresh validation data, name the best (Table 7, Figure 9)."""
     with one_line_errors():
         from eval.probe import captions
-        from eval.probe.tuning import read_recipe
-        from eval.probe.tuning import sweep as run_sweep
+        from eval.probe.sweep import read_recipe
+        from eval.probe.sweep import sweep as run_sweep
 
         grid: dict[str, Any] = {"rates": numbers(rates, "rates", float), "samples": numbers(samples, "samples"),
                 "epochs": numbers(epochs, "epochs"), "seeds": numbers(seeds, "seeds"),
@@ -380,8 +380,8 @@ def controls(
 ) -> None:  # fmt: skip
     """Shuffled scales and scales tuned on wrong answers must not help: the gain is in the right heads and answers."""
     with one_line_errors():
-        from eval.probe.tuning import controls as run_controls
-        from eval.probe.tuning import read_recipe
+        from eval.probe.sweep import controls as run_controls
+        from eval.probe.sweep import read_recipe
 
         settings, wanted = read_recipe(recipe), numbers(lengths, "lengths")
         journal = journal_file(out, settings["base_model"], "controls", recipe.read_text(), wanted, validation)
@@ -403,7 +403,7 @@ def inspect(
         import numpy as np
 
         from axolotl_plugins.seal.scales import saved_scales
-        from eval.probe.maps import quadrants as quadrants_of
+        from eval.probe.head_importance import quadrants as quadrants_of
 
         check_output(out)
         values = saved_scales(adapter)

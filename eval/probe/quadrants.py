@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from axolotl_plugins.seal.load import Loaded
-from data_gen.files import written_whole
-from eval.probe.anatomy import blocks, wrapped
-from eval.probe.maps import quadrants
+from axolotl_plugins.seal.model_loading import LoadedModel
+from data_gen.io import written_whole
+from eval.probe.head_importance import quadrants
+from eval.probe.hooks import blocks, wrapped
 
 # The paper's three settings: heads of the first quadrant down, of the third up, and both.
 KINDS = {"Q1 down": (1,), "Q3 up": (3,), "Q1 down, Q3 up": (1, 3)}
@@ -30,7 +30,7 @@ def quadrant_scales(found: dict[str, Any], kind: str, down: float, up: float) ->
     return np.select([(where == place) & (place in chosen) for place in (1, 3)], [down, up], 1.0)
 
 
-def save_scales(loaded: Loaded, scales: np.ndarray, out: Path) -> None:
+def save_scales(loaded: LoadedModel, scales: np.ndarray, out: Path) -> None:
     """Write scales as an ordinary SEAL-H adapter folder, with the tokenizer; the folder must not exist.
 
     Args:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
-from data_gen.files import read_rows
-from data_gen.generate import Request, count_tokens, draw, load_tokenizer
-from eval.score import SCORERS
+from data_gen.dataset import Request, count_tokens, draw, load_tokenizer
+from data_gen.io import read_rows
+from eval.metrics import METRICS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,4 +76,4 @@ def target(document: dict[str, Any]) -> str:
 
 def score(document: dict[str, Any], results: list[str]) -> dict[str, float]:
     """The task's own score of a response, in [0, 1]."""
-    return {"score": SCORERS[document["task"]](results[0], document["references"])}
+    return {"score": METRICS[document["task"]](results[0], document["references"])}

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from axolotl_plugins.seal.load import Loaded
+from axolotl_plugins.seal.model_loading import LoadedModel
 from axolotl_plugins.seal.tune import answer_loss, encode
-from data_gen.generate import Request, generate
+from data_gen.dataset import Request, generate
 from eval.generation import stop_ids
-from eval.journal import Journal
-from eval.probe.anatomy import Block, blocks, probing, wrapped
-from eval.probe.removal import Remover
-from eval.score import SCORERS
+from eval.metrics import METRICS
+from eval.probe.ablation import HeadAblator
+from eval.probe.hooks import Block, blocks, probing, wrapped
+from eval.result_cache import Journal
 from eval.scoring import answer_budget
 
 # Probes look at samples of the training split under a seed that nothing is trained on: test samples stay unseen.
@@ -52,15 +52,15 @@ class Prompt:
     references: list[str]
 
 
-def prompts(loaded: Loaded, task: str, lengths: list[int], samples: int, seed: int) -> Iterator[Prompt]:
+def prompts(loaded: LoadedModel, task: str, lengths: list[int], samples: int, seed: int) -> Iterator[Prompt]:
     """Samples of the training split, in the order of lengths.
 
     Raises:
-        ValueError: the task is not one of ``SCORERS``, a length does not fit into the window, or see
-            ``Loaded.check_room``.
+        ValueError: the task is not one of ``METRICS``, a length does not fit into the window, or see
+            ``LoadedModel.check_room``.
     """
-    if task not in SCORERS:
-        raise ValueError(f"task: found {task!r}, expected one of {', '.join(SCORERS)}")
+    if task not in METRICS:
+        raise ValueError(f"task: found {task!r}, expected one of {', '.join(METRICS)}")
     if max(lengths) > loaded.window:
         raise ValueError(f"lengths: {max(lengths)} tokens do not fit into the model's window of {loaded.window}")
     budget = answer_budget(task)
@@ -84,14 +84,14 @@ def variants(block: Block, layer: int, unit: Unit, heads: list[tuple[int, int]] 
 
 
 def removal_map(
-    loaded: Loaded, task: str, lengths: list[int], *, samples: int = 50, seed: int = PROBE_SEED,
+    loaded: LoadedModel, task: str, lengths: list[int], *, samples: int = 50, seed: int = PROBE_SEED,
     heads: list[tuple[int, int]] | None = None, batch: int = 8, journal: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Remove every head, or every channel of some heads, one at a time, and score the answers.
 
     Args:
         loaded: the model; an adapter stays applied.
-        task: one of ``SCORERS``.
+        task: one of ``METRICS``.
         lengths: longest samples, in tokens.
         samples: per length.
         seed: of the samples, from the training split.
@@ -115,14 +115,14 @@ def removal_map(
                 f"heads: L{layer}H{head} is not in a model of {len(found)} layers x {found[0].heads} heads"
             )
     every = list(prompts(loaded, task, lengths, samples, seed))
-    remover = Remover(model, stop_ids(loaded.model, loaded.tokenizer), answer_budget(task), batch)
+    remover = HeadAblator(model, stop_ids(loaded.model, loaded.tokenizer), answer_budget(task), batch)
     layers = range(len(found)) if heads is None else sorted({layer for layer, _ in heads})
     scales = {layer: variants(found[layer], layer, unit, heads) for layer in layers}
     kept = Journal(journal)
     spent = kept.values.get("seconds", 0.0)  # by a run that was cut off
 
     def score(ids: list[int], prompt: Prompt) -> float:
-        return SCORERS[task](loaded.tokenizer.decode(ids, skip_special_tokens=True), prompt.references)
+        return METRICS[task](loaded.tokenizer.decode(ids, skip_special_tokens=True), prompt.references)
 
     for prompt in tqdm(every, desc=f"removing {unit}s"):
         if f"{prompt.key}/{layers[-1]}" in kept:
@@ -164,7 +164,7 @@ def by_head(rows: list[list[float]], layers: Any, heads: list[tuple[int, int]]) 
 
 
 def gradient_map(
-    loaded: Loaded, task: str, lengths: list[int], *, samples: int = 50, seed: int = PROBE_SEED,
+    loaded: LoadedModel, task: str, lengths: list[int], *, samples: int = 50, seed: int = PROBE_SEED,
     points: tuple[float, ...] = (1.0,), journal: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Predict what removing every head does from the gradient of the answer's loss with respect to all scales.
@@ -176,7 +176,7 @@ def gradient_map(
 
     Args:
         loaded: the model; an adapter stays applied.
-        task: one of ``SCORERS``.
+        task: one of ``METRICS``.
         lengths: longest samples, in tokens.
         samples: per length.
         seed: of the samples, from the training split.
@@ -231,7 +231,7 @@ def gradient_map(
 
 
 def result(
-    loaded: Loaded, task: str, lengths: list[int], samples: int, seed: int, kind: str, unit: Unit,
+    loaded: LoadedModel, task: str, lengths: list[int], samples: int, seed: int, kind: str, unit: Unit,
     base: dict[str, Any], change: dict[str, Any], seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
     """A map as it is saved.

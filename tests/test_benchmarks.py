@@ -8,9 +8,9 @@ import pytest
 from datasets import Dataset
 from paths import FIXTURES, TINY
 
-from axolotl_plugins.seal.load import load
-from eval import prefix
-from eval.known import LONGBENCH, run_known
+from axolotl_plugins.seal.model_loading import load
+from eval import generation
+from eval.benchmarks import LONGBENCH, run_benchmark
 from eval.run import Harness
 
 QUESTION = "What does the garden keep?"
@@ -32,19 +32,19 @@ def longbench(tmp_path):
 def test_longbench_is_cut_in_the_middle_and_says_so(longbench, monkeypatch):
     asked, budgets = [], set()
     loaded = load(TINY)
-    answer_all, answer = Harness.answer_all, prefix.answer
+    answer_all, generate = Harness.answer_all, generation.generate_answers
 
     def ask(harness, requests, quiet):
         asked.extend(harness.tok_encode(request.args[0]) for request in requests)
         answer_all(harness, requests, quiet)
 
-    def share(model, ids, budget, *rest):
-        budgets.add(budget)
-        return answer(model, ids, budget, *rest)
+    def record_budget(model, prompts, **settings):
+        budgets.add(settings["max_new_tokens"])
+        return generate(model, prompts, **settings)
 
     monkeypatch.setattr(Harness, "answer_all", ask)
-    monkeypatch.setattr("eval.run.answer", share)
-    result = run_known(loaded, "longbench", data=str(longbench))
+    monkeypatch.setattr("eval.run.generate_answers", record_budget)
+    result = run_benchmark(loaded, "longbench", data=str(longbench))
     assert [row["name"] for row in result["sets"]] == list(LONGBENCH)
     assert all((row["count"], row["cut"]) == (2, 1) for row in result["sets"])
     assert all(0 <= row["score"] <= 100 for row in result["sets"])
@@ -54,7 +54,7 @@ def test_longbench_is_cut_in_the_middle_and_says_so(longbench, monkeypatch):
     assert QUESTION in longest and longest.startswith("<s><|user|>")
     (longbench / "qasper.jsonl").unlink()
     with pytest.raises(ValueError, match=r"qasper.jsonl is missing"):
-        run_known(loaded, "longbench", data=str(longbench))
+        run_benchmark(loaded, "longbench", data=str(longbench))
 
 
 ORIGINALS = [json.loads(row) for row in (FIXTURES / "longbench.jsonl").read_text().splitlines()]
@@ -85,7 +85,7 @@ def test_longbench_is_asked_and_scored_as_by_its_own_programs():
 def test_longbench_is_scored_in_per_cent_as_the_paper_does(longbench, monkeypatch):
     """A model that always says the answer has 100."""
     monkeypatch.setattr(Harness, "generate_until", lambda harness, requests, **_: ["a letter"] * len(requests))
-    result = run_known(load(TINY), "longbench", data=str(longbench))
+    result = run_benchmark(load(TINY), "longbench", data=str(longbench))
     assert result["mean"] == 100 and {row["score"] for row in result["sets"]} == {100}
 
 
@@ -95,9 +95,9 @@ def test_mmlu_is_scored_by_the_likelihood_of_letters_with_five_examples(tmp_path
     for subject in ("astronomy", "virology"):
         for split in ("test", "dev"):
             Dataset.from_dict(rows).to_parquet(tmp_path / subject / f"{split}-00000-of-00001.parquet")
-    result = run_known(load(TINY), "mmlu", data=str(tmp_path), limit=4)
+    result = run_benchmark(load(TINY), "mmlu", data=str(tmp_path), limit=4)
     assert [(row["name"], row["count"]) for row in result["sets"]] == [("astronomy", 4), ("virology", 4)]
     assert all(row["low"] <= row["score"] <= row["high"] for row in result["sets"])
     assert result["mean"] == pytest.approx(sum(row["score"] for row in result["sets"]) / 2)
     with pytest.raises(ValueError, match="no subject of MMLU in"):
-        run_known(load(TINY), "mmlu", data=str(tmp_path / "nothing"))
+        run_benchmark(load(TINY), "mmlu", data=str(tmp_path / "nothing"))

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from eval.generation import can_join_caches
-from eval.probe.anatomy import Block, blocks, first, forwards, hidden_of, hooks, like, probing
+from eval.probe.hooks import Block, blocks, first, forwards, hidden_of, hooks, like, probing
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Reading:
     answer: Answer
 
 
-class Remover:
+class HeadAblator:
     """Reads prompts, and answers them with variants of the model.
 
     Args:

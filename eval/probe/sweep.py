@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.args import parse_block
-from axolotl_plugins.seal.load import Loaded, load, with_adapter
+from axolotl_plugins.seal.model_loading import LoadedModel, load, with_adapter
 from axolotl_plugins.seal.tune import tune
-from data_gen.files import load_yaml
-from data_gen.generate import Messages, Request, generate
+from data_gen.dataset import Messages, Request, generate
+from data_gen.io import load_yaml
 from eval.controls import seal_layers, shuffle_heads, wrong_answers, wrong_facts
-from eval.journal import Journal
-from eval.probe.maps import PROBE_SEED
+from eval.probe.head_importance import PROBE_SEED
+from eval.result_cache import Journal
 from eval.run import run
 
 
@@ -57,7 +57,7 @@ def read_recipe(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: not a recipe with `adapter: seal` and `seal: data:` ({error!r})") from None
 
 
-def load_new(recipe: dict[str, Any]) -> Loaded:
+def load_new(recipe: dict[str, Any]) -> LoadedModel:
     """The recipe's base model with new scales, all 1."""
     loaded = load(
         recipe["base_model"], chat_template=recipe["chat_template"], model_config=recipe["model_config"]
@@ -131,7 +131,7 @@ def sweep(
 
 
 def validation_scores(
-    loaded: Loaded, recipe: dict[str, Any], lengths: list[int], samples: int, batch_size: int | None
+    loaded: LoadedModel, recipe: dict[str, Any], lengths: list[int], samples: int, batch_size: int | None
 ) -> dict[str, float]:
     """Score by length on samples of the training split under a seed that nothing is trained on."""
     haystack = recipe["request"].haystack

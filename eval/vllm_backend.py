@@ -10,8 +10,8 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from tqdm import tqdm
 
-from axolotl_plugins.seal.load import Loaded, is_adapter
-from data_gen.endpoint import KEY, ask, text_of
+from axolotl_plugins.seal.model_loading import LoadedModel, is_adapter
+from data_gen.openai_client import KEY, ask, text_of
 from eval.generation import stop_ids
 from eval.run import Harness
 
@@ -20,7 +20,7 @@ CONCURRENT_REQUESTS = 16  # the server batches them itself
 
 
 @dataclass(frozen=True)
-class Served(Loaded):
+class Served(LoadedModel):
     """A model whose weights are at a server.
 
     Attributes:
@@ -30,7 +30,7 @@ class Served(Loaded):
     server: str = ""
 
 
-def connect(loaded: Loaded, server: str) -> Served:
+def connect(loaded: LoadedModel, server: str) -> Served:
     """The same model, answering at a server.
 
     Args:
@@ -85,7 +85,7 @@ class ServedHarness(Harness):
         """The greedy answer to one prompt, sent as token ids.
 
         Raises:
-            ValueError: see ``data_gen.endpoint.ask``.
+            ValueError: see ``data_gen.openai_client.ask``.
         """
         prompt, settings = request.args
         body = {

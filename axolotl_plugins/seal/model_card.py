@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data_gen.files import load_json, write_text
+from data_gen.io import load_json, write_text
 from eval.report import TITLES, paper_scores, paper_value, read_results
 
 from . import provenance
 from .config import SealConfig
-from .load import method_name
+from .model_loading import method_name
 from .scales import saved_scales
 
 PAPER = "[arXiv 2501.15225](https://arxiv.org/abs/2501.15225)"

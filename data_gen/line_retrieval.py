@@ -11,10 +11,10 @@ import random
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from data_gen.sizing import Room, largest
+from data_gen.fit_length import LengthBudget, largest
 
 if TYPE_CHECKING:
-    from data_gen.generate import Request
+    from data_gen.dataset import Request
 
 HEADER = (
     "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
@@ -102,7 +102,7 @@ def render(lines: list[tuple[str, int]], asked: int) -> dict[str, Any]:
     }
 
 
-def sample(request: Request, rng: random.Random, index: int, room: Room) -> dict[str, Any]:
+def sample(request: Request, rng: random.Random, index: int, room: LengthBudget) -> dict[str, Any]:
     """One sample of ``request.lines`` lines, or of as many as fit into the room.
 
     Returns:

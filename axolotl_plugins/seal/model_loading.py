@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 import axolotl_plugins.self_extend  # noqa: F401 - its RoPE type
 from data_gen.console import first_line
-from data_gen.files import load_json
-from data_gen.generate import check_template, load_tokenizer, read_template
+from data_gen.dataset import check_template, load_tokenizer, read_template
+from data_gen.io import load_json
 
 from .provenance import seen_texts
 
@@ -34,7 +34,7 @@ RECORD = "seal_merge.json"  # in a merged folder: what ``merge.merge`` returns
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model ready to use.
 
     Attributes:
@@ -195,7 +195,7 @@ def check_name(name: str) -> None:
         raise ValueError(f"{name}: there is no such folder")
 
 
-def with_adapter(loaded: Loaded, config: PeftConfig) -> Loaded:
+def with_adapter(loaded: LoadedModel, config: PeftConfig) -> LoadedModel:
     """The same model with a new, untrained adapter of any PEFT method.
 
     Raises:
@@ -207,7 +207,7 @@ def with_adapter(loaded: Loaded, config: PeftConfig) -> Loaded:
 def load(
     name: str | Path, *, dtype: torch.dtype | str = "auto", chat_template: str | None = None,
     trust_remote_code: bool = False, weights: bool = True, model_config: dict[str, Any] | None = None,
-) -> Loaded:  # fmt: skip
+) -> LoadedModel:  # fmt: skip
     """Load a model for inference.
 
     Args:
@@ -262,12 +262,12 @@ def load(
         if not (isinstance(merged, dict) and {"base", "method"} <= merged.keys()):
             raise ValueError(f"{record}: does not say what was merged (base, method): merge again")
         base, method = str(merged["base"]), str(merged["method"])
-    return Loaded(name, model.eval(), tokenizer, base, method, window, seen_texts(Path(name)))
+    return LoadedModel(name, model.eval(), tokenizer, base, method, window, seen_texts(Path(name)))
 
 
 def load_each(
     adapters: dict[str, str], *, chat_template: str | None = None, trust_remote_code: bool = False
-) -> Iterator[Loaded]:
+) -> Iterator[LoadedModel]:
     """Adapters of one base model, which is loaded once: a model is good until the next one is asked for.
 
     All are put on it before the first one is given, so that whatever is wrong with one is found before time is spent.

@@ -1,4 +1,4 @@
-"""Draws samples of a task, sizes them in the model's own tokens, and writes them with a manifest."""
+"""TaskSampler samples of a task, sizes them in the model's own tokens, and writes them with a manifest."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from data_gen import line, longbench, niah, ruler
+from data_gen import line_retrieval, longbench, niah, ruler
 from data_gen.console import first_line
-from data_gen.files import write_text, written_whole
-from data_gen.sizing import Room
+from data_gen.fit_length import LengthBudget
+from data_gen.io import write_text, written_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 Split = Literal["train", "test"]
 Messages = list[dict[str, str]]
 # task -> function that draws one sample: prompt, the whole assistant's turn as answer, and key facts
-TASKS: dict[str, Callable[[Request, random.Random, int, Room], dict[str, Any]]] = {
-    "line": line.sample,
+TASKS: dict[str, Callable[[Request, random.Random, int, LengthBudget], dict[str, Any]]] = {
+    "line": line_retrieval.sample,
     "niah": niah.sample,
     "vt": ruler.vt,
     "cwe": ruler.cwe,
@@ -48,7 +48,7 @@ class Request:
         lines: number of lines instead, for the line task.
         samples: how many.
         seed: of everything random.
-        split: samples of ``train`` and ``test`` can never coincide, see ``accepts``.
+        split: samples of ``train`` and ``test`` can never coincide, see ``in_split``.
         haystack: for niah, a folder of text files, ``essays`` (from the hub) or ``prose`` (built in, the default).
         needles: for niah, a file of training needles; by default the paper's ten.
         depths: for niah, how many depths from 0 to 100 per cent test samples walk through; by default ten.
@@ -103,7 +103,7 @@ class Request:
         return low, high
 
 
-def accepts(split: Split, answer: str) -> bool:
+def in_split(split: Split, answer: str) -> bool:
     """Whether an answer belongs to a split: one bit of its SHA-256 decides.
 
     So no answer, and therefore no sample, of one split can ever be drawn in the other, whatever seed and length.
@@ -202,10 +202,10 @@ def generate(request: Request, tokenizer: PreTrainedTokenizerBase) -> Iterator[d
         count = functools.lru_cache(maxsize=64)(
             lambda prompt, answer: count_tokens(tokenizer, as_messages(prompt, answer))
         )
-        room = Room(
+        room = LengthBudget(
             tokens=rng.randint(*request.token_range()) if request.tokens is not None else 0,
             count=count,
-            accept=lambda answer: accepts(request.split, answer),
+            accept=lambda answer: in_split(request.split, answer),
             encode=lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
             decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
         )

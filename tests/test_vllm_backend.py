@@ -10,10 +10,10 @@ import pytest
 import torch
 from paths import TINY
 
-from axolotl_plugins.seal.load import load
-from eval.known import run_known
+from axolotl_plugins.seal.model_loading import load
+from eval.benchmarks import run_benchmark
 from eval.run import run
-from eval.served import connect
+from eval.vllm_backend import connect
 
 
 @pytest.fixture(scope="module")
@@ -76,4 +76,4 @@ def test_what_cannot_be_served(loaded, server, tmp_path):
     with pytest.raises(ValueError, match="is an adapter: `make merge ADAPTER="):
         connect(type(loaded)(**{**vars(loaded), "name": str(tmp_path)}), server.url)
     with pytest.raises(ValueError, match="mmlu compares probabilities"):
-        run_known(connect(loaded, server.url), "mmlu")
+        run_benchmark(connect(loaded, server.url), "mmlu")

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from axolotl_plugins.seal.load import Loaded
+from axolotl_plugins.seal.model_loading import LoadedModel
 from axolotl_plugins.seal.tune import encode
-from data_gen.generate import Messages, Request, generate
+from data_gen.dataset import Messages, Request, generate
 from eval.generation import generate_answers, stop_ids
-from eval.probe.anatomy import blocks, first, hidden_of, hooks
-from eval.probe.maps import PROBE_SEED
+from eval.probe.head_importance import PROBE_SEED
+from eval.probe.hooks import blocks, first, hidden_of, hooks
 from eval.scoring import answer_budget
 
 
@@ -186,12 +186,12 @@ def first_difference(
     return torch.tensor([prompt + right[:place]]), right[place], one[place]
 
 
-def compare_models(models: list[Loaded], task: str, length: int, find: int, normalised: bool) -> dict[str, Any]:
+def compare_models(models: list[LoadedModel], task: str, length: int, find: int, normalised: bool) -> dict[str, Any]:
     """Direct effects in a base model and its adapters on a prompt that the base gets wrong and all adapters right.
 
     Args:
         models: the base first; all wrapped, see ``anatomy.wrapped``.
-        task: one of ``SCORERS``.
+        task: one of ``METRICS``.
         length: longest sample, in tokens.
         find: how many samples to search.
         normalised: see ``effects``.
@@ -201,7 +201,8 @@ def compare_models(models: list[Loaded], task: str, length: int, find: int, norm
         tokens that any model ranks among its five first), and per model the lists of ``effects``.
 
     Raises:
-        ValueError: no such sample among those searched; or see ``components``, ``effects`` and ``Loaded.check_room``.
+        ValueError: no such sample among those searched; or see ``components``,
+            ``effects`` and ``LoadedModel.check_room``.
     """
     base, tokenizer = models[0], models[0].tokenizer
     stop, budget = stop_ids(base.model, tokenizer), answer_budget(task)

@@ -38,7 +38,7 @@ def ruler(response: str, references: list[str]) -> float:
     return sum(reference.lower() in response.lower() for reference in references) / len(references)
 
 
-SCORERS: dict[str, Callable[[str, list[str]], float]] = {
+METRICS: dict[str, Callable[[str, list[str]], float]] = {
     "line": line, "niah": niah, "vt": ruler, "cwe": ruler, "fwe": ruler,
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ FARTHEST = 100
 
 
 @dataclass(frozen=True)
-class Room:
+class LengthBudget:
     """The length that one sample has to keep.
 
     Attributes:

@@ -10,11 +10,11 @@ from datasets import Dataset
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager, get_task_dict
 
-from axolotl_plugins.seal.load import Loaded
+from axolotl_plugins.seal.model_loading import LoadedModel
 from data_gen.console import first_line
-from data_gen.generate import as_messages, count_tokens
+from data_gen.dataset import as_messages, count_tokens
 from eval.run import harness_for
-from eval.served import Served
+from eval.vllm_backend import Served
 
 LONGBENCH = (
     "multifieldqa_en", "multifieldqa_zh", "narrativeqa", "qasper", "hotpotqa", "2wikimqa", "musique", "dureader",
@@ -70,7 +70,7 @@ def task_configs(group: str, data: str | None) -> list[dict[str, Any]]:
     return configs
 
 
-def cut_in_the_middle(task: Any, loaded: Loaded, room: int) -> list[int]:
+def cut_in_the_middle(task: Any, loaded: LoadedModel, room: int) -> list[int]:
     """Make a task shorten prompts as LongBench does: tokens go from the middle, before the chat template comes on.
 
     Its own program leaves LongChat 31,500 tokens (``model2maxlen.json``); here whatever fits into the window stays.
@@ -98,9 +98,9 @@ def cut_in_the_middle(task: Any, loaded: Loaded, room: int) -> list[int]:
     return cut
 
 
-def run_known(
-    loaded: Loaded, group: str, *, data: str | None = None, limit: int | None = None, batch_size: int | None = None,
-    journal: Path | None = None,
+def run_benchmark(
+    loaded: LoadedModel, group: str, *, data: str | None = None, limit: int | None = None,
+    batch_size: int | None = None, journal: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Score a model on a group of lm-eval's tasks.
 

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from eval.plot import COLOURS, draw_scales, whole_ticks
-from eval.probe.maps import changes
+from eval.plots import COLOURS, draw_scales, whole_ticks
+from eval.probe.head_importance import changes
 
 LABELLED = 12  # heads whose names stand in a scatter plot
 

@@ -1,11 +1,11 @@
-"""What tuning costs in FLOP and memory, from a model's shape alone; docs/speed.md has the formulas checked."""
+"""What tuning costs in FLOP and memory, from a model's shape alone; docs/performance.md has the formulas checked."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from data_gen.generate import Request
+from data_gen.dataset import Request
 
 # Dense FLOP per second in bfloat16 and in plain float32, and GiB, as the makers print them; TF32 runs at half of
 # bfloat16's rate on all of them.
@@ -96,7 +96,7 @@ def training_flop(shape: Shape, tokens: float, *, answer: int = 40, recompute: b
 
 
 @dataclass(frozen=True)
-class Held:
+class MemoryConfig:
     """How a step holds what it needs in memory.
 
     Attributes:
@@ -105,7 +105,7 @@ class Held:
         recompute: activations are formed again (gradient checkpointing), else every layer's are kept.
         offload: what enters a layer waits in host memory (``activation_offloading: hidden_states``).
         devices: that weights are spread over (ZeRO-3 or FSDP2).
-        sharers: devices that a sample's tokens are spread over (``seal: context_parallel``).
+        context_parallel_size: devices that a sample's tokens are spread over (``seal: context_parallel``).
     """
 
     element: int = 2
@@ -113,19 +113,25 @@ class Held:
     recompute: bool = True
     offload: bool = False
     devices: int = 1
-    sharers: int = 1
+    context_parallel_size: int = 1
 
     @classmethod
-    def of(cls, recipe: dict[str, Any]) -> Held:
+    def of(cls, recipe: dict[str, Any]) -> MemoryConfig:
         """What a recipe's settings come to on a device that holds all weights."""
         element = 2 if any(recipe.get(kind) for kind in ("bf16", "bfloat16", "fp16", "float16")) else 4
         quantised = 0.5 if recipe.get("load_in_4bit") else 1.0 if recipe.get("load_in_8bit") else None
         offload = recipe.get("activation_offloading") == "hidden_states"
-        sharers = (recipe.get("seal") or {}).get("context_parallel", 1)
-        return cls(element, quantised, bool(recipe.get("gradient_checkpointing")), offload, sharers=sharers)
+        context_parallel_size = (recipe.get("seal") or {}).get("context_parallel", 1)
+        return cls(
+            element,
+            quantised,
+            bool(recipe.get("gradient_checkpointing")),
+            offload,
+            context_parallel_size=context_parallel_size,
+        )
 
 
-def training_bytes(shape: Shape, tokens: int, *, answer: int = 40, held: Held = Held()) -> float:
+def training_bytes(shape: Shape, tokens: int, *, answer: int = 40, held: MemoryConfig = MemoryConfig()) -> float:
     """Peak memory of one step on one device with attention in linear memory.
 
     Weights; what enters every layer, d each (two layers' alone where it waits in host memory); and the working set of a
@@ -141,7 +147,7 @@ def training_bytes(shape: Shape, tokens: int, *, answer: int = 40, held: Held = 
         held: how it is held.
     """
     element = held.element
-    share = tokens / held.sharers
+    share = tokens / held.context_parallel_size
     embeddings = element * (shape.parameters - shape.linear)
     weights = ((held.quantised or element) * shape.linear + embeddings) / held.devices
     norms = (4 if element == 2 else 2) * shape.hidden
@@ -150,11 +156,11 @@ def training_bytes(shape: Shape, tokens: int, *, answer: int = 40, held: Held = 
     boundaries = share * element * shape.hidden * (2 if held.offload else shape.layers)
     activations = boundaries + kept if held.recompute else shape.layers * kept
     gathered = element * shape.linear / shape.layers if held.devices > 1 else 0.0
-    gathered += element * 6 * tokens * shape.shared if held.sharers > 1 else 0.0
+    gathered += element * 6 * tokens * shape.shared if held.context_parallel_size > 1 else 0.0
     return weights + activations + passing + gathered + 12 * answer * shape.vocabulary
 
 
-def longest_sample(shape: Shape, gib: float, held: Held) -> int:
+def longest_sample(shape: Shape, gib: float, held: MemoryConfig) -> int:
     """Most tokens of a sample whose step fits into so much memory; memory is linear in them, 0 if none fit."""
     fixed, one = training_bytes(shape, 0, held=held), training_bytes(shape, 1000, held=held)
     return max(0, int((gib * 2**30 - fixed) / (one - fixed) * 1000))
@@ -162,7 +168,7 @@ def longest_sample(shape: Shape, gib: float, held: Held) -> int:
 
 def needs_checkpointing(shape: Shape, tokens: int) -> bool:
     """Return whether a step in float32 fits into ``CPU_GIB`` only if activations are recomputed."""
-    return cpu_gib(training_bytes(shape, tokens, held=Held(element=4, recompute=False))) > CPU_GIB
+    return cpu_gib(training_bytes(shape, tokens, held=MemoryConfig(element=4, recompute=False))) > CPU_GIB
 
 
 def cpu_gib(tensors: float) -> float:
@@ -187,7 +193,7 @@ class Cost:
     executed: float
     tokens: int
     bytes: float
-    held: Held
+    held: MemoryConfig
     tf32: bool = False
 
     @property
@@ -212,7 +218,7 @@ class Cost:
         """
         half, plain, _ = GPUS[gpu]
         peak = half if self.held.element == 2 else half / 2 if self.tf32 else plain
-        each = self.flop / self.held.sharers
+        each = self.flop / self.held.context_parallel_size
         return each / (peak * GOOD_SHARE) / 60, each / (peak * PAPER_SHARE) / 60
 
 
@@ -231,7 +237,7 @@ def recipe_cost(settings: dict[str, Any], shape: Shape) -> Cost:
     block = parse_block(settings.get("seal"))
     if not block.data:
         raise ValueError("does not describe its data (`seal: data:`), so its length is not known")
-    held = Held.of(settings)
+    held = MemoryConfig.of(settings)
     flop, executed, longest = 0.0, 0.0, 0
     for data in block.data:
         if data.tokens is None:

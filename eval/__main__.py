@@ -1,24 +1,80 @@
-"""``python -m eval run``: scores of a model over lengths."""
+"""``python -m eval``: score models, probe them, and gather results into a report."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from data_gen.console import quiet_libraries, stop
 from data_gen.console import run as run_app
 from data_gen.dataset import remark
-from data_gen.io import load_yaml, write_text
-from eval.probe.cli import adapters_named, numbers
+from data_gen.io import load_yaml
+from eval.cli_options import BatchSize, parse_adapters, parse_numbers
 from eval.probe.cli import app as probe
-from eval.result_cache import check_replaced, journal_file, result_file, result_name
+from eval.result_cache import result_file, result_name
+from eval.spec import LM_EVAL_TASKS, SEAL_TASKS, EvalSpec, resolve_tasks
+
+if TYPE_CHECKING:
+    from axolotl_plugins.seal.model_loading import LoadedModel
+    from eval.results import Result
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.add_typer(probe, name="probe")
+
+Models = Annotated[
+    list[str] | None,
+    typer.Option(help="Hub id, merged folder, or SEAL adapter folder; repeat it to score several."),
+]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(help="NAME=FOLDER, once for each of several adapters of one base, which is loaded once."),
+]
+Task = Annotated[
+    str, typer.Option(help=f"What to score: {', '.join((*SEAL_TASKS, *LM_EVAL_TASKS))}; ruler for its three, or all.")
+]
+Lengths = Annotated[
+    str, typer.Option(help="Longest samples in tokens, as 512,2048; default: the paper's fractions of the window.")
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(help="Samples per length, by default the paper's 50; for longbench and mmlu at most, by default all."),
+]
+Limit = Annotated[int | None, typer.Option(help="At most so many samples of each length or set, for a first look.")]
+Seed = Annotated[int, typer.Option(help="Seed of the test samples.")]
+Shots = Annotated[int, typer.Option(help="Worked examples before every prompt; the paper compares with one.")]
+ShotTokens = Annotated[int, typer.Option(help="Longest example, in tokens.")]
+Haystack = Annotated[
+    str | None, typer.Option(help="For niah: folder of text files, or essays (hub); default: built-in prose.")
+]
+Depths = Annotated[int | None, typer.Option(help="For niah: rows of the grid, from 0 to 100 per cent; default: ten.")]
+Cases = Annotated[
+    str | None, typer.Option(help="Folder of LongEval's published line cases, scored instead of generated samples.")
+]
+Data = Annotated[str | None, typer.Option(help="For longbench or mmlu: folder with its files, instead of the hub.")]
+ChatTemplate = Annotated[
+    str | None, typer.Option(help="Jinja file, for base models without a template: see recipes/templates.")
+]
+ModelConfig = Annotated[
+    Path | None, typer.Option(help="A recipe whose `model_config` applies to a base model too: NTK, Self-Extend.")
+]
+Backend = Annotated[
+    Literal["hf", "vllm"], typer.Option(help="Answer with Transformers, or with vLLM's server of a merged model.")
+]
+BaseUrl = Annotated[str, typer.Option(help="For vllm: URL of its endpoint; `vllm serve MODEL` starts it.")]
+Out = Annotated[
+    Path,
+    typer.Option(
+        help="Result file, ending in .json, or folder for TASK_MODEL.json, where _1shot and the like follow. "
+        "A PNG lies beside it."
+    ),
+]
+AllowContamination = Annotated[
+    bool, typer.Option(help="Also score samples that the model was tuned on; the result states how many.")
+]
+TrustRemoteCode = Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")]
 
 
 @app.callback()
@@ -26,48 +82,48 @@ def main() -> None:
     """Score models on the tasks they are tuned for."""
 
 
-SEAL_TASKS = ("line", "niah", "vt", "cwe", "fwe")
-LM_EVAL_TASKS = ("longbench", "mmlu")
-# Options that only some tasks know.
-OPTIONS = {
-    "cases": ("line",),
-    "haystack": ("niah",),
-    "depths": ("niah",),
-    "data": LM_EVAL_TASKS,
-    "lengths": SEAL_TASKS,
-    "shots": SEAL_TASKS,
-}
-GROUPS = {"ruler": ("vt", "cwe", "fwe"), "all": (*SEAL_TASKS, *LM_EVAL_TASKS)}
+@app.command(
+    epilog="Example: python -m eval run --model outputs/smollm2_line_sealc --lengths 512,1024,2048 --samples 100"
+)
+def run(
+    model: Models = None, adapter: Adapters = None, task: Task = "line", lengths: Lengths = "",
+    samples: Samples = None, limit: Limit = None, seed: Seed = 0, shots: Shots = 0, shot_tokens: ShotTokens = 1000,
+    haystack: Haystack = None, depths: Depths = None, cases: Cases = None, data: Data = None,
+    chat_template: ChatTemplate = None, model_config: ModelConfig = None, backend: Backend = "hf",
+    base_url: BaseUrl = "http://localhost:8000/v1", batch_size: BatchSize = None, out: Out = Path("results"),
+    allow_contamination: AllowContamination = False, trust_remote_code: TrustRemoteCode = False,
+) -> None:  # fmt: skip
+    """Score a model, and write a table, a JSON file and a plot."""
+    quiet_libraries()
+    try:
+        spec = EvalSpec(
+            lengths=list(dict.fromkeys(parse_numbers(lengths, "lengths"))) if lengths else None, samples=samples,
+            limit=limit, seed=seed, shots=shots, shot_tokens=shot_tokens, haystack=haystack, depths=depths,
+            cases=cases, data=data, batch_size=batch_size, allow_contamination=allow_contamination,
+        )  # fmt: skip
+        tasks = resolve_tasks(task, spec)
+        models, folders = model or [], parse_adapters(adapter or [])
+        check_models(models, folders, backend, model_config)
+        outputs = output_files(list(folders) or [result_name(name) for name in models], tasks, out, shots, model_config)
+        changes = read_model_config(model_config) if model_config else None
+        from eval.evaluate import evaluate
 
-
-def tasks_named(task: str, given: dict[str, Any]) -> tuple[str, ...]:
-    """The tasks that a name stands for.
-
-    Args:
-        task: of one, or of a group of them.
-        given: values of ``OPTIONS``, falsy where they were left out.
-
-    Raises:
-        ValueError: there is no such task, or none of them knows an option that was given.
-    """
-    tasks = GROUPS.get(task, (task,))
-    if unknown := [name for name in tasks if name not in SEAL_TASKS + LM_EVAL_TASKS]:
-        raise ValueError(
-            f"task: found {unknown[0]!r}, expected one of {', '.join((*SEAL_TASKS, *LM_EVAL_TASKS, *GROUPS))}"
-        )
-    if given["data"] and len(tasks) > 1:
-        raise ValueError("data: holds one benchmark, but several tasks are asked for: score them one by one")
-    for option, knows in OPTIONS.items():
-        if given[option] and not set(knows) & set(tasks):
-            raise ValueError(f"{option}: {task} has no such option, only {' and '.join(knows)}")
-    return tasks
+        results = evaluate(
+            load_models(models, folders, changes, base_url if backend == "vllm" else None,
+                        chat_template=chat_template, trust_remote_code=trust_remote_code),
+            tasks, spec, outputs=outputs.values(), cache_key=(backend, changes, chat_template), on_start=print_start,
+            on_result=print_result,
+        )  # fmt: skip
+    except (ValueError, OSError) as error:
+        stop("eval", error)
+    print_comparisons(results, tasks, list(outputs))
 
 
 def check_models(models: list[str], folders: dict[str, str], backend: str, model_config: Path | None) -> None:
-    """What is scored must be said in one way, and be something that the backend can answer for.
+    """Check that models are named in one way, which the backend supports.
 
     Raises:
-        ValueError: it is not.
+        ValueError: they are not.
     """
     if bool(models) == bool(folders):
         raise ValueError("model: name one by --model, or adapters of one base by --adapter NAME=FOLDER")
@@ -79,168 +135,104 @@ def check_models(models: list[str], folders: dict[str, str], backend: str, model
         raise ValueError("backend: vllm's server has one model: name one")
 
 
-@app.command(
-    epilog="Example: python -m eval run --model outputs/smollm2_line_sealc --lengths 512,1024,2048 --samples 100"
-)
-def run(
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="Hub id, merged folder, or SEAL adapter folder; once for each where several are scored."),
-    ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=FOLDER, once for each of several adapters of one base model, which is loaded once."),
-    ] = None,
-    task: Annotated[
-        str,
-        typer.Option(help=f"What to score: {', '.join((*SEAL_TASKS, *LM_EVAL_TASKS))}; ruler for its three, or all."),
-    ] = "line",
-    lengths: Annotated[
-        str, typer.Option(help="Longest samples in tokens, as 512,2048; default: the paper's shares of the window.")
-    ] = "",
-    samples: Annotated[
-        int | None,
-        typer.Option(help="Samples per length, the paper's 50 if left out; for longbench and mmlu at most, or all."),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="No more than so many samples of each length or set, for a first look.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the test samples.")] = 0,
-    shots: Annotated[int, typer.Option(help="Worked examples before every prompt; the paper compares with one.")] = 0,
-    shot_tokens: Annotated[int, typer.Option(help="Longest example, in tokens.")] = 1000,
-    haystack: Annotated[
-        str | None, typer.Option(help="For niah: folder of text files, or essays (hub); default: built-in prose.")
-    ] = None,
-    depths: Annotated[
-        int | None, typer.Option(help="For niah: rows of the grid, from 0 to 100 per cent; default: ten.")
-    ] = None,
-    cases: Annotated[
-        str | None, typer.Option(help="Folder of LongEval's published line cases, scored instead of samples of ours.")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="For longbench or mmlu: folder with its files, instead of the hub.")
-    ] = None,
-    chat_template: Annotated[
-        str | None, typer.Option(help="Jinja file, for base models without a template: see recipes/templates.")
-    ] = None,
-    model_config: Annotated[
-        Path | None,
-        typer.Option(help="A recipe whose `model_config` is to hold for a base model too: NTK, Self-Extend."),
-    ] = None,
-    backend: Annotated[
-        Literal["hf", "vllm"], typer.Option(help="What answers: Transformers, or vLLM's server with a merged model.")
-    ] = "hf",
-    base_url: Annotated[
-        str, typer.Option(help="For vllm: address of its endpoint; `vllm serve MODEL` starts it.")
-    ] = "http://localhost:8000/v1",
-    batch_size: Annotated[
-        int | None, typer.Option(help="Prompts decoded together; default: as many as memory allows, 32 at most.")
-    ] = None,
-    out: Annotated[
-        Path,
-        typer.Option(
-            help="Result file, ending in .json, or folder for TASK_MODEL.json, where _1shot and the like follow. "
-            "A PNG lies beside it."
-        ),
-    ] = Path("results"),
-    allow_contamination: Annotated[
-        bool, typer.Option(help="Also score samples that the model was tuned on; the result says how many.")
-    ] = False,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
-) -> None:
-    """Score a model, and write a table, a JSON file and a picture."""
-    quiet_libraries()
-    given = {
-        "cases": cases, "haystack": haystack, "depths": depths, "data": data, "lengths": lengths, "shots": shots,
-    }  # fmt: skip
-    counts = {"samples": samples, "limit": limit, "shot-tokens": shot_tokens, "batch-size": batch_size}
-    try:
-        tasks = tasks_named(task, given)
-        for option, count, least in [*((name, count, 1) for name, count in counts.items()), ("shots", shots, 0)]:
-            if count is not None and count < least:
-                raise ValueError(f"{option}: found {count}, expected at least {least}")
-        folders = adapters_named(adapter or [])
-        check_models(model or [], folders, backend, model_config)
-        # What is scored in another way has a file of its own.
-        way = (f"_{shots}shot" if shots else "") + (f"_{model_config.stem}" if model_config else "")
-        names = [name + way for name in folders or map(result_name, model or ())]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"model: {min(twice)} is named twice")
-        one_file = out.suffix == ".json"
-        if one_file and (results_asked := len(names) * len(tasks)) > 1:
-            raise ValueError(f"out: {out} is one file, but {results_asked} results are asked for: name a folder")
-        wanted = list(dict.fromkeys(numbers(lengths, "lengths"))) if lengths else None
-        from axolotl_plugins.seal.model_loading import LoadedModel, check_name, load, load_each
-        from eval import benchmarks
-        from eval import run as ours
-        from eval.table import print_scores, print_sets
-        from eval.vllm_backend import connect
+def read_model_config(recipe: Path) -> dict[str, Any]:
+    """Return the ``model_config`` of a recipe.
 
-        options: dict[str, Any] = {"chat_template": chat_template, "trust_remote_code": trust_remote_code}
-        changes = None
-        if model_config:
-            changes = load_yaml(model_config).get("model_config")
-            if not isinstance(changes, dict):
-                raise ValueError(f"model-config: {model_config} has no `model_config:` with settings under it")
-        for named in model or ():
-            check_name(named)
-        models: Iterable[LoadedModel] = load_each(folders, **options)
-        if model:
-            models = (load(named, **options, model_config=changes, weights=backend == "hf") for named in model)
-        results: dict[str, list[dict[str, Any]]] = {name: [] for name in tasks}
-        asked: dict[str, Any]
-        journals: list[Path] = []
-        most = [count for count in (samples, limit) if count is not None]
-        for title, one in zip(names, models, strict=True):
-            loaded = connect(one, base_url) if backend == "vllm" else one
-            for name in tasks:
-                path = out if one_file else result_file(out, name, title)
-                journal = journal_file(path, loaded.name, backend, changes, chat_template)
-                if name in LM_EVAL_TASKS:
-                    asked = {"data": data, "limit": min(most, default=None)}
-                else:
-                    asked = {
-                        "lengths": None if cases else wanted or ours.default_lengths(loaded.window),
-                        "samples": min([samples or 50, *most]), "seed": seed, "shots": shots,
-                        "shot_tokens": shot_tokens, "haystack": haystack if name == "niah" else None,
-                        "depths": depths if name == "niah" else None, "cases": cases if name == "line" else None,
-                    }  # fmt: skip
-                check_replaced(path, asked)
-                if name in LM_EVAL_TASKS:
-                    result = benchmarks.run_benchmark(loaded, name, **asked, batch_size=batch_size, journal=journal)
-                    write_text(path, json.dumps(result | {"asked": asked}, indent=1) + "\n")
-                    print_sets(result)
-                    print(path)
-                else:
-                    if not cases:
-                        at = ", ".join(map(str, asked["lengths"]))
-                        print(f"{name}: {asked['samples']} samples at each of {at} tokens")
-                    result = ours.run(
-                        loaded, name, **asked, batch_size=batch_size, journal=journal,
-                        allow_contamination=allow_contamination,
-                    )  # fmt: skip
-                    ours.save(result | {"asked": asked}, path)
-                    results[name].append(result)
-                    print_scores([result])
-                    print(f"{path} and {path.with_suffix('.png')}{remark(result['responses'])}")
-                journals.append(journal)
-        for journal in journals:  # not before all are done: what is killed does not score the first ones again
-            journal.unlink(missing_ok=True)
-        for together in results.values():
-            if len(together) > 1:
-                print_scores(together, names)
-    except (ValueError, OSError) as error:
-        stop("eval", error)
+    Raises:
+        ValueError: it has none.
+    """
+    changes = load_yaml(recipe).get("model_config")
+    if not isinstance(changes, dict):
+        raise ValueError(f"model-config: {recipe} has no `model_config:` with settings under it")
+    return changes
+
+
+def output_files(
+    names: list[str], tasks: tuple[str, ...], out: Path, shots: int, model_config: Path | None
+) -> dict[str, dict[str, Path]]:
+    """Return result files by model and task; a model's name gets a suffix for shots and config.
+
+    Raises:
+        ValueError: two models have the same name, or ``out`` is one file for several results.
+    """
+    suffix = (f"_{shots}shot" if shots else "") + (f"_{model_config.stem}" if model_config else "")
+    names = [name + suffix for name in names]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"model: {min(repeated)} is named twice")
+    one_file = out.suffix == ".json"
+    if one_file and (count := len(names) * len(tasks)) > 1:
+        raise ValueError(f"out: {out} is one file, but {count} results are asked for: name a folder")
+    return {name: {task: out if one_file else result_file(out, task, name) for task in tasks} for name in names}
+
+
+def load_models(
+    models: list[str], folders: dict[str, str], changes: dict[str, Any] | None, server: str | None, **options: Any
+) -> Iterable[LoadedModel]:
+    """Load models, or adapters of one base model, one after the other.
+
+    Args:
+        models: hub ids or folders.
+        folders: adapter folders by name, instead of models.
+        changes: of the models' config.
+        server: URL of a vLLM server that answers for the models; None loads weights.
+        options: of ``load``.
+
+    Raises:
+        ValueError: a name is no model; or, when its turn comes, see ``load`` and ``connect``.
+    """
+    from axolotl_plugins.seal.model_loading import check_name, load, load_each
+
+    if folders:
+        return load_each(folders, **options)
+    for name in models:
+        check_name(name)
+    loaded = (load(name, **options, model_config=changes, weights=server is None) for name in models)
+    if server is None:
+        return loaded
+    from eval.vllm_backend import connect
+
+    return (connect(model, server) for model in loaded)
+
+
+def print_start(task: str, options: dict[str, Any]) -> None:
+    """Print how many samples are scored at which lengths."""
+    if options.get("lengths"):
+        print(f"{task}: {options['samples']} samples at each of {', '.join(map(str, options['lengths']))} tokens")
+
+
+def print_result(result: Result, path: Path | None) -> None:
+    """Print a result and the files that hold it."""
+    from eval.results import BenchmarkResult
+    from eval.table import print_scores, print_sets
+
+    assert path is not None
+    if isinstance(result, BenchmarkResult):
+        print_sets(result)
+        print(path)
+    else:
+        print_scores([result])
+        print(f"{path} and {path.with_suffix('.png')}{remark(result.responses)}")
+
+
+def print_comparisons(results: list[Result], tasks: tuple[str, ...], names: list[str]) -> None:
+    """Print the scores of several models side by side, a table per task."""
+    from eval.results import EvalResult
+    from eval.table import print_scores
+
+    for task in tasks:
+        rows = [result for result in results if isinstance(result, EvalResult) and result.task == task]
+        if len(rows) > 1:
+            print_scores(rows, names)
 
 
 @app.command(epilog="Example: python -m eval report --results results --out results/report.html")
 def report(
     results: Annotated[Path, typer.Option(help="Folder with the JSON files of `run`.")] = Path("results"),
-    out: Annotated[Path, typer.Option(help="The page to write; it holds its pictures and needs no network.")] = Path(
+    out: Annotated[Path, typer.Option(help="The page to write, with its figures embedded.")] = Path(
         "results/report.html"
     ),
 ) -> None:
-    """Gather results into one page: scores by length, needle grids, learned scales, beside the paper's numbers."""
+    """Gather results into one page: scores by length, needle grids, scales, beside the paper's numbers."""
     quiet_libraries()
     from eval.report import write_report
 

@@ -1,4 +1,4 @@
-"""lm-eval's own tasks that the paper reports: LongBench's document QA (Table 6) and MMLU (section 5.2)."""
+"""Score lm-eval's own tasks that the paper reports: LongBench's document QA (Table 6) and MMLU (section 5.2)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lm_eval.tasks import TaskManager, get_task_dict
 from axolotl_plugins.seal.model_loading import LoadedModel
 from data_gen.console import first_line
 from data_gen.dataset import as_messages, count_tokens
+from eval.results import BenchmarkResult, SetScore
 from eval.run import harness_for
 from eval.vllm_backend import Served
 
@@ -20,19 +21,19 @@ LONGBENCH = (
     "multifieldqa_en", "multifieldqa_zh", "narrativeqa", "qasper", "hotpotqa", "2wikimqa", "musique", "dureader",
 )  # fmt: skip
 SHOTS = {"longbench": 0, "mmlu": 5}
-# MMLU's many other wordings in lm-eval have names that begin alike.
-OTHER_WORDINGS = tuple(
+# Variants of MMLU in lm-eval, whose names share its prefix.
+MMLU_VARIANTS = tuple(
     f"mmlu_{kind}" for kind in ("flan", "continuation", "generative", "llama", "pro", "prox", "redux")
 )
 
 
 def with_question(rows: Dataset) -> Dataset:
-    """LongBench's own files call ``input`` what lm-eval's copy calls a question."""
+    """Rename the ``input`` of LongBench's own files to lm-eval's ``question``."""
     return rows.rename_column("input", "question") if "question" not in rows.column_names else rows
 
 
 def task_configs(group: str, data: str | None) -> list[dict[str, Any]]:
-    """lm-eval's tasks of a group, from the hub or from local files.
+    """Return the configs of a group's lm-eval tasks, read from the hub or from local files.
 
     Args:
         group: ``longbench`` or ``mmlu``.
@@ -55,7 +56,7 @@ def task_configs(group: str, data: str | None) -> list[dict[str, Any]]:
             configs.append(config)
         return configs
     names = [name for name in TaskManager().all_subtasks if name.startswith("mmlu_")]
-    names = [name for name in names if not name.startswith(OTHER_WORDINGS)]
+    names = [name for name in names if not name.startswith(MMLU_VARIANTS)]
     if data is None:
         return [{"task": name} for name in names]
     configs = []
@@ -70,98 +71,89 @@ def task_configs(group: str, data: str | None) -> list[dict[str, Any]]:
     return configs
 
 
-def cut_in_the_middle(task: Any, loaded: LoadedModel, room: int) -> list[int]:
-    """Make a task shorten prompts as LongBench does: tokens go from the middle, before the chat template comes on.
+def truncate_middle(task: Any, loaded: LoadedModel, budget: int) -> list[int]:
+    """Make a task truncate long prompts in the middle, as LongBench does, before the chat template is applied.
 
-    Its own program leaves LongChat 31,500 tokens (``model2maxlen.json``); here whatever fits into the window stays.
+    LongBench's own program leaves LongChat 31,500 tokens (``model2maxlen.json``); here whatever fits into the window
+    stays.
 
     Args:
-        task: an lm-eval task, which is changed.
-        loaded: whose tokenizer counts.
-        room: most tokens of a prompt.
+        task: an lm-eval task, modified in place.
+        loaded: its tokenizer counts.
+        budget: most tokens of a prompt.
 
     Returns:
-        A list that will hold the full length of every prompt that was cut.
+        A list to which the full length of every truncated prompt will be appended.
     """
-    plain, cut = task.doc_to_text, []
+    doc_to_text, truncated = task.doc_to_text, []
 
     def shortened(document: dict[str, Any], *arguments: Any) -> str:
-        text = plain(document, *arguments)
+        text = doc_to_text(document, *arguments)
         ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) <= room:
+        if len(ids) <= budget:
             return text
-        cut.append(len(ids))
+        truncated.append(len(ids))
         decode = lambda part: loaded.tokenizer.decode(part, skip_special_tokens=True)  # noqa: E731
-        return decode(ids[: room // 2]) + decode(ids[-(room // 2) :])
+        return decode(ids[: budget // 2]) + decode(ids[-(budget // 2) :])
 
     task.doc_to_text = shortened
-    return cut
+    return truncated
 
 
 def run_benchmark(
     loaded: LoadedModel, group: str, *, data: str | None = None, limit: int | None = None,
     batch_size: int | None = None, journal: Path | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> BenchmarkResult:  # fmt: skip
     """Score a model on a group of lm-eval's tasks.
 
     Args:
         loaded: the model with its tokenizer.
         group: ``longbench`` or ``mmlu``.
         data: see ``task_configs``.
-        limit: samples of each set; None means all.
-        batch_size: prompts decoded together; None takes what memory allows.
+        limit: samples of each set; None uses all.
+        batch_size: prompts decoded together; None uses what memory allows.
         journal: see ``eval.run.run``.
 
-    Returns:
-        ``model``, ``base``, ``method``, ``task``, ``window``; ``sets``, one entry per set with ``name``, ``count``,
-        ``score`` in per cent, its 95 % interval ``low`` and ``high`` where lm-eval knows the error, and ``cut`` (how
-        many prompts were shortened in the middle); and ``mean``.
-
     Raises:
-        ValueError: see ``task_configs``; or a server is asked for MMLU.
+        ValueError: see ``task_configs``; or MMLU is requested from a server.
     """
     if group == "mmlu" and isinstance(loaded, Served):
-        raise ValueError("backend: mmlu compares probabilities, which a server does not give of prompts: use hf")
+        raise ValueError("backend: mmlu compares probabilities, which a server does not return for prompts: use hf")
     configs = task_configs(group, data)
     try:
         tasks = get_task_dict(configs, TaskManager())
-    except Exception as error:  # the libraries below raise a dozen kinds for one cause
-        where = f"read from {data}" if data else "fetched from the hub: name a folder with --data"
-        raise ValueError(f"data: {group} cannot be {where} ({first_line(error)})") from error
+    except Exception as error:  # the libraries below raise a dozen types for one cause
+        source = f"read from {data}" if data else "fetched from the hub: name a folder with --data"
+        raise ValueError(f"data: {group} cannot be {source} ({first_line(error)})") from error
     harness = harness_for(loaded, batch_size, journal, add_bos_token=group != "longbench")
-    cut = {}
+    truncated = {}
     for name, task in tasks.items():
         if group == "longbench":
-            frame = count_tokens(loaded.tokenizer, as_messages("", ""))
-            room = loaded.window - frame - task.config.generation_kwargs["max_gen_toks"]
-            # Cut ends may join into other tokens.
-            cut[name] = cut_in_the_middle(task, loaded, room - 8)
-    results = simple_evaluate(
+            template = count_tokens(loaded.tokenizer, as_messages("", ""))
+            budget = loaded.window - template - task.config.generation_kwargs["max_gen_toks"]
+            # Eight tokens spare: the joined halves may tokenize differently.
+            truncated[name] = truncate_middle(task, loaded, budget - 8)
+    output = simple_evaluate(
         model=harness, tasks=list(tasks.values()), apply_chat_template=group == "longbench", limit=limit,
         num_fewshot=SHOTS[group],
-        bootstrap_iters=1,  # any number but 0: errors of means are computed, not drawn
+        bootstrap_iters=1,  # any number but 0: standard errors of means are closed-form
     )  # fmt: skip
+    sets = [set_score(output, group, name, len(truncated.get(name, []))) for name in tasks]
+    return BenchmarkResult(
+        model=loaded.name, base=loaded.base, method=loaded.method, task=group, window=loaded.window, sets=sets,
+        mean=round(sum(row.score for row in sets) / len(sets), 4),
+    )  # fmt: skip
+
+
+def set_score(output: dict[str, Any], group: str, name: str, truncated: int) -> SetScore:
+    """Return the score of one set in per cent, from lm-eval's output."""
     metric = "score" if group == "longbench" else "acc"  # both in [0, 1]
-    sets = []
-    for name in tasks:
-        found, count = results["results"][name], results["n-samples"][name]["effective"]
-        score = 100 * found[f"{metric},none"]
-        deviation = found.get(f"{metric}_stderr,none")
-        spread = 196 * deviation if isinstance(deviation, float) and not math.isnan(deviation) else None
-        sets.append({
-            "name": name.removeprefix(f"{group}_"),
-            "count": count,
-            "score": round(score, 4),
-            "low": None if spread is None else round(max(0.0, score - spread), 2),
-            "high": None if spread is None else round(min(100.0, score + spread), 2),
-            "cut": len(cut.get(name, [])),
-        })  # fmt: skip
-    return {
-        "model": loaded.name,
-        "base": loaded.base,
-        "method": loaded.method,
-        "task": group,
-        "window": loaded.window,
-        "sets": sets,
-        "mean": round(sum(row["score"] for row in sets) / len(sets), 4),
-    }
+    values = output["results"][name]
+    score, error = 100 * values[f"{metric},none"], values.get(f"{metric}_stderr,none")
+    margin = 196 * error if isinstance(error, float) and not math.isnan(error) else None
+    return SetScore(
+        name=name.removeprefix(f"{group}_"), count=output["n-samples"][name]["effective"], score=round(score, 4),
+        low=None if margin is None else round(max(0.0, score - margin), 2),
+        high=None if margin is None else round(min(100.0, score + margin), 2),
+        cut=truncated,
+    )  # fmt: skip

@@ -1,8 +1,9 @@
-"""Pictures of results."""
+"""Plots of results."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from data_gen.io import written_whole
+from eval.results import TITLES, EvalResult, to_json
 
 COLOURS = {
     "base": "#555555", "SEAL-H": "#e08214", "SEAL-C": "#2166ac", "shuffled": "#9467bd", "wrong facts": "#2ca02c",
@@ -25,41 +27,52 @@ COLOURS = {
 
 
 def save_figure(figure: Figure, out: Path) -> None:
-    """Write a figure as PNG so that a reader sees all of it or none; equal figures give equal bytes."""
+    """Write a figure as PNG atomically; equal figures give equal bytes."""
     with written_whole(out) as partial:
         figure.savefig(partial, format="png", dpi=150, metadata={"Software": None})
     plt.close(figure)
 
 
-def draw_accuracy(axes: Axes, results: list[dict[str, Any]], at: str = "tokens") -> None:
-    """Accuracy over length, one line per method: mean over its results (seeds), and their range or 95 % interval.
+def draw_accuracy(axes: Axes, results: Sequence[dict[str, Any]], at: str = "tokens") -> None:
+    """Draw scores over lengths, one line per method: mean over its results (seeds), and their range or 95 % interval.
 
     Args:
         axes: to draw on.
-        results: each with ``method`` and ``scores``.
-        at: what of a score says its length: ``tokens``, measured, or ``length``, the one that was asked for.
+        results: each with ``method`` and ``scores``, as in the JSON of a result.
+        at: the field of a score that holds its length: measured ``tokens`` or the requested ``length``.
     """
     methods: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for result in results:
         methods[result["method"]].append(result)
     for method, runs in methods.items():
-        tokens = [score[at] for score in runs[0]["scores"]]
+        first = runs[0]["scores"]
         table = np.array([[score["score"] for score in run["scores"]] for run in runs])
-        if len(runs) > 1:
-            low, high = table.min(0), table.max(0)
-        else:
-            low = np.array([score["low"] for score in runs[0]["scores"]])
-            high = np.array([score["high"] for score in runs[0]["scores"]])
-        colour = COLOURS.get(method)
-        axes.plot(tokens, table.mean(0), marker="o", label=method, color=colour)
-        axes.fill_between(tokens, low, high, alpha=0.15, color=colour)
-    axes.set(xlabel="prompt length (tokens)", ylabel="score", ylim=(-0.02, 1.04))
+        interval = None
+        if len(runs) == 1:
+            interval = np.array([score["low"] for score in first]), np.array([score["high"] for score in first])
+        draw_curve(axes, method, [score[at] for score in first], table, interval)
+    finish_accuracy(axes)
+
+
+def draw_curve(
+    axes: Axes, name: str, lengths: Sequence[float], runs: np.ndarray,
+    interval: tuple[np.ndarray, np.ndarray] | None = None,
+) -> None:  # fmt: skip
+    """Draw the mean of runs, shape (runs, lengths), with an interval; None uses the range over runs."""
+    low, high = interval or (runs.min(0), runs.max(0))
+    (line,) = axes.plot(lengths, runs.mean(0), marker="o", label=name, color=COLOURS.get(name))
+    axes.fill_between(lengths, low, high, alpha=0.15, color=line.get_color())
+
+
+def finish_accuracy(axes: Axes, title: str = "") -> None:
+    """Set axis labels and limits of scores over lengths, and add the legend."""
+    axes.set(xlabel="prompt length (tokens)", ylabel="score", ylim=(-0.02, 1.04), title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc="best")
 
 
 def draw_scales(figure: Figure, axes: Axes, scales: np.ndarray, title: str) -> None:
-    """Scales of shape (layers, heads) in colours that diverge around 1, with their values where there is room."""
+    """Draw scales of shape (layers, heads) in colours that diverge around 1, with their values if there is room."""
     spread = max(0.02, float(np.abs(scales - 1).max()))
     image = axes.imshow(scales, cmap="RdBu_r", vmin=1 - spread, vmax=1 + spread, aspect="auto")
     if scales.size <= 64:
@@ -67,12 +80,12 @@ def draw_scales(figure: Figure, axes: Axes, scales: np.ndarray, title: str) -> N
             dark = abs(value - 1) > 0.6 * spread
             axes.text(head, layer, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black")
     axes.set(xlabel="head", ylabel="layer", title=title)
-    whole_ticks(axes, scales.shape)
+    set_integer_ticks(axes, scales.shape)
     figure.colorbar(image, ax=axes, fraction=0.046)
 
 
-def whole_ticks(axes: Axes, shape: tuple[int, ...]) -> None:
-    """Ticks at whole numbers on a map of shape (layers, heads), sixteen at most on either side."""
+def set_integer_ticks(axes: Axes, shape: tuple[int, ...]) -> None:
+    """Set ticks at integers on a map of shape (layers, heads), at most sixteen per axis."""
     for axis, size in ((axes.xaxis, shape[1]), (axes.yaxis, shape[0])):
         axis.set_ticks(range(0, size, max(1, size // 16)))
 
@@ -80,7 +93,7 @@ def whole_ticks(axes: Axes, shape: tuple[int, ...]) -> None:
 def draw_grid(
     figure: Figure, axes: Axes, values: np.ndarray, depths: list[int], lengths: list[int], *, title: str, window: int
 ) -> None:
-    """Scores of shape (depths, lengths) from red to green; a dotted line where the model's window ends (Figure 5)."""
+    """Draw scores of shape (depths, lengths) from red to green; a dotted line marks the model's window (Figure 5)."""
     image = axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
     axes.set(xlabel="prompt length (tokens)", ylabel="depth (%)", title=title)
     axes.set_xticks(range(len(lengths)), [str(length) for length in lengths], rotation=45)
@@ -91,9 +104,9 @@ def draw_grid(
     figure.colorbar(image, ax=axes, fraction=0.046, label="score")
 
 
-def accuracy_by_length(results: list[dict[str, Any]], out: Path) -> None:
-    """One picture of ``eval.run.run`` results."""
+def accuracy_by_length(results: Sequence[EvalResult], out: Path) -> None:
+    """Write a plot of results of one task."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    draw_accuracy(axes, results)
-    axes.set_title(f"{results[0]['task']} retrieval, {results[0]['scores'][0]['count']} samples per length")
+    draw_accuracy(axes, [to_json(result) for result in results])
+    axes.set_title(f"{TITLES[results[0].task]}, {results[0].scores[0].count} samples per length")
     save_figure(figure, out)

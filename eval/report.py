@@ -1,65 +1,33 @@
-"""Gathers results into one page: ``python -m eval report``, that is ``make report``."""
+"""Gather results into one HTML page: ``python -m eval report``."""
 
 from __future__ import annotations
 
 import base64
-import functools
 import io
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import yaml
 from jinja2 import Environment, FileSystemLoader
 
-from data_gen.io import check_output, load_json, write_text
+from data_gen.io import check_output, write_text
+from eval.paper import LONGCHAT, paper_value, read_paper
 from eval.plots import draw_accuracy, draw_grid, draw_scales
+from eval.results import TITLES, BenchmarkResult, EvalResult, Result, read_objects, read_results, to_json
 
-HERE = Path(__file__).parent
-TITLES = {
-    "line": "Line retrieval", "niah": "Needle in a haystack", "vt": "Variable tracking", "cwe": "Common words",
-    "fwe": "Frequent words", "longbench": "LongBench document QA", "mmlu": "MMLU",
-}  # fmt: skip
 WRONG_SHOWN = 5
-LONGCHAT = "lmsys/longchat-7b-v1.5-32k"  # the one base model of Table 6 and of the paper's MMLU
 
 
-def read_json(folder: Path) -> list[dict[str, Any]]:
-    """All JSON objects in the files of a folder, in the order of their names.
-
-    Raises:
-        ValueError: a file is not JSON, or too large.
-    """
-    found = [load_json(file) for file in sorted(folder.glob("*.json")) if file.is_file()]
-    return [one for one in found if isinstance(one, dict)]
-
-
-def read_results(folder: Path) -> list[dict[str, Any]]:
-    """All results of ``python -m eval run`` in a folder, in the order of their names; other JSON files are left out.
-
-    Raises:
-        ValueError: see ``read_json``.
-    """
-    kinds = ({"scores", "responses"}, {"sets", "mean"})
-    wanted = [kind | {"base", "method", "task"} for kind in kinds]
-    return [found for found in read_json(folder) if any(keys <= found.keys() for keys in wanted)]
-
-
-@functools.cache
-def read_paper() -> dict[str, Any]:
-    """``paper.yml``."""
-    return yaml.safe_load((HERE / "paper.yml").read_text())
-
-
-def rate_table(found: dict[str, Any]) -> dict[str, Any]:
-    """Mean score of a sweep by rate and number of samples, beside the paper's Table 7."""
+def rate_table(sweep: dict[str, Any]) -> dict[str, Any]:
+    """Return the mean score of a sweep by learning rate and number of samples, beside the paper's Table 7."""
     printed: dict[str, dict[int, float]] = {}
-    if (found["base_model"], found["task"], found["method"]) == (LONGCHAT, "line", "SEAL-H"):
+    if (sweep["base_model"], sweep["task"], sweep["method"]) == (LONGCHAT, "line", "SEAL-H"):
         printed = read_paper()["learning_rate_by_samples"]
     by_rate = {float(rate): row for rate, row in printed.items()}
-    means = {(one["rate"], one["samples"], one["epochs"]): one["mean"] for one in found["over_seeds"]}
+    means = {(row["rate"], row["samples"], row["epochs"]): row["mean"] for row in sweep["over_seeds"]}
     rates, columns = sorted({key[0] for key in means}), sorted({key[1:] for key in means})
     rows = []
     for rate in rates:
@@ -69,7 +37,7 @@ def rate_table(found: dict[str, Any]) -> dict[str, Any]:
             score = means.get((rate, count, epochs))
             cells.append(None if score is None else {
                 "score": score, "low": None,
-                "count": found["validation_samples"] * len(found["lengths"]) * len(found["seeds"]),
+                "count": sweep["validation_samples"] * len(sweep["lengths"]) * len(sweep["seeds"]),
                 "paper": None if paper is None else (paper, 7),
             })  # fmt: skip
         rows.append({"name": f"{rate:g}", "model": "", "cells": cells})
@@ -77,169 +45,161 @@ def rate_table(found: dict[str, Any]) -> dict[str, Any]:
     return {"rows_are": "learning rate", "columns": titles, "rows": rows}
 
 
-def probe_section(found: dict[str, Any]) -> dict[str, Any]:
-    """What the page says about a result of ``python -m eval probe``."""
+def probe_section(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the page's section on a result of ``python -m eval probe``."""
     from eval.probe.captions import CAPTION, TITLE
     from eval.probe.plots import DRAW
 
-    kind = found["kind"]
-    shown = rate_table(found) if kind == "sweep" else None
+    kind = result["kind"]
     return {
-        "title": TITLE[kind], "figure": picture(DRAW[kind](found)), "table": shown, "caption": CAPTION[kind](found)
+        "title": TITLE[kind], "figure": embed(DRAW[kind](result)),
+        "table": rate_table(result) if kind == "sweep" else None, "caption": CAPTION[kind](result),
     }  # fmt: skip
 
 
-def paper_scores() -> list[dict[str, Any]]:
-    """The paper's numbers by table, see ``paper.yml``; RULER's in [0, 1] like ours."""
-    rows = []
-    for row in read_paper()["scores"]:
-        whole = 1 if row["task"] == "line" else 100
-        rows.append({**row, "by_length": {length: score / whole for length, score in row["by_length"].items()}})
-    return rows
-
-
-def sets_section(task: str, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the page says about a benchmark of several sets: the method's scores beside the paper's."""
+def benchmark_section(task: str, results: Sequence[BenchmarkResult]) -> dict[str, Any]:
+    """Return the page's section on a benchmark of several sets: scores by method, beside the paper's."""
     paper = read_paper()
-    names = list(dict.fromkeys(row["name"] for result in results for row in result["sets"]))
+    names = list(dict.fromkeys(row.name for result in results for row in result.sets))
     rows = []
     for result in results:
-        ours = result["base"] == LONGCHAT
-        printed = paper["longbench"].get(result["method"], {}) if task == "longbench" and ours else {}
-        by_name = {row["name"]: row for row in result["sets"]}
-        cells = [
-            {**by_name[name], "paper": (printed[name], 6) if name in printed else None} if name in by_name else None
+        in_paper = result.base == LONGCHAT
+        printed = paper["longbench"].get(result.method, {}) if task == "longbench" and in_paper else {}
+        mmlu = paper["mmlu"].get(result.method) if task == "mmlu" and in_paper else None
+        by_name = {row.name: row for row in result.sets}
+        cells: list[dict[str, Any] | None] = [
+            {**vars(by_name[name]), "paper": (printed[name], 6) if name in printed else None}
+            if name in by_name else None
             for name in names
-        ]
-        mmlu = paper["mmlu"].get(result["method"]) if task == "mmlu" and ours else None
-        cells.append({"score": result["mean"], "low": None, "count": sum(row["count"] for row in result["sets"]),
+        ]  # fmt: skip
+        cells.append({"score": result.mean, "low": None, "count": sum(row.count for row in result.sets),
                       "paper": None if mmlu is None else (mmlu, "–, section 5.2")})  # fmt: skip
-        rows.append({"name": result["method"], "model": result["model"], "cells": cells})
-    shown = {"rows_are": "method", "columns": [*names, "mean"], "rows": rows}
-    return {"title": TITLES[task], "figures": [], "tables": [shown], "wrong": []}
+        rows.append({"name": result.method, "model": result.model, "cells": cells})
+    table = {"rows_are": "method", "columns": [*names, "mean"], "rows": rows}
+    return {"title": TITLES[task], "figures": [], "tables": [table], "wrong": []}
 
 
-def paper_value(result: dict[str, Any], length: int, paper: list[dict[str, Any]]) -> tuple[float, int] | None:
-    """The paper's score and table for the same base model, task, method and length (to the thousand), if it has one."""
-    method = "one-shot" if result.get("shots") else result["method"]
-    for row in paper:
-        if (row["model"], row["task"], row["method"]) == (result["base"], result["task"], method):
-            for thousands, score in row["by_length"].items():
-                if length in (thousands * 1000, thousands * 1024):
-                    return score, row["table"]
-    return None
-
-
-def picture(figure: plt.Figure) -> str:
-    """A figure as a data address."""
+def embed(figure: plt.Figure) -> str:
+    """Return a figure as a PNG data URL."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
     plt.close(figure)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def table(results: list[dict[str, Any]], paper: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of methods with a cell per length."""
-    lengths = sorted({score["length"] for result in results for score in result["scores"]})
+def score_table(results: Sequence[EvalResult]) -> dict[str, Any]:
+    """Return a table with a row per method and a column per length."""
+    lengths = sorted({score.length for result in results for score in result.scores if score.length is not None})
     rows = []
     for result in results:
-        by_length = {score["length"]: score for score in result["scores"]}
+        by_length = {score.length: score for score in result.scores}
         cells = [
-            {**by_length[length], "paper": paper_value(result, length, paper)} if length in by_length else None
+            {**vars(by_length[length]), "paper": paper_value(result, length)} if length in by_length else None
             for length in lengths
         ]
-        rows.append({"name": result["method"] + (f", {result['shots']}-shot" if result.get("shots") else ""),
-                     "model": result["model"], "cells": cells})  # fmt: skip
-    return [{"rows_are": "method", "columns": lengths, "rows": rows}]
+        rows.append({"name": result.method + (f", {result.shots}-shot" if result.shots else ""),
+                     "model": result.model, "cells": cells})  # fmt: skip
+    return {"rows_are": "method", "columns": lengths, "rows": rows}
 
 
-def grid(result: dict[str, Any]) -> tuple[np.ndarray, list[int], list[int]]:
-    """Mean score of needles by depth and length: shape (depths, lengths), then depths in per cent and lengths."""
-    depths = sorted({cell["depth"] for cell in result["depths"]})
-    lengths = [score["length"] for score in result["scores"]]
+def grid(result: EvalResult) -> tuple[np.ndarray, list[int], list[int]]:
+    """Return needle scores as an array of shape (depths, lengths), the depths in per cent, and the lengths."""
+    depths = sorted({row.depth for row in result.depths if row.depth is not None})
+    lengths = list(result.by_length())
     values = np.full((len(depths), len(lengths)), np.nan)
-    for cell in result["depths"]:
-        values[depths.index(cell["depth"]), lengths.index(cell["length"])] = cell["score"]
+    for row in result.depths:
+        if row.depth is not None and row.length is not None:
+            values[depths.index(row.depth), lengths.index(row.length)] = row.score
     return values, depths, lengths
 
 
-def labels(results: list[dict[str, Any]]) -> list[str]:
-    """A name for each result on one picture: its method, and whatever else tells it from the others."""
-    names = ["one-shot" if result["method"] == "base" and result.get("shots") == 1 else
-             result["method"] + (f", {result['shots']}-shot" if result.get("shots") else "")
+def labels(results: Sequence[EvalResult]) -> list[str]:
+    """Return a name for each result on one plot: its method, with shots and model where methods are equal."""
+    names = ["one-shot" if result.method == "base" and result.shots == 1 else
+             result.method + (f", {result.shots}-shot" if result.shots else "")
              for result in results]  # fmt: skip
     return [
-        name if names.count(name) == 1 else f"{name}, {result['model']}"
+        name if names.count(name) == 1 else f"{name}, {result.model}"
         for name, result in zip(names, results, strict=True)
     ]
 
 
-def section(task: str, results: list[dict[str, Any]], paper: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the page says about one task of one base model."""
-    if "sets" in results[0]:
-        return sets_section(task, results)
+def task_section(task: str, results: Sequence[EvalResult]) -> dict[str, Any]:
+    """Return the page's section on one task of one base model."""
     figures = []
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    draw_accuracy(axes, [result | {"method": name} for result, name in zip(results, labels(results), strict=True)])
-    figures.append(picture(figure))
+    draw_accuracy(axes, [to_json(row) | {"method": name} for row, name in zip(results, labels(results), strict=True)])
+    figures.append(embed(figure))
     if task == "niah":
         size = (1 + 4.2 * len(results), 3.6)
-        figure, grids = plt.subplots(1, len(results), figsize=size, layout="constrained", squeeze=False)
-        for axes, result in zip(grids[0], results, strict=True):
-            draw_grid(figure, axes, *grid(result), title=result["method"], window=result["window"])
-        figures.append(picture(figure))
+        figure, panels = plt.subplots(1, len(results), figsize=size, layout="constrained", squeeze=False)
+        for axes, result in zip(panels[0], results, strict=True):
+            draw_grid(figure, axes, *grid(result), title=result.method, window=result.window)
+        figures.append(embed(figure))
     wrong = [
-        {"method": result["method"], **row}
+        {"method": result.method, **row}
         for result in results
-        for row in [row for row in result["responses"] if row["score"] < 1][:WRONG_SHOWN]
+        for row in [row for row in result.responses if row["score"] < 1][:WRONG_SHOWN]
     ]
-    return {"title": TITLES.get(task, task), "figures": figures, "tables": table(results, paper), "wrong": wrong}
+    return {"title": TITLES.get(task, task), "figures": figures, "tables": [score_table(results)], "wrong": wrong}
 
 
-def scale_maps(results: list[dict[str, Any]]) -> list[str]:
-    """Pictures of the scales of every adapter that was scored and is still there, and how much was learned."""
+def scale_figures(results: Sequence[Result]) -> list[str]:
+    """Draw the scales of every scored adapter that still exists, with its number of trainable parameters."""
     from axolotl_plugins.seal.scales import saved_scales
 
     paper = read_paper()["parameters"]
-    pictures = []
-    adapters = {result["model"]: result for result in results if result["method"].startswith("SEAL")}
+    figures = []
+    adapters = {result.model: result for result in results if result.method.startswith("SEAL")}
     for model, result in adapters.items():
         if not (Path(model) / "adapter_config.json").exists():
             continue  # a merged folder has no scales of its own
         scales = saved_scales(Path(model))
-        printed = paper.get(result["base"], {}).get(result["method"])
-        learned = f"{scales.size:,} numbers" + (f" (paper {printed[0]}K, table 8)" if printed else "")
+        printed = paper.get(result.base, {}).get(result.method)
+        count = f"{scales.size:,} trainable parameters" + (f" (paper {printed[0]}K, table 8)" if printed else "")
         figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
-        draw_scales(figure, axes, scales.mean(-1), f"{model}\nmean scale of each head; {learned}")
-        pictures.append(picture(figure))
-    return pictures
+        draw_scales(figure, axes, scales.mean(-1), f"{model}\nmean scale of each head; {count}")
+        figures.append(embed(figure))
+    return figures
+
+
+def base_section(base: str, results: Sequence[Result]) -> dict[str, Any]:
+    """Return the page's sections on one base model: by task, then scales."""
+    scored: dict[str, list[EvalResult]] = defaultdict(list)
+    benchmarks: dict[str, list[BenchmarkResult]] = defaultdict(list)
+    for result in results:
+        if isinstance(result, EvalResult):
+            scored[result.task].append(result)
+        else:
+            benchmarks[result.task].append(result)
+    sections = [task_section(task, rows) for task, rows in scored.items()]
+    sections += [benchmark_section(task, rows) for task, rows in benchmarks.items()]
+    return {"name": base, "sections": sections, "scales": scale_figures(results)}
 
 
 def write_report(folder: Path, out: Path) -> int:
-    """Write the page; nothing on it comes from the network. Probes' results are those in ``folder/probes``.
+    """Write the page, with its figures embedded; results of probes are read from ``folder/probes``.
 
     Returns:
-        How many results it shows.
+        The number of results it shows.
 
     Raises:
-        ValueError: see ``read_json``; or there is no result at all.
+        ValueError: see ``read_results``; or there is no result at all.
     """
     check_output(out)
-    results, paper = read_results(folder), paper_scores()
-    probes = [found for found in read_json(folder / "probes") if "kind" in found]
-    if not results + probes:
+    results = read_results(folder)
+    probes = [values for values in read_objects(folder / "probes").values() if "kind" in values]
+    if not results and not probes:
         raise ValueError(f"{folder}: holds no results: make some with `python -m eval run`")
-    bases: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    by_base: dict[str, list[Result]] = defaultdict(list)
     for result in results:
-        bases[result["base"]][result["task"]].append(result)
-    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        by_base[result.base].append(result)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     page = environment.get_template("report.html").render(
-        bases=[
-            {"name": base, "sections": [section(task, rows, paper) for task, rows in tasks.items()],
-             "scales": scale_maps([row for rows in tasks.values() for row in rows])}
-            for base, tasks in bases.items()
-        ],
-        probes=[probe_section(found) for found in probes],
-    )  # fmt: skip
+        bases=[base_section(base, rows) for base, rows in by_base.items()],
+        probes=[probe_section(result) for result in probes],
+    )
     write_text(out, page)
     return len(results) + len(probes)

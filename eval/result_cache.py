@@ -1,4 +1,4 @@
-"""Results as they come in, one JSON line each, so that a run that was cut off goes on where it was."""
+"""Cache of values as they come in, one JSON line each, so that an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -11,72 +11,76 @@ from data_gen.io import check_output, load_json
 
 
 def result_name(model: str) -> str:
-    """What a model's results are called in a folder of results."""
+    """Return a model's name as part of a file name."""
     return model.strip("/").replace("/", "_")
 
 
 def result_file(folder: Path, task: str, name: str) -> Path:
-    """Where a folder of results has that of a task."""
+    """Return the result file of a task and a named model in a folder."""
     return folder / f"{task}_{name}.json"
 
 
-def check_replaced(out: Path, asked: dict[str, Any]) -> None:
-    """See that no result is lost: one that is there already must be of the same samples.
+def check_replaced(out: Path, options: dict[str, Any]) -> None:
+    """Check that writing a result loses none: an existing one must be of the same samples.
 
     Args:
         out: the result file.
-        asked: what says which samples are scored; a result keeps it under this name.
+        options: what determines the samples; a result stores them under ``asked``.
 
     Raises:
-        ValueError: it is of others.
+        ValueError: ``out`` holds anything else.
     """
     if not out.is_file():
         return
-    found = load_json(out)
-    before = found.get("asked") if isinstance(found, dict) else None
+    existing = load_json(out)
+    before = existing.get("asked") if isinstance(existing, dict) else None
     if before is None:
         raise ValueError(f"{out}: is no result of this command: name another file or folder with --out")
-    for key in asked:
-        if before.get(key) != asked[key]:
-            raise ValueError(f"{out}: holds a result of other samples ({key}: {before.get(key)!r}, now "
-                             f"{asked[key]!r}): name another file or folder with --out, or move it away")  # fmt: skip
+    for key, value in options.items():
+        if before.get(key) != value:
+            raise ValueError(f"{out}: holds a result of other samples ({key}: {before.get(key)!r}, now {value!r}): "
+                             "name another file or folder with --out, or move it away")  # fmt: skip
 
 
 def journal_file(out: Path, model: str, *settings: object) -> Path:
-    """Where results are kept until all are there: beside ``out``, another file for other weights, config or settings.
+    """Return the cache file beside ``out``; its name depends on the model's weights and config, and on settings.
 
     Raises:
         ValueError: ``out`` cannot be written.
     """
     check_output(out)
-    folder, kinds = Path(model), ("*.safetensors", "*config.json")
-    files = sorted(file for kind in kinds for file in folder.glob(kind)) if folder.is_dir() else []
+    folder, patterns = Path(model), ("*.safetensors", "*config.json")
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern)) if folder.is_dir() else []
     identity = [model, *settings, *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)]
     return out.with_name(f".{out.name}.{hashlib.sha256(repr(identity).encode()).hexdigest()[:12]}.partial")
 
 
 class Journal:
-    """Values by key, in memory and, where a file is given, on disk."""
+    """Values by key, in memory and appended to a file."""
 
     def __init__(self, file: Path | None) -> None:
-        """Read what an earlier run left; a line that it did not finish is dropped."""
+        """Read the values of an earlier run; an incomplete last line is truncated.
+
+        Args:
+            file: one JSON object per line; None stores values in memory only.
+        """
         self.file = file
         self.values: dict[str, Any] = {}
         if file is None or not file.exists():
             return
-        whole = file.read_bytes()
-        whole = whole[: whole.rfind(b"\n") + 1]
+        content = file.read_bytes()
+        complete = content[: content.rfind(b"\n") + 1]
         with file.open("r+b") as out:
-            out.truncate(len(whole))
-        for row in map(json.loads, whole.splitlines()):
+            out.truncate(len(complete))
+        for row in map(json.loads, complete.splitlines()):
             self.values[row["key"]] = row["value"]
 
     def __contains__(self, key: str) -> bool:
-        """Whether a key has its value already."""
+        """Return whether a key has a value."""
         return key in self.values
 
     def add(self, key: str, value: Any) -> None:
-        """Keep a value."""
+        """Store a value."""
         self.values[key] = value
         if self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)

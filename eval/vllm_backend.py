@@ -1,4 +1,4 @@
-"""A merged model that vLLM serves: the same prompts, token for token, answered over its OpenAI-compatible endpoint."""
+"""Score a merged model that vLLM serves: the same token ids, answered over its OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from tqdm import tqdm
 from axolotl_plugins.seal.model_loading import LoadedModel, is_adapter
 from data_gen.openai_client import KEY, ask, text_of
 from eval.generation import stop_ids
-from eval.run import Harness
+from eval.harness import Harness
 
-LONGEST_WAIT = 600  # seconds for one answer
+ANSWER_TIMEOUT = 600  # seconds
 CONCURRENT_REQUESTS = 16  # the server batches them itself
 
 
 @dataclass(frozen=True)
 class Served(LoadedModel):
-    """A model whose weights are at a server.
+    """A model whose weights are on a server.
 
     Attributes:
-        server: address of its endpoint, such as ``http://localhost:8000/v1``.
+        server: URL of its endpoint, such as ``http://localhost:8000/v1``.
     """
 
     server: str = ""
 
 
 def connect(loaded: LoadedModel, server: str) -> Served:
-    """The same model, answering at a server.
+    """Return the model as a server answers for it.
 
     Args:
         loaded: a plain model, without its weights, see ``load``.
-        server: address of an OpenAI-compatible endpoint.
+        server: URL of an OpenAI-compatible endpoint.
 
     Raises:
-        ValueError: the model is an adapter, or the server is not there or has another model.
+        ValueError: the model is an adapter, the server does not respond, or it serves another model.
     """
     if is_adapter(loaded.name):
         raise ValueError(
             f"backend: vLLM serves merged models, and {loaded.name} is an adapter: "
             f"`make merge ADAPTER={loaded.name}` first"
         )
-    read = lambda found: [row["id"] for row in found["data"]]  # noqa: E731
+    read = lambda body: [row["id"] for row in body["data"]]  # noqa: E731
     try:
         names = ask(server, "models", None, read, key=os.environ.get(KEY), tries=1)
     except ValueError as error:
-        raise ValueError(f"{error}: is it there? `vllm serve {loaded.name}` starts one") from error
+        raise ValueError(f"{error}: is it running? `vllm serve {loaded.name}` starts one") from error
     if loaded.name not in names:
         raise ValueError(
             f"{server} serves {', '.join(names)}, not {loaded.name}: start it with `vllm serve {loaded.name}`"
@@ -58,31 +58,31 @@ def connect(loaded: LoadedModel, server: str) -> Served:
 
 
 class ServedHarness(Harness):
-    """Lets a server answer ``prompts_together`` prompts at a time."""
+    """Sends ``prompts_together`` prompts at a time to a server."""
 
     loaded: Served
 
     def answer_all(self, requests: list[Instance], disable_tqdm: bool) -> None:
-        """Answer requests into the journal as they come in."""
+        """Answer requests into the journal as responses come in."""
         with (
             tqdm(total=len(requests), desc="prompts served", disable=disable_tqdm) as bar,
             ThreadPoolExecutor(self.prompts_together or CONCURRENT_REQUESTS) as pool,
         ):
-            asked = {pool.submit(self.complete, request): request for request in requests}
+            pending = {pool.submit(self.complete, request): request for request in requests}
             try:
-                for one in as_completed(asked):
-                    self.journal.add_partial("generate_until", asked[one].args, one.result())
+                for future in as_completed(pending):
+                    self.journal.add_partial("generate_until", pending[future].args, future.result())
                     bar.update()
             finally:
                 pool.shutdown(cancel_futures=True)
 
     def greedy_settings(self) -> dict[str, Any]:
-        """Return what makes the server decode greedily whatever the model's generation_config.json says, and stop."""
+        """Return sampling parameters for greedy decoding, whatever the model's generation_config.json states."""
         stop = sorted(stop_ids(self.loaded.model, self.loaded.tokenizer))
         return {"stop_token_ids": stop, "repetition_penalty": 1, "top_p": 1, "top_k": -1, "min_p": 0}
 
     def complete(self, request: Instance) -> str:
-        """The greedy answer to one prompt, sent as token ids.
+        """Return the greedy answer to one prompt, sent as token ids.
 
         Raises:
             ValueError: see ``data_gen.openai_client.ask``.
@@ -92,5 +92,5 @@ class ServedHarness(Harness):
             "model": self.loaded.name, "prompt": self.tok_encode(prompt), "max_tokens": settings["max_gen_toks"],
             "temperature": 0, "stop": settings["until"] or None, **self.greedy_settings(),
         }  # fmt: skip
-        read = lambda found: text_of(found["choices"][0]["text"])  # noqa: E731
-        return ask(self.loaded.server, "completions", body, read, key=os.environ.get(KEY), timeout=LONGEST_WAIT)
+        read = lambda response: text_of(response["choices"][0]["text"])  # noqa: E731
+        return ask(self.loaded.server, "completions", body, read, key=os.environ.get(KEY), timeout=ANSWER_TIMEOUT)

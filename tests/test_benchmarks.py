@@ -11,7 +11,7 @@ from paths import FIXTURES, TINY
 from axolotl_plugins.seal.model_loading import load
 from eval import generation
 from eval.benchmarks import LONGBENCH, run_benchmark
-from eval.run import Harness
+from eval.harness import Harness
 
 QUESTION = "What does the garden keep?"
 
@@ -29,28 +29,28 @@ def longbench(tmp_path):
     return tmp_path
 
 
-def test_longbench_is_cut_in_the_middle_and_says_so(longbench, monkeypatch):
-    asked, budgets = [], set()
+def test_longbench_is_truncated_in_the_middle_and_states_so(longbench, monkeypatch):
+    prompts, budgets = [], set()
     loaded = load(TINY)
     answer_all, generate = Harness.answer_all, generation.generate_answers
 
     def ask(harness, requests, quiet):
-        asked.extend(harness.tok_encode(request.args[0]) for request in requests)
+        prompts.extend(harness.tok_encode(request.args[0]) for request in requests)
         answer_all(harness, requests, quiet)
 
-    def record_budget(model, prompts, **settings):
+    def record_budget(model, ids, **settings):
         budgets.add(settings["max_new_tokens"])
-        return generate(model, prompts, **settings)
+        return generate(model, ids, **settings)
 
     monkeypatch.setattr(Harness, "answer_all", ask)
-    monkeypatch.setattr("eval.run.generate_answers", record_budget)
+    monkeypatch.setattr("eval.harness.generate_answers", record_budget)
     result = run_benchmark(loaded, "longbench", data=str(longbench))
-    assert [row["name"] for row in result["sets"]] == list(LONGBENCH)
-    assert all((row["count"], row["cut"]) == (2, 1) for row in result["sets"])
-    assert all(0 <= row["score"] <= 100 for row in result["sets"])
-    assert len(asked) == 16 and max(map(len, asked)) < 2048
+    assert [row.name for row in result.sets] == list(LONGBENCH)
+    assert all((row.count, row.cut) == (2, 1) for row in result.sets)
+    assert all(0 <= row.score <= 100 for row in result.sets)
+    assert len(prompts) == 16 and max(map(len, prompts)) < 2048
     assert budgets == {32}  # of the three sets that ask alike, not of the first of all
-    longest = loaded.tokenizer.decode(max(asked, key=len))
+    longest = loaded.tokenizer.decode(max(prompts, key=len))
     assert QUESTION in longest and longest.startswith("<s><|user|>")
     (longbench / "qasper.jsonl").unlink()
     with pytest.raises(ValueError, match=r"qasper.jsonl is missing"):
@@ -75,18 +75,18 @@ def test_longbench_is_asked_and_scored_as_by_its_own_programs():
         "qa_f1_zh_score": metrics.get_qa_f1_zh_with_score,
         "rouge_zh_score": metrics.get_rouge_zh_with_score,
     }
-    for metric, ours in score.items():
+    for metric, function in score.items():
         rows = [row for row in ORIGINALS if row.get("metric") == metric]
         assert len(rows) > 50 and len({row["score"] for row in rows}) > 5
         for row in rows:
-            assert ours(row, [row["response"]])["score"] == pytest.approx(row["score"])
+            assert function(row, [row["response"]])["score"] == pytest.approx(row["score"])
 
 
 def test_longbench_is_scored_in_per_cent_as_the_paper_does(longbench, monkeypatch):
     """A model that always says the answer has 100."""
     monkeypatch.setattr(Harness, "generate_until", lambda harness, requests, **_: ["a letter"] * len(requests))
     result = run_benchmark(load(TINY), "longbench", data=str(longbench))
-    assert result["mean"] == 100 and {row["score"] for row in result["sets"]} == {100}
+    assert result.mean == 100 and {row.score for row in result.sets} == {100}
 
 
 def test_mmlu_is_scored_by_the_likelihood_of_letters_with_five_examples(tmp_path):
@@ -96,8 +96,8 @@ def test_mmlu_is_scored_by_the_likelihood_of_letters_with_five_examples(tmp_path
         for split in ("test", "dev"):
             Dataset.from_dict(rows).to_parquet(tmp_path / subject / f"{split}-00000-of-00001.parquet")
     result = run_benchmark(load(TINY), "mmlu", data=str(tmp_path), limit=4)
-    assert [(row["name"], row["count"]) for row in result["sets"]] == [("astronomy", 4), ("virology", 4)]
-    assert all(row["low"] <= row["score"] <= row["high"] for row in result["sets"])
-    assert result["mean"] == pytest.approx(sum(row["score"] for row in result["sets"]) / 2)
+    assert [(row.name, row.count) for row in result.sets] == [("astronomy", 4), ("virology", 4)]
+    assert all(row.low <= row.score <= row.high for row in result.sets)
+    assert result.mean == pytest.approx(sum(row.score for row in result.sets) / 2)
     with pytest.raises(ValueError, match="no subject of MMLU in"):
         run_benchmark(load(TINY), "mmlu", data=str(tmp_path / "nothing"))

@@ -14,6 +14,7 @@ from peft import get_peft_model
 
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.model_card import card, push
+from eval.table import score_tables
 
 LONGCHAT = "lmsys/longchat-7b-v1.5-32k"
 
@@ -35,8 +36,8 @@ def adapter(tmp_path):
 
 def result(model, lengths):
     scores = [{"length": n, "tokens": n, "count": 50, "score": 0.9, "low": 0.8, "high": 0.95} for n in lengths]
-    return {"model": str(model), "base": LONGCHAT, "method": "SEAL-H", "task": "line", "scores": scores,
-            "responses": []}  # fmt: skip
+    return {"model": str(model), "base": LONGCHAT, "method": "SEAL-H", "task": "line", "window": 32768,
+            "scores": scores, "mean": scores[0], "responses": []}  # fmt: skip
 
 
 def test_a_card_has_method_data_and_scores_beside_the_papers(adapter, tmp_path):
@@ -44,7 +45,7 @@ def test_a_card_has_method_data_and_scores_beside_the_papers(adapter, tmp_path):
     results.mkdir()
     (results / "a.json").write_text(json.dumps(result(f"{adapter}/", [9000, 31000, 33000])))
     (results / "b.json").write_text(json.dumps(result("another", [14000])))
-    text = card(adapter, results)
+    text = card(adapter, score_tables(results, str(adapter)))
     front = yaml.safe_load(text.split("---\n")[1])
     assert front["base_model"] == LONGCHAT and front["library_name"] == "peft"
     assert "8 learned scales of attention outputs (4 heads in 2 layers; from 0.750 to 1.250, mean 1.000)" in text
@@ -57,7 +58,7 @@ def test_a_card_has_method_data_and_scores_beside_the_papers(adapter, tmp_path):
 def test_pushing_without_a_hub_is_one_line(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match="someone/adapter: the hub refused"):
-        push(adapter, "someone/adapter", tmp_path, private=True)
+        push(adapter, "someone/adapter", private=True)
 
 
 def test_the_command_writes_the_card_alone(adapter):

@@ -18,7 +18,8 @@ from paths import ROOT, TINY
 from axolotl_plugins.seal.model_loading import load
 from data_gen.dataset import Request, load_tokenizer, write
 from data_gen.io import check_output
-from eval.run import Responses, run
+from eval.harness import Responses
+from eval.run import run
 
 
 def chaos(*arguments: str, minutes: int = 10) -> str:
@@ -129,7 +130,7 @@ def test_memory_of_a_long_evaluation_is_bounded(tmp_path, monkeypatch):
     assert max(found[200:]) - found[200] < 50
     done = len(journal.read_text().splitlines())
     assert done == 1499
-    assert run(loaded, "line", **options)["scores"][0]["count"] == 2000
+    assert run(loaded, "line", **options).scores[0].count == 2000
     assert len(found) == 1500 + 2000 - done
 
 

@@ -1,4 +1,4 @@
-"""Scores: LongEval's parsing, lm-eval as harness, prompts equal to the training text, windows that hold."""
+"""Scores: LongEval's parsing, lm-eval as harness, prompts equal to the training text, results as JSON."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.model_loading import load, load_each
 from data_gen import niah
 from data_gen.dataset import Request, generate
+from eval.evaluate import evaluate
+from eval.harness import Harness, Responses
 from eval.metrics import METRICS, last_integer, wilson
 from eval.result_cache import result_name
-from eval.run import Harness, Responses, default_lengths, run, summaries
+from eval.results import from_json, read_results, to_json
+from eval.run import mean_scores, run
+from eval.spec import EvalSpec, default_lengths
 
 
 @pytest.mark.parametrize(
@@ -97,14 +101,14 @@ def test_scores_are_summed_up_by_length_by_depth_and_over_all():
         {"length": length, "depth": depth, "tokens": length - 4, "score": score}
         for length, depth, score in ((500, 0, 1.0), (500, 100, 0.0), (900, 0, 0.5), (500, 0, 0.5), (900, 100, 0.5))
     ]
-    by_length, by_depth, (mean,) = (summaries(rows, *keys) for keys in (["length"], ["length", "depth"], []))
-    assert [(row["length"], row["count"], row["score"]) for row in by_length] == [(500, 3, 0.5), (900, 2, 0.5)]
-    assert [(row["length"], row["depth"], row["count"], row["score"]) for row in by_depth] == [
+    by_length, by_depth, (mean,) = (mean_scores(rows, *keys) for keys in (["length"], ["length", "depth"], []))
+    assert [(row.length, row.count, row.score) for row in by_length] == [(500, 3, 0.5), (900, 2, 0.5)]
+    assert [(row.length, row.depth, row.count, row.score) for row in by_depth] == [
         (500, 0, 2, 0.75), (500, 100, 1, 0.0), (900, 0, 1, 0.5), (900, 100, 1, 0.5)
     ]  # fmt: skip
-    assert (mean["count"], mean["score"], mean["tokens"]) == (5, 0.5, 656)
-    assert all(row["low"] <= row["score"] <= row["high"] for row in (*by_length, *by_depth, mean))
-    assert mean["high"] - mean["low"] < by_depth[0]["high"] - by_depth[0]["low"]
+    assert (mean.count, mean.score, mean.tokens, mean.length) == (5, 0.5, 656, None)
+    assert all(row.low <= row.score <= row.high for row in (*by_length, *by_depth, mean))
+    assert mean.high - mean.low < by_depth[0].high - by_depth[0].low
 
 
 def test_default_lengths_are_the_papers_shares_of_the_window():
@@ -131,7 +135,7 @@ def test_the_small_model_and_an_adapter_of_it_are_scored_by_the_command(tmp_path
     result, other = (json.loads((tmp_path / "scores" / f"{file}.json").read_text()) for file in files)
     assert (tmp_path / "scores" / "line_tenth.png").read_bytes().startswith(b"\x89PNG")
     assert other["method"] == "SEAL-H" and other["mean"]["score"] < result["mean"]["score"]
-    same = [[(row["index"], row["references"]) for row in one["responses"]] for one in (result, other)]
+    same = [[(row["index"], row["references"]) for row in rows["responses"]] for rows in (result, other)]
     assert same[0] == same[1]
     assert result["method"] == "base" and [score["count"] for score in result["scores"]] == [6, 6]
     assert result["mean"]["count"] == 12
@@ -147,7 +151,7 @@ def test_the_small_model_and_an_adapter_of_it_are_scored_by_the_command(tmp_path
 
 
 def test_lines_that_the_model_knows_score_and_those_that_it_loses_do_not():
-    short, long = (score["score"] for score in run(load(TINY), "line", lengths=[256, 1960], samples=20)["scores"])
+    short, long = run(load(TINY), "line", lengths=[256, 1960], samples=20).by_length().values()
     assert short >= 0.9 and long <= 0.7
 
 
@@ -164,11 +168,30 @@ def tuned(folder: Path, grain: str, value: float, base: str = str(TINY)) -> str:
 
 
 def other_shapes(folder: Path) -> str:
-    """An adapter of scales that are too many."""
+    """An adapter whose scales have another shape than the model's."""
     tuned(folder, "head", 1.0)
     tensors = load_file(folder / "adapter_model.safetensors")
     save_file({name: torch.ones(5) for name in tensors}, folder / "adapter_model.safetensors")
     return str(folder)
+
+
+def test_results_are_the_same_after_a_round_trip_through_json(tmp_path):
+    outputs = [{task: tmp_path / f"{task}.json" for task in ("line", "niah")}]
+    spec = EvalSpec(lengths=[400], samples=3)
+    results = evaluate([load(TINY)], ["line", "niah"], spec, outputs=outputs)
+    assert read_results(tmp_path) == results and [result.task for result in results] == ["line", "niah"]
+    assert evaluate([load(TINY)], ["line", "niah"], spec) == results  # without files
+    line, niah = (json.loads(file.read_text()) for file in outputs[0].values())
+    assert list(line) == ["model", "base", "method", "task", "window", "seed", "shots", "contaminated", "scores",
+                          "depths", "mean", "responses", "asked"]  # fmt: skip
+    assert list(line["scores"][0]) == ["length", "tokens", "count", "score", "low", "high"]
+    assert list(line["mean"]) == ["tokens", "count", "score", "low", "high"] and line["asked"]["samples"] == 3
+    assert [row["depth"] for row in niah["depths"]] == [row.depth for row in results[1].depths] != []
+    assert to_json(from_json(niah | {"unknown": 1})) == niah
+    del line["mean"]
+    (tmp_path / "line.json").write_text(json.dumps(line))
+    with pytest.raises(ValueError, match=r"line\.json: incomplete result .*mean.*: score the model again"):
+        read_results(tmp_path)
 
 
 def test_a_result_is_not_lost_to_one_of_other_samples(tmp_path):
@@ -201,8 +224,8 @@ def test_several_adapters_share_one_base_and_score_as_they_do_alone(tmp_path):
         models.add(id(loaded.model))
         together[name] = run(loaded, "line", **options)
     assert len(models) == 1 and together == alone
-    assert alone["tenth"]["responses"] != alone["none"]["responses"]
-    assert [result["method"] for result in together.values()] == ["SEAL-H", "SEAL-C"]
+    assert alone["tenth"].responses != alone["none"].responses
+    assert [result.method for result in together.values()] == ["SEAL-H", "SEAL-C"]
     for other, message in ((tuned(tmp_path / "c", "head", 1.0, "elsewhere"), "is of elsewhere, "),
                            (str(TINY), "has no adapter_config.json"),
                            (other_shapes(tmp_path / "d"), "cannot load .*size mismatch")):  # fmt: skip
@@ -225,7 +248,7 @@ def test_prompt_ids_are_the_first_of_the_training_ids(task):
 
     from lm_eval.tasks import TaskManager, get_task_dict
 
-    from eval.run import TASK_FOLDER
+    from eval.scoring import TASK_FOLDER
 
     loaded = load(TINY)
     harness = Harness(pretrained=loaded.model, tokenizer=loaded.tokenizer, add_bos_token=False)
@@ -249,8 +272,8 @@ def test_prompt_ids_are_the_first_of_the_training_ids(task):
 
 def test_an_example_with_its_answer_comes_before_the_prompt():
     plain, shown = (run(load(TINY), "line", lengths=[300], samples=2, shots=shots, shot_tokens=300) for shots in (0, 1))
-    assert shown["shots"] == 1 and [row["references"] for row in shown["responses"]] == [
-        row["references"] for row in plain["responses"]
+    assert shown.shots == 1 and [row["references"] for row in shown.responses] == [
+        row["references"] for row in plain.responses
     ]
     from eval.tasks.documents import documents, prompt
 
@@ -267,14 +290,14 @@ def test_an_example_with_its_answer_comes_before_the_prompt():
 def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(tmp_path, monkeypatch):
     journal, loaded = tmp_path / "journal", load(TINY)
     options = {"lengths": [260, 400], "samples": 3, "journal": journal}
-    whole = run(loaded, "line", **options)
+    uninterrupted = run(loaded, "line", **options)
     rows = journal.read_bytes().splitlines(keepends=True)
     assert len(rows) == 6
-    journal.write_bytes(b"".join(rows[:4]) + rows[4][:20])  # cut off within the fifth
+    journal.write_bytes(b"".join(rows[:4]) + rows[4][:20])  # interrupted within the fifth
     answered = []
     add = Responses.add_partial
     monkeypatch.setattr(Responses, "add_partial", lambda *args: answered.append(args) or add(*args))
-    assert run(loaded, "line", **options) == whole
+    assert run(loaded, "line", **options) == uninterrupted
     assert len(answered) == 2 and sorted(journal.read_bytes().splitlines(keepends=True)) == sorted(rows)
 
 
@@ -284,8 +307,8 @@ def test_longevals_own_cases_are_scored_as_they_are(tmp_path):
     (tmp_path / "200_lines.jsonl").write_text(json.dumps(case) + "\n")
     (tmp_path / "30_lines.jsonl").write_text(json.dumps(case | {"num_lines": 30}) + "\n" * 1)
     result = run(load(TINY), "line", cases=str(tmp_path))
-    assert [score["length"] for score in result["scores"]] == [30, 200]
-    assert result["responses"][0]["references"] == [str(sample["number"])]
+    assert [score.length for score in result.scores] == [30, 200]
+    assert result.responses[0]["references"] == [str(sample["number"])]
     (tmp_path / "30_lines.jsonl").write_text('{"prompt": "x"}\n')
     with pytest.raises(ValueError, match=r"30_lines.jsonl, line 1: not a case of LongEval's"):
         run(load(TINY), "line", cases=str(tmp_path))

@@ -117,7 +117,7 @@ def test_every_batch_size_gives_the_same_answers_on_a_pretrained_model(smollm2):
     )
     assert len({row["response"] for row in alone}) > 9
     assert batched == [alone, alone]
-    harness = run(loaded, "line", lengths=[256, 400], samples=9)["responses"]
+    harness = run(loaded, "line", lengths=[256, 400], samples=9).responses
     assert [row["response"] for row in harness] == [row["response"] for row in alone]
 
 
@@ -172,8 +172,8 @@ def test_answers_end_where_the_chat_template_ends_a_turn(tmp_path):
     assert loaded.tokenizer.eos_token == "<pad>" and loaded.model.generation_config.eos_token_id == 0
     assert end_of_turn_id(loaded.tokenizer) == end and stop_ids(loaded.model, loaded.tokenizer) == {0, end}
     expected, result = (run(model, "line", lengths=[256], samples=12) for model in (original, loaded))
-    assert expected["mean"]["score"] > 0.9
-    assert [row["response"] for row in result["responses"]] == [row["response"] for row in expected["responses"]]
+    assert expected.mean.score > 0.9
+    assert [row["response"] for row in result.responses] == [row["response"] for row in expected.responses]
 
 
 @pytest.mark.parametrize(
@@ -194,9 +194,9 @@ def test_greedy_is_neutral_whatever_the_generation_config_says(tmp_path):
     settings = {"repetition_penalty": 1.2, "do_sample": True, "temperature": 0.7, "no_repeat_ngram_size": 2}
     loaded = load(copy_of(TINY, tmp_path / "model", generation_config=settings))
     assert loaded.model.generation_config.repetition_penalty == 1.2
-    expected = run(load(TINY), "line", lengths=[512], samples=12)["responses"]
+    expected = run(load(TINY), "line", lengths=[512], samples=12).responses
     for batch in (1, 2, None):
-        assert run(loaded, "line", lengths=[512], samples=12, batch_size=batch)["responses"] == expected
+        assert run(loaded, "line", lengths=[512], samples=12, batch_size=batch).responses == expected
     model = sliding("gemma2")  # decoded by `generate`
     prompts = random_prompts(97)
     neutral = generate_answers(model, prompts, max_new_tokens=12, stop={2})
@@ -206,20 +206,20 @@ def test_greedy_is_neutral_whatever_the_generation_config_says(tmp_path):
 
 
 def test_answers_end_at_a_text_that_ends_them():
-    """The text itself is not part of the answer; here it is whatever the model says in the middle."""
+    """The text itself is not part of the answer; here it is whatever the model writes in the middle."""
     loaded = load(TINY)
     texts = ["<s><|user|>A B C D E F", "<s><|user|>A B C D E G"]
-    whole = harness_for(loaded, 1, None).generate_until([instance(text, GREEDY) for text in texts])
-    middle = whole[0][len(whole[0]) // 2]
+    full = harness_for(loaded, 1, None).generate_until([instance(text, GREEDY) for text in texts])
+    middle = full[0][len(full[0]) // 2]
     cut = [instance(text, {**GREEDY, "until": [middle]}) for text in texts]
-    expected = [text.split(middle)[0] for text in whole]
-    assert expected != whole
+    expected = [text.split(middle)[0] for text in full]
+    assert expected != full
     for batch in (1, None):
         assert harness_for(loaded, batch, None).generate_until(cut) == expected
 
 
 def rope_model(tokenizer, **rope) -> LoadedModel:
-    """A random model whose answers depend on what is asked, with a window of 256 tokens and some RoPE."""
+    """A random model whose answers depend on the prompt, with a window of 256 tokens and some RoPE."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -230,7 +230,7 @@ def rope_model(tokenizer, **rope) -> LoadedModel:
 
 
 def test_prompts_on_either_side_of_a_longrope_window_share_nothing():
-    """LongRoPE turns the keys of a long prompt otherwise than those of a short one that begins alike."""
+    """LongRoPE rotates the keys of a long prompt otherwise than those of a short one with the same prefix."""
     loaded = rope_model(
         load(TINY).tokenizer, rope_type="longrope", original_max_position_embeddings=64, factor=4.0,
         short_factor=[1.0] * 16, long_factor=[4.0] * 16,
@@ -241,12 +241,12 @@ def test_prompts_on_either_side_of_a_longrope_window_share_nothing():
     harness = harness_for(loaded, 1, None)
     prompts = [harness.tok_encode(text) for text in texts]
     assert max(map(len, prompts[:3])) + 8 <= 64 < min(map(len, prompts[3:])) and prefix_saving(prompts) > 2
-    found = harness.generate_until([instance(text, {"max_gen_toks": 8, "until": [], "do_sample": False})
+    answers = harness.generate_until([instance(text, {"max_gen_toks": 8, "until": [], "do_sample": False})
                                     for text in texts], disable_tqdm=True)  # fmt: skip
     alone = decode_without_cache(loaded.model, prompts, 8, {2})
-    assert found == [harness.tok_decode(ids) for ids in alone]
+    assert answers == [harness.tok_decode(ids) for ids in alone]
     together = generate_answers(loaded.model, prompts, max_new_tokens=8, stop={2})
-    assert together != alone  # what sharing them all would give
+    assert together != alone  # as if all shared their prefix
     across = instance(texts[0], {"max_gen_toks": 60, "until": [], "do_sample": False})
     with pytest.raises(ValueError, match=r"both sides of 64 tokens.*at most 4, or at least 124"):
         harness.generate_until([across])
@@ -265,10 +265,10 @@ def instance(text: str, settings: dict) -> Instance:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("what", "least"), [("5 depths x 3 lengths of needles", 1.4), ("ten questions on one record", 4.0)]
+    ("prompts", "least"), [("5 depths x 3 lengths of needles", 1.4), ("ten questions on one record", 4.0)]
 )
-def test_sharing_pays(what, least, tmp_path):
-    """Against lm-eval's plain path, in one run, on a random model in which, as at 7B, prompts are what costs."""
+def test_sharing_pays(prompts, least, tmp_path):
+    """Against lm-eval's plain path, in one run, on a random model in which, as at 7B, prefill dominates."""
     tokenizer = load(TINY).tokenizer
     torch.manual_seed(0)
     shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8}
@@ -276,9 +276,9 @@ def test_sharing_pays(what, least, tmp_path):
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(4 if parameter.dim() == 2 else 1)  # so that answers depend on what is asked
+            parameter.mul_(4 if parameter.dim() == 2 else 1)  # so that answers depend on the prompt
     loaded = LoadedModel("random", model, tokenizer, "random", "base", 8192)
-    if what.startswith("ten"):
+    if prompts.startswith("ten"):
         lines = line_retrieval.Record(random.Random(0)).first(180)
         contents = [line_retrieval.render(lines, 18 * place)["prompt"] for place in range(10)]
         chats = [[{"role": "user", "content": content}] for content in contents]
@@ -290,11 +290,11 @@ def test_sharing_pays(what, least, tmp_path):
     requests = [instance(harness.apply_chat_template(chat), settings) for chat in chats]
     seconds, answers = {}, {}
     plain = HFLM(pretrained=loaded.model, tokenizer=tokenizer, max_length=8192, batch_size=1, add_bos_token=False)
-    for name, one in (("shared", harness), ("plain", plain)):
+    for name, lm in (("shared", harness), ("plain", plain)):
         start = time.perf_counter()
-        answers[name] = one.generate_until(requests, disable_tqdm=True)
+        answers[name] = lm.generate_until(requests, disable_tqdm=True)
         seconds[name] = time.perf_counter() - start
     most = prefix_saving([harness.tok_encode(request.args[0]) for request in requests])
-    print(f"{what}: {seconds['plain']:.1f} s plain, {seconds['shared']:.1f} s shared; tokens allow {most:.2f} times")
+    print(f"{prompts}: {seconds['plain']:.1f} s plain, {seconds['shared']:.1f} s shared; tokens allow {most:.2f} times")
     assert answers["shared"] == answers["plain"] and len(set(answers["plain"])) > 1
     assert seconds["plain"] / seconds["shared"] >= least, seconds

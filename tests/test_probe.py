@@ -1,4 +1,4 @@
-"""Probes: exact where they claim to be, and equal to what the definitions say."""
+"""Probes: exact where they claim to be, and equal to their definitions."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from axolotl_plugins.seal.model_loading import load
 from axolotl_plugins.seal.scales import saved_scales
 from eval.probe import head_importance
 from eval.probe.ablation import HeadAblator
-from eval.probe.hooks import blocks, probing, wrapped
-from eval.probe.logit_attribution import components, effects
+from eval.probe.hooks import decoder_blocks, scaled_input, wrap
+from eval.probe.logit_attribution import decompose, effects
 from eval.probe.quadrants import quadrant_scales, save_scales
 from eval.probe.sweep import (
     controls,
-    load_new,
+    load_untuned,
     read_recipe,
-    reset,
+    reset_scales,
     seal_layers,
     shuffle_heads,
     sweep,
@@ -58,13 +58,13 @@ def naive(model, prompt, budget, stop):
 
 @pytest.mark.parametrize("name", MINIATURES)
 def test_a_removed_head_is_a_zero_scale_is_removed_columns(name):
-    model = wrapped(build(name))
+    model = wrap(build(name))
     ids = token_ids()
-    for block in blocks(model):
+    for block in decoder_blocks(model):
         head = block.heads - 1
         with torch.no_grad():
             plain = model(ids).logits
-            with probing(block.projection, block.without_head(head)):
+            with scaled_input(block.projection, block.without_head(head)):
                 probed = model(ids).logits
             scale = block.projection.seal_scale["default"]
             scale[head] = 0
@@ -85,25 +85,25 @@ def test_a_removed_head_is_a_zero_scale_is_removed_columns(name):
 @pytest.mark.parametrize("name", MINIATURES)
 @pytest.mark.parametrize("reference", [0, 4])
 def test_reused_hidden_states_give_the_answers_of_full_runs(name, reference):
-    """Reference answers that the model would write in part, or not at all, change nothing of what it answers."""
-    model = wrapped(build(name))
+    """Reference answers that the model generates in part, or not at all, do not change its answers."""
+    model = wrap(build(name))
     seen = set()
     for seed in range(3):
         prompt = token_ids(1, 20, seed)[0].tolist()
         draft = [*naive(model, prompt, 8, STOP)[:reference], STOP] if reference else []
-        remover = HeadAblator(model, {STOP}, 8, batch=3)
-        reading = remover.read(prompt, draft)
-        assert reading.answer.ids == naive(model, prompt, 8, STOP)
-        for layer, block in enumerate(blocks(model)):
+        ablator = HeadAblator(model, {STOP}, 8, batch=3)
+        trace = ablator.prefill(prompt, draft)
+        assert trace.answer.ids == naive(model, prompt, 8, STOP)
+        for layer, block in enumerate(decoder_blocks(model)):
             scales = torch.stack([block.without_head(head) for head in range(block.heads)])
-            found = remover.variants(reading, layer, scales)
-            for scale, answer in zip(scales, found, strict=True):
-                with probing(block.projection, scale):
+            answers = ablator.ablate(trace, layer, scales)
+            for scale, answer in zip(scales, answers, strict=True):
+                with scaled_input(block.projection, scale):
                     assert answer.ids == naive(model, prompt, 8, STOP), (layer, seed)
                 seen.add(tuple(answer.ids))
-                if draft and remover.drafts:
+                if draft and ablator.drafts:
                     ids = torch.tensor([prompt + draft])
-                    with probing(block.projection, scale), torch.no_grad():
+                    with scaled_input(block.projection, scale), torch.no_grad():
                         logits = model(ids).logits[0, len(prompt) - 1 : -1]
                     expected = -torch.nn.functional.cross_entropy(logits, torch.tensor(draft)).item()
                     assert answer.logprob == pytest.approx(expected, abs=1e-3)
@@ -111,11 +111,11 @@ def test_reused_hidden_states_give_the_answers_of_full_runs(name, reference):
 
 
 def test_probes_leave_the_model_as_it_was():
-    model = wrapped(build("llama_gqa"))
+    model = wrap(build("llama_gqa"))
     before = model(token_ids()).logits
-    remover = HeadAblator(model, {STOP}, 4)
-    reading = remover.read(token_ids(1, 20)[0].tolist(), [STOP])
-    remover.variants(reading, 1, blocks(model)[1].without_head(0)[None])
+    ablator = HeadAblator(model, {STOP}, 4)
+    trace = ablator.prefill(token_ids(1, 20)[0].tolist(), [STOP])
+    ablator.ablate(trace, 1, decoder_blocks(model)[1].without_head(0)[None])
     assert torch.equal(model(token_ids()).logits, before)
     assert all("forward" not in module.__dict__ for module in model.modules())
 
@@ -126,14 +126,14 @@ def test_an_adapter_stays_applied_and_partial_ones_are_refused():
         for layer in seal_layers(model):
             layer.seal_scale["default"].normal_(1, 0.3)
     prompt = token_ids(1, 20)[0].tolist()
-    answers = HeadAblator(wrapped(model), {STOP}, 8)
-    block = answers.blocks[0]
-    found = answers.variants(answers.read(prompt, []), 0, block.without_head(1)[None])[0]
-    with probing(block.projection, block.without_head(1)):
-        assert found.ids == naive(model, prompt, 8, STOP)
+    ablator = HeadAblator(wrap(model), {STOP}, 8)
+    block = ablator.blocks[0]
+    answer = ablator.ablate(ablator.prefill(prompt, []), 0, block.without_head(1)[None])[0]
+    with scaled_input(block.projection, block.without_head(1)):
+        assert answer.ids == naive(model, prompt, 8, STOP)
     partial = get_peft_model(build("llama_mha"), SealConfig(granularity="head", layers=[1]))
     with pytest.raises(ValueError, match="every decoder layer"):
-        blocks(partial)
+        decoder_blocks(partial)
 
 
 @pytest.mark.slow
@@ -142,50 +142,50 @@ def test_reuse_is_faster_than_full_runs_by_almost_what_the_arithmetic_allows():
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=512, hidden_size=256, intermediate_size=640, num_hidden_layers=12,
                          num_attention_heads=4, max_position_embeddings=2048, eos_token_id=2)  # fmt: skip
-    model = wrapped(LlamaForCausalLM(config).eval())
+    model = wrap(LlamaForCausalLM(config).eval())
     prompt = torch.randint(3, 512, (1500,)).tolist()
-    found = blocks(model)
+    blocks = decoder_blocks(model)
 
     def reuse():
-        remover = HeadAblator(model, {2}, 4, batch=1)
-        reading = remover.read(prompt, [])
+        ablator = HeadAblator(model, {2}, 4, batch=1)
+        trace = ablator.prefill(prompt, [])
         return [
-            remover.variants(reading, layer, torch.stack([block.without_head(h) for h in range(4)]))
-            for layer, block in enumerate(found)
+            ablator.ablate(trace, layer, torch.stack([block.without_head(h) for h in range(4)]))
+            for layer, block in enumerate(blocks)
         ]
 
     @torch.inference_mode()
     def full():
         answers = []
-        for block in found:
+        for block in blocks:
             for head in range(4):
-                with probing(block.projection, block.without_head(head)):
+                with scaled_input(block.projection, block.without_head(head)):
                     out = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=4, do_sample=False)
                 answers.append(out[0, len(prompt) :].tolist())
         return answers
 
     seconds = []
-    for way in (reuse, full):
+    for method in (reuse, full):
         start = time.perf_counter()
-        answers = way()
+        answers = method()
         seconds.append(time.perf_counter() - start)
-        if way is reuse:
-            ours = [answer.ids for layer in answers for answer in layer]
-    assert ours == [ids[: ids.index(2)] if 2 in ids else ids for ids in answers]
+        if method is reuse:
+            reused = [answer.ids for layer in answers for answer in layer]
+    assert reused == [ids[: ids.index(2)] if 2 in ids else ids for ids in answers]
     assert seconds[1] / seconds[0] >= 1.8, seconds
 
 
 @pytest.mark.parametrize("name", MINIATURES)
 def test_direct_effects_add_up_to_the_logits(name):
-    model = wrapped(build(name))
+    model = wrap(build(name))
     ids, tokens = token_ids(1), [3, 17, 60]
-    folded = effects(model, components(model, ids), tokens, normalised=True)
+    folded = effects(model, decompose(model, ids), tokens, normalised=True)
     total = np.array(folded["embedding"]) + np.array(folded["heads"]).sum((1, 2)) + np.array(folded["mlps"]).sum(1)
     logits = np.array(folded["logits"])
     np.testing.assert_allclose(total + folded["bias"], logits, atol=1e-4 * max(1, abs(logits).max()))
     # Without the norm, as in the paper: the head's output times the unembedding, nothing else.
-    plain = effects(model, components(model, ids), tokens, normalised=False)
-    block = blocks(model)[0]
+    plain = effects(model, decompose(model, ids), tokens, normalised=False)
+    block = decoder_blocks(model)[0]
     read = []
     handle = block.projection.register_forward_pre_hook(lambda module, args: read.append(args[0][0, -1]))
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_direct_effects_are_refused_where_layers_add_other_things():
     config = Gemma2Config(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                           num_attention_heads=4, num_key_value_heads=2, head_dim=8)  # fmt: skip
     with pytest.raises(ValueError, match="something else than its attention and its MLP"):
-        components(wrapped(Gemma2ForCausalLM(config).eval()), token_ids(1))
+        decompose(wrap(Gemma2ForCausalLM(config).eval()), token_ids(1))
 
 
 def test_transferability_is_equation_2():
@@ -219,44 +219,44 @@ def test_transferability_is_equation_2():
 
 def test_gradient_is_the_slope_of_the_answers_log_probability():
     loaded = load(TINY)
-    found = head_importance.gradient_map(loaded, "line", [256], samples=2)
-    prompt = next(head_importance.prompts(loaded, "line", [256], 1, head_importance.PROBE_SEED))
+    result = head_importance.gradient_map(loaded, "line", [256], samples=2)
+    prompt = next(head_importance.probe_prompts(loaded, "line", [256], 1, head_importance.PROBE_SEED))
     only = head_importance.gradient_map(loaded, "line", [256], samples=1)
-    block = blocks(loaded.model)[1]
+    block = decoder_blocks(loaded.model)[1]
     values = []
     for value in (0.99, 1.01):
         scale = torch.ones(block.heads, block.channels // block.heads)
         scale[2] = value
-        remover = HeadAblator(loaded.model, {loaded.tokenizer.eos_token_id}, 1)
-        with probing(block.projection, scale.flatten()):
-            values.append(remover.read(prompt.ids, prompt.reference).answer.logprob)
+        ablator = HeadAblator(loaded.model, {loaded.tokenizer.eos_token_id}, 1)
+        with scaled_input(block.projection, scale.flatten()):
+            values.append(ablator.prefill(prompt.ids, prompt.reference).answer.logprob)
     slope = (values[1] - values[0]) / 0.02
     assert head_importance.changes(only, 256)[1, 2] == pytest.approx(-slope, rel=0.05, abs=1e-4)
-    assert np.array(found["change"]["logprob"]["256"]).shape == (len(blocks(loaded.model)), block.heads)
-    one = head_importance.changes(only, 256, "logprob")
-    assert head_importance.changes(only, 256, "importance") == pytest.approx(-np.abs(one))  # of a single prompt
-    found = head_importance.agreement(only, only)
-    assert found["logprob"]["logprob"]["256"] == found["importance"]["importance"]["256"] == pytest.approx(1)
-    assert found["importance"]["logprob"]["256"] == pytest.approx(
-        spearmanr(-np.abs(one).ravel(), one.ravel()).statistic
+    assert np.array(result["change"]["logprob"]["256"]).shape == (len(decoder_blocks(loaded.model)), block.heads)
+    slopes = head_importance.changes(only, 256, "logprob")
+    assert head_importance.changes(only, 256, "importance") == pytest.approx(-np.abs(slopes))  # of a single prompt
+    spearman = head_importance.agreement(only, only)
+    assert spearman["logprob"]["logprob"]["256"] == spearman["importance"]["importance"]["256"] == pytest.approx(1)
+    assert spearman["importance"]["logprob"]["256"] == pytest.approx(
+        spearmanr(-np.abs(slopes).ravel(), slopes.ravel()).statistic
     )
 
 
 def test_removal_map_goes_on_where_it_was_and_quadrants_make_an_adapter(tmp_path):
     loaded, journal = load(TINY), tmp_path / "j"
-    whole = head_importance.removal_map(loaded, "line", [200, 256], samples=2, journal=journal)
+    complete = head_importance.ablation_map(loaded, "line", [200, 256], samples=2, journal=journal)
     rows = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(rows[: len(rows) // 2]) + rows[len(rows) // 2][:9])
-    again = head_importance.removal_map(loaded, "line", [200, 256], samples=2, journal=journal)
-    assert whole["change"] == again["change"] and whole["base"] == again["base"]
-    assert again["seconds"] > 0.5 * whole["seconds"]  # with what the run that was cut off took
+    again = head_importance.ablation_map(loaded, "line", [200, 256], samples=2, journal=journal)
+    assert complete["change"] == again["change"] and complete["base"] == again["base"]
+    assert again["seconds"] > 0.5 * complete["seconds"]  # includes the interrupted run
     timed = lambda row: '"seconds"' in row  # noqa: E731
-    kept = journal.read_text().splitlines(keepends=True)
-    assert [row for row in kept if not timed(row)] == [row for row in rows if not timed(row)]
+    resumed = journal.read_text().splitlines(keepends=True)
+    assert [row for row in resumed if not timed(row)] == [row for row in rows if not timed(row)]
     # No head helps on samples this easy, but some hurt.
-    where = head_importance.quadrants(whole)
-    assert (where == 3).any() and np.abs(head_importance.changes(whole, 256)).max() > 0.4
-    scales = quadrant_scales(whole, "Q3 up", 0.9, 1.1)
+    where = head_importance.head_quadrants(complete)
+    assert (where == 3).any() and np.abs(head_importance.changes(complete, 256)).max() > 0.4
+    scales = quadrant_scales(complete, "Q3 up", 0.9, 1.1)
     assert set(np.unique(scales)) == {1.0, 1.1} and (scales == 1.1).sum() == (where == 3).sum()
     save_scales(load(TINY), scales, tmp_path / "adapter")
     np.testing.assert_allclose(saved_scales(tmp_path / "adapter")[..., 0], scales, rtol=1e-6)
@@ -268,15 +268,15 @@ def test_removal_map_goes_on_where_it_was_and_quadrants_make_an_adapter(tmp_path
         save_scales(load(TINY), scales, tmp_path / "adapter")
     if not (where == 1).any():
         with pytest.raises(ValueError, match="no head lies in quadrant 1"):
-            quadrant_scales(whole, "Q1 down", 0.9, 1.1)
+            quadrant_scales(complete, "Q1 down", 0.9, 1.1)
 
 
 def test_quadrants_are_the_papers():
     short = [[0.1, -0.1, -0.1], [0.1, 0.0, 0.2]]
     long = [[0.2, 0.2, -0.3], [-0.1, 0.5, 0.1]]
-    found = {"unit": "head", "lengths": [1, 2], "change": {"score": {"1": short, "2": long}}}
-    assert head_importance.quadrants(found).tolist() == [[1, 2, 3], [4, 0, 1]]
-    assert quadrant_scales(found, "Q1 down, Q3 up", 0.9, 1.1).tolist() == [[0.9, 1.0, 1.1], [1.0, 1.0, 0.9]]
+    head_map = {"unit": "head", "lengths": [1, 2], "change": {"score": {"1": short, "2": long}}}
+    assert head_importance.head_quadrants(head_map).tolist() == [[1, 2, 3], [4, 0, 1]]
+    assert quadrant_scales(head_map, "Q1 down, Q3 up", 0.9, 1.1).tolist() == [[0.9, 1.0, 1.1], [1.0, 1.0, 0.9]]
 
 
 RECIPE = """
@@ -294,12 +294,12 @@ def test_sweep_and_controls_tune_for_real_and_resume(tmp_path, monkeypatch):
     file.write_text(RECIPE.format(tiny=TINY))
     recipe = read_recipe(file)
     settings = {"rates": [1e-2, 0.5], "samples": [2, 4], "epochs": [1], "seeds": [1], "lengths": [200], "validation": 3}
-    found = sweep(recipe, **settings, journal=tmp_path / "s")
-    assert len(found["cells"]) == 4 and found["best"]["mean"] == max(cell["mean"] for cell in found["cells"])
-    # A rate of 0.5 throws the scales about, so the cells cannot all be alike.
-    assert len({cell["mean"] for cell in found["cells"]}) > 1
+    result = sweep(recipe, **settings, journal=tmp_path / "s")
+    assert len(result["cells"]) == 4 and result["best"]["mean"] == max(cell["mean"] for cell in result["cells"])
+    # A rate of 0.5 breaks the scales, so not all cells can be equal.
+    assert len({cell["mean"] for cell in result["cells"]}) > 1
     monkeypatch.setattr("eval.probe.sweep.tune", lambda *a, **k: pytest.fail("tuned again"))
-    assert sweep(recipe, **settings, journal=tmp_path / "s") == found
+    assert sweep(recipe, **settings, journal=tmp_path / "s") == result
     monkeypatch.undo()
     shown = controls(recipe, seeds=[1], lengths=[200], validation=2)
     assert {name: len(runs) for name, runs in shown["scores"].items()} == {
@@ -312,7 +312,7 @@ def test_sweep_and_controls_tune_for_real_and_resume(tmp_path, monkeypatch):
 def test_controls_change_what_they_say(tmp_path):
     file = tmp_path / "r.yml"
     file.write_text(RECIPE.format(tiny=TINY))
-    loaded = load_new(read_recipe(file))
+    loaded = load_untuned(read_recipe(file))
     with torch.no_grad():
         for place, layer in enumerate(seal_layers(loaded.model)):
             layer.seal_scale["default"].copy_(torch.arange(4) + 10.0 * place)
@@ -320,15 +320,15 @@ def test_controls_change_what_they_say(tmp_path):
     shuffle_heads(loaded.model, random.Random(0))
     after = torch.cat([layer.seal_scale["default"] for layer in seal_layers(loaded.model)])
     assert not torch.equal(before, after) and torch.equal(before.sort().values, after.sort().values)
-    reset(loaded.model)
+    reset_scales(loaded.model)
     assert all(bool((layer.seal_scale["default"] == 1).all()) for layer in seal_layers(loaded.model))
     chats = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": f"is {n}."}] for n in (11, 22, 33)]
     chats[0][1]["content"] = "was 11."
     facts = wrong_facts(chats, ["11", "22", "33"], random.Random(0))
-    whole = wrong_answers(chats, random.Random(0))
-    for mixed in (facts, whole):
+    answers = wrong_answers(chats, random.Random(0))
+    for mixed in (facts, answers):
         assert all(a[1] != b[1] and a[0] == b[0] for a, b in zip(chats, mixed, strict=True))
-    assert facts[0][1]["content"] in ("was 22.", "was 33.") and whole[0][1] in (chats[1][1], chats[2][1])
+    assert facts[0][1]["content"] in ("was 22.", "was 33.") and answers[0][1] in (chats[1][1], chats[2][1])
 
 
 def command(*arguments, cwd):
@@ -363,17 +363,17 @@ def test_commands_write_results_with_pictures(tmp_path):
 
 
 def test_the_journal_of_a_run_is_that_of_its_model(tmp_path):
-    """A second run over other weights must not find the first one's answers."""
+    """A second run over other weights must not reuse the first one's answers."""
     from eval.result_cache import journal_file
 
-    one, two = tmp_path / "a", tmp_path / "b"
-    for folder, text in ((one, "1"), (two, "22")):
+    first, second = tmp_path / "a", tmp_path / "b"
+    for folder, text in ((first, "1"), (second, "22")):
         folder.mkdir()
         (folder / "model.safetensors").write_text(text)
-    out, before = tmp_path / "r.json", journal_file(tmp_path / "r.json", str(one))
-    (one / "config.json").write_text("{}")  # as where RoPE was stretched in the config alone
-    assert journal_file(out, str(one)) != before
-    assert journal_file(out, str(one)) != journal_file(out, str(two)) != journal_file(out, str(two), "other")
+    out, before = tmp_path / "r.json", journal_file(tmp_path / "r.json", str(first))
+    (first / "config.json").write_text("{}")  # as where only the config changes RoPE
+    assert journal_file(out, str(first)) != before
+    assert journal_file(out, str(first)) != journal_file(out, str(second)) != journal_file(out, str(second), "other")
 
 
 @pytest.mark.slow
@@ -382,7 +382,7 @@ def test_transfer_scores_adapters_on_tasks(tmp_path):
     scales[0] = 0.3
     save_scales(load(TINY), scales, tmp_path / "adapter")
     base = run(load(TINY), "line", lengths=[256, 1960], samples=10)
-    assert base["scores"][0]["score"] != base["scores"][1]["score"]
+    assert base.scores[0].score != base.scores[1].score
     done = command("transfer", "--model", str(TINY), "--adapter", "line=adapter", "--tasks", "line", "--lengths",
                    "256,1960", "--samples", "10", "--out", "t.json", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

@@ -37,10 +37,10 @@ def test_samples_that_were_trained_on_are_refused_unless_the_result_says_so(load
     with pytest.raises(ValueError, match=r"^2 of 3 samples are in the model's training data: .*--allow-contamination"):
         run(tuned, "line", lengths=[260], samples=3)
     allowed = run(tuned, "line", lengths=[260], samples=3, allow_contamination=True)
-    assert allowed["contaminated"] == 2
+    assert allowed.contaminated == 2
     clean = run(loaded, "line", lengths=[260], samples=3)
-    assert clean["contaminated"] is None and clean["responses"] == allowed["responses"]
-    assert run(tuned, "line", lengths=[260], samples=3, seed=1)["contaminated"] == 0
+    assert clean.contaminated is None and clean.responses == allowed.responses
+    assert run(tuned, "line", lengths=[260], samples=3, seed=1).contaminated == 0
 
 
 def test_record_holds_the_datas_manifest_and_hash(loaded, tmp_path):

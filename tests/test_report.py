@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,27 +16,35 @@ from peft import get_peft_model
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.model_loading import load
 from axolotl_plugins.seal.scales import saved_scales, scale_matrix
-from eval.report import LONGCHAT, grid, labels, paper_value, rate_table, write_report
+from eval.paper import LONGCHAT, paper_value
+from eval.report import grid, labels, rate_table, write_report
+from eval.results import EvalResult, from_json
 
 PAPER = yaml.safe_load((ROOT / "eval" / "paper.yml").read_text())
 
 
-def result(task="line", method="base", model="m", base="lmsys/longchat-7b-v1.5-32k", response="ok", score=0.5):
+def values(task="line", method="base", model="m", base=LONGCHAT, response="ok", score=0.5, shots=0):
+    """The JSON of a result."""
     lengths = (9000, 31000)
     responses = [
         {"length": length, "index": i, "depth": depth, "references": ["1"], "response": response, "score": score}
         for length in lengths for i, depth in enumerate((0, 50, 100))
     ]  # fmt: skip
-    scores = [{"length": n, "tokens": n - 5.0, "count": 3, "score": score, "low": 0.1, "high": 0.9} for n in lengths]
-    depths = [{"length": n, "depth": depth, "score": score} for n in lengths for depth in (0, 50, 100)]
-    return {"model": model, "base": base, "method": method, "task": task, "window": 16384, "seed": 0, "shots": 0,
-            "scores": scores, "depths": depths, "responses": responses}  # fmt: skip
+    row = {"tokens": 8995.0, "count": 3, "score": score, "low": 0.1, "high": 0.9}
+    scores = [{"length": length, **row} for length in lengths]
+    depths = [{"length": length, "depth": depth, **row} for length in lengths for depth in (0, 50, 100)]
+    return {"model": model, "base": base, "method": method, "task": task, "window": 16384, "seed": 0, "shots": shots,
+            "scores": scores, "depths": depths, "mean": row, "responses": responses}  # fmt: skip
+
+
+def result(**settings) -> EvalResult:
+    return from_json(values(**settings))
 
 
 def test_page_shows_scores_beside_the_papers_and_escapes_responses(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps(result(response="<script>alert(1)</script>")))
-    (tmp_path / "b.json").write_text(json.dumps(result(method="SEAL-C", score=0.25)))
-    (tmp_path / "c.json").write_text(json.dumps(result(task="niah")))
+    (tmp_path / "a.json").write_text(json.dumps(values(response="<script>alert(1)</script>")))
+    (tmp_path / "b.json").write_text(json.dumps(values(method="SEAL-C", score=0.25)))
+    (tmp_path / "c.json").write_text(json.dumps(values(task="niah")))
     (tmp_path / "other.json").write_text(json.dumps({"not": "a result"}))
     assert write_report(tmp_path, tmp_path / "report.html") == 3
     page = (tmp_path / "report.html").read_text()
@@ -45,31 +54,29 @@ def test_page_shows_scores_beside_the_papers_and_escapes_responses(tmp_path):
     assert not re.findall(r'(?:src|href)="(?!data:)', page)  # nothing from the network
 
 
-def test_what_differs_in_model_or_shots_is_not_drawn_as_seeds_of_one(tmp_path):
-    base, shown = result(), result() | {"shots": 1}
-    assert labels([base, shown]) == ["base", "one-shot"]
-    tuned = [result(method="SEAL-C", model=name) for name in ("a", "a_merged")]
-    assert labels(tuned) == ["SEAL-C, a", "SEAL-C, a_merged"]
-    shorter = {**tuned[1], "scores": tuned[1]["scores"][:1]}
-    for place, one in enumerate((tuned[0], shorter)):
-        (tmp_path / f"{place}.json").write_text(json.dumps(one))
+def test_results_that_differ_in_model_or_shots_are_not_drawn_as_seeds_of_one(tmp_path):
+    assert labels([result(), result(shots=1)]) == ["base", "one-shot"]
+    assert labels([result(method="SEAL-C", model=name) for name in ("a", "a_merged")]) == [
+        "SEAL-C, a", "SEAL-C, a_merged"
+    ]  # fmt: skip
+    longer, shorter = (values(method="SEAL-C", model=name) for name in ("a", "a_merged"))
+    shorter["scores"] = shorter["scores"][:1]
+    (tmp_path / "0.json").write_text(json.dumps(longer))
+    (tmp_path / "1.json").write_text(json.dumps(shorter))
     assert write_report(tmp_path, tmp_path / "r.html") == 2
 
 
 def test_papers_numbers_are_found_by_model_task_method_and_length():
-    from eval.report import paper_scores
-
-    paper = paper_scores()
-    ours = result(method="SEAL-C")
-    assert paper_value(ours, 31000, paper) == (0.88, 1) and paper_value(ours, 31744, paper) == (0.88, 1)
-    assert paper_value(ours, 30500, paper) is None
-    assert paper_value(ours | {"base": "another/model"}, 31000, paper) is None
-    assert paper_value(ours | {"method": "base", "shots": 1}, 28000, paper) == (0.5, 3)
-    assert paper_value(ours | {"method": "DoRA"}, 30000, paper) == (0.86, 3)
-    assert paper_value(ours | {"task": "cwe"}, 32768, paper) == (pytest.approx(0.937), 2)
+    tuned = result(method="SEAL-C")
+    assert paper_value(tuned, 31000) == (0.88, 1) and paper_value(tuned, 31744) == (0.88, 1)
+    assert paper_value(tuned, 30500) is None
+    assert paper_value(replace(tuned, base="another/model"), 31000) is None
+    assert paper_value(replace(tuned, method="base", shots=1), 28000) == (0.5, 3)
+    assert paper_value(replace(tuned, method="DoRA"), 30000) == (0.86, 3)
+    assert paper_value(replace(tuned, task="cwe"), 32768) == (pytest.approx(0.937), 2)
 
 
-def test_papers_tables_are_whole():
+def test_papers_tables_are_complete():
     rows = PAPER["scores"]
     assert [sum(row["table"] == table for row in rows) for table in (1, 2, 3)] == [15, 27, 12]
     assert all(len(row["by_length"]) == 6 for row in rows if row["table"] != 2)
@@ -78,21 +85,20 @@ def test_papers_tables_are_whole():
         ("multifieldqa_en", "multifieldqa_zh", "narrativeqa", "qasper"),
         ("hotpotqa", "2wikimqa", "musique", "dureader"),
     )
-    for found in PAPER["longbench"].values():
-        assert np.mean([found[name] for name in single]) == pytest.approx(found["single"], abs=0.01)
-        assert np.mean([found[name] for name in multi]) == pytest.approx(found["multi"], abs=0.01)
+    for scores in PAPER["longbench"].values():
+        assert np.mean([scores[name] for name in single]) == pytest.approx(scores["single"], abs=0.01)
+        assert np.mean([scores[name] for name in multi]) == pytest.approx(scores["multi"], abs=0.01)
     for methods in PAPER["parameters"].values():
         for thousands, ratio in methods.values():
             assert ratio == pytest.approx(thousands / methods["LoRA"][0], abs=6e-5)
 
 
 def test_grid_is_depth_by_length():
-    found = result(task="niah")
-    for cell in found["depths"]:
-        cell["score"] = cell["depth"] / 100 if cell["length"] == 9000 else 1.0
-    values, depths, lengths = grid(found)
+    needles = result(task="niah")
+    depth_scores = [replace(row, score=row.depth / 100 if row.length == 9000 else 1.0) for row in needles.depths]
+    scores, depths, lengths = grid(replace(needles, depths=depth_scores))
     assert depths == [0, 50, 100] and lengths == [9000, 31000]
-    np.testing.assert_allclose(values, [[0, 1], [0.5, 1], [1, 1]])
+    np.testing.assert_allclose(scores, [[0, 1], [0.5, 1], [1, 1]])
 
 
 def test_saved_scales_are_those_of_the_model(tmp_path):
@@ -119,12 +125,12 @@ def test_nothing_to_report(content, message, tmp_path):
 
 
 def test_page_shows_probes_with_their_numbers(tmp_path):
-    found = {"kind": "removal", "unit": "head", "model": "m", "task": "line", "samples": 20, "seconds": 12.0,
+    head_map = {"kind": "removal", "unit": "head", "model": "m", "task": "line", "samples": 20, "seconds": 12.0,
              "lengths": [512, 1448], "base": {"score": {"512": 0.9, "1448": 0.6}},
              "change": {"score": {"512": [[0.1, -0.2], [-0.3, 0.0]],
                                   "1448": [[0.05, 0.15], [-0.25, 0.1]]}}}  # fmt: skip
     (tmp_path / "probes").mkdir()
-    (tmp_path / "probes" / "heads.json").write_text(json.dumps(found))
+    (tmp_path / "probes" / "heads.json").write_text(json.dumps(head_map))
     assert write_report(tmp_path, tmp_path / "report.html") == 1
     page = (tmp_path / "report.html").read_text()
     assert "1 in quadrant 1, 1 in quadrant 2, 1 in quadrant 3, 0 in quadrant 4" in page
@@ -137,9 +143,9 @@ def test_a_sweep_stands_beside_table_7(tmp_path):
         {"rate": rate, "samples": count, "epochs": epochs, "mean": mean}
         for rate, count, epochs, mean in ((0.01, 10, 5, 0.3), (0.01, 50, 1, 0.4), (0.02, 50, 1, 0.6))
     ]
-    found = {"kind": "sweep", "model": "m", "base_model": LONGCHAT, "method": "SEAL-H", "task": "line", "seeds": [0, 1],
+    sweep = {"kind": "sweep", "model": "m", "base_model": LONGCHAT, "method": "SEAL-H", "task": "line", "seeds": [0, 1],
              "lengths": [31000], "validation_samples": 20, "over_seeds": over_seeds, "best": over_seeds[2]}  # fmt: skip
-    shown = rate_table(found)
+    shown = rate_table(sweep)
     assert shown["columns"] == ["10 samples × 5", "50 samples"]
     by_rate = {row["name"]: row["cells"] for row in shown["rows"]}
     assert [cell and (round(cell["score"], 2), cell["count"], cell["paper"]) for cell in by_rate["0.01"]] == [
@@ -147,9 +153,9 @@ def test_a_sweep_stands_beside_table_7(tmp_path):
     ]  # fmt: skip
     assert by_rate["0.02"][0] is None and by_rate["0.02"][1]["paper"] == (0.82, 7)
     assert all(cell is None or cell["paper"] is None
-               for row in rate_table(found | {"base_model": "m"})["rows"] for cell in row["cells"])  # fmt: skip
+               for row in rate_table(sweep | {"base_model": "m"})["rows"] for cell in row["cells"])  # fmt: skip
     (tmp_path / "probes").mkdir()
-    (tmp_path / "probes" / "sweep.json").write_text(json.dumps(found))
+    (tmp_path / "probes" / "sweep.json").write_text(json.dumps(sweep))
     write_report(tmp_path, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "learning rate" in page and "paper 0.82, table 7" in page

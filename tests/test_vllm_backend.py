@@ -1,4 +1,4 @@
-"""Models at a server: the answers that the same weights give at home, from the same token ids."""
+"""Served models: the answers of the same weights loaded locally, from the same token ids."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def server(loaded):
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
-        def reply(self, found):
-            payload = json.dumps(found).encode()
+        def reply(self, body):
+            payload = json.dumps(body).encode()
             self.send_response(200)
             self.end_headers()
             self.wfile.write(payload)
@@ -41,8 +41,8 @@ def server(loaded):
             httpd.seen.append((self.path, body))
             prompt = torch.tensor([body["prompt"]])
             with lock:
-                found = loaded.model.generate(prompt, max_new_tokens=body["max_tokens"], do_sample=False)
-            text = loaded.tokenizer.decode(found[0, prompt.shape[1] :], skip_special_tokens=True)
+                output = loaded.model.generate(prompt, max_new_tokens=body["max_tokens"], do_sample=False)
+            text = loaded.tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
             self.reply({"choices": [{"index": 0, "text": text}]})
 
         def log_message(self, *_):
@@ -56,18 +56,18 @@ def server(loaded):
     httpd.shutdown()
 
 
-def test_a_served_model_answers_as_it_does_at_home(loaded, server):
-    there = connect(load(TINY, weights=False), server.url)
-    assert all(parameter.is_meta for parameter in there.model.parameters())
+def test_a_served_model_answers_as_it_does_locally(loaded, server):
+    served = connect(load(TINY, weights=False), server.url)
+    assert all(parameter.is_meta for parameter in served.model.parameters())
     options = {"lengths": [260], "samples": 3}
-    assert run(there, "line", batch_size=2, **options) == run(loaded, "line", **options)
+    assert run(served, "line", batch_size=2, **options) == run(loaded, "line", **options)
     path, body = server.seen[0]
     assert path == "/v1/completions" and len(server.seen) == 3
     assert (body["model"], body["temperature"], body["max_tokens"]) == (str(TINY), 0, 100)
     assert body["prompt"].count(loaded.tokenizer.bos_token_id) == 1
 
 
-def test_what_cannot_be_served(loaded, server, tmp_path):
+def test_models_that_cannot_be_served_are_refused(loaded, server, tmp_path):
     with pytest.raises(ValueError, match=rf"serves {TINY}, not other: start it with `vllm serve other`"):
         connect(type(loaded)(**{**vars(loaded), "name": "other"}), server.url)
     with pytest.raises(ValueError, match=r"http://127.0.0.1:9/v1 gave no usable answer .* ConnectError"):

@@ -83,16 +83,18 @@ def push(
     """Write a model card (method, data, scores beside the paper's) into an adapter's folder, and upload it."""
     quiet_libraries()
     from data_gen.io import write_text
+    from eval.table import score_tables
 
     from .model_card import card
     from .model_card import push as upload
 
     try:
+        scores = score_tables(results, str(adapter))
         if repository is None:
-            write_text(adapter / "README.md", card(adapter, results))
+            write_text(adapter / "README.md", card(adapter, scores))
             print(adapter / "README.md")
         else:
-            print(upload(adapter, repository, results, private=private))
+            print(upload(adapter, repository, scores, private=private))
     except (ValueError, OSError) as error:
         stop("push", error)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from data_gen.io import load_json, write_text
-from eval.report import TITLES, paper_scores, paper_value, read_results
 
 from . import provenance
 from .config import SealConfig
@@ -28,40 +27,19 @@ def data_lines(adapter: Path) -> list[str]:
     return lines
 
 
-def score_tables(results: list[dict[str, Any]]) -> list[str]:
-    """A table for each result, its scores beside the paper's where the paper has that model, method and task."""
-    parts, paper = [], paper_scores()
-    for result in results:
-        title = f"### {TITLES[result['task']]}"
-        if "sets" in result:
-            rows = [f"| {row['name']} | {row['score']:.2f} | {row['count']} |" for row in result["sets"]]
-            parts.append("\n".join([title, "", "| set | score | samples |", "|---|---:|---:|", *rows]))
-            continue
-        rows = []
-        for row in result["scores"]:
-            printed = paper_value(result, row["length"], paper)
-            spread = f"{row['score']:.2f} ({row['low']:.2f}-{row['high']:.2f})"
-            rows.append(f"| {row['length']:,} | {spread} | {row['count']} | {f'{printed[0]:.2f}' if printed else ''} |")
-        head = "| longest prompt (tokens) | score (95 % interval) | samples | the paper's |"
-        parts.append("\n".join([title, "", head, "|---:|---|---:|---:|", *rows]))
-    return parts
-
-
-def card(adapter: Path, results: Path) -> str:
-    """The text of a model card.
+def card(adapter: Path, scores: Sequence[str] = ()) -> str:
+    """Return the text of a model card.
 
     Args:
         adapter: folder of a SEAL adapter.
-        results: folder with JSON files of ``python -m eval run``; those whose model is ``adapter`` count.
+        scores: Markdown sections with the adapter's scores.
 
     Raises:
-        ValueError: the folder is not a SEAL adapter, or a result is not JSON.
+        ValueError: the folder is not a SEAL adapter.
     """
     scales = saved_scales(adapter)
     config = SealConfig.from_pretrained(str(adapter))
     method = method_name(config)
-    name = str(adapter).rstrip("/")
-    scored = [result for result in read_results(results) if str(result["model"]).rstrip("/") == name]
     data = data_lines(adapter)
     layers, heads, channels = scales.shape
     each = f"{channels} channels of {heads} heads" if channels > 1 else f"{heads} heads"
@@ -79,18 +57,18 @@ def card(adapter: Path, results: Path) -> str:
     ]
     if data:
         parts += ["## Training data", "\n".join(data)]
-    if scored:
-        parts += ["## Scores", *score_tables(scored)]
+    if scores:
+        parts += ["## Scores", *scores]
     return "\n\n".join(parts) + "\n"
 
 
-def push(adapter: Path, repository: str, results: Path, *, private: bool) -> str:
+def push(adapter: Path, repository: str, scores: Sequence[str] = (), *, private: bool) -> str:
     """Write the card into the adapter's folder and upload adapter, tokenizer and card.
 
     Args:
         adapter: folder of a SEAL adapter.
         repository: hub id.
-        results: see ``card``.
+        scores: see ``card``.
         private: of a repository that is made new.
 
     Returns:
@@ -102,7 +80,7 @@ def push(adapter: Path, repository: str, results: Path, *, private: bool) -> str
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-    write_text(adapter / "README.md", card(adapter, results))
+    write_text(adapter / "README.md", card(adapter, scores))
     try:
         hub = HfApi()
         hub.create_repo(repository, private=private, exist_ok=True)

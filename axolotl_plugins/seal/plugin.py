@@ -338,7 +338,7 @@ class SealPlugin(BasePlugin):
         if cfg.adapter == "seal" and saved and int(os.environ.get("LOCAL_RANK", "0")) == 0:
             from .model_card import card
 
-            write_text(folder / "README.md", card(folder, folder))
+            write_text(folder / "README.md", card(folder))
 
     def load_adapter(
         self, model: PreTrainedModel, cfg: Any, inference: bool = False, config_only: bool = False

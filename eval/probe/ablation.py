@@ -1,16 +1,17 @@
-"""Answers of a model without some of its heads or channels, for many such variants at little cost.
+"""Answers of a model with heads or channels ablated, for many ablations at little cost.
 
-A head of layer l changes nothing below l, nor the keys, values and attention of l itself. So a prompt is read once by
-the whole model; a variant then starts from what entered layer l and from what its attention found, and variants of one
-layer go through the rest as one batch. In the last layer, only the answer's positions are computed. The reference
-answer is read along with the prompt: where the model would have written it anyway nothing is left to decode, and its
-log-probability comes for free.
+Ablating a head of layer l changes nothing below l, nor the keys, values and attention weights of l itself. So the whole
+model prefills a prompt once; an ablation then starts from the hidden states that entered layer l and from the output of
+its attention, and ablations of one layer share a batch from there on. In the last layer, only the answer's positions
+are computed. The reference answer is prefilled with the prompt: where the model would have generated it anyway nothing
+is left to decode, and its log-probability is a by-product.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,21 @@ from torch import nn
 from transformers import DynamicCache
 
 from eval.generation import can_join_caches
-from eval.probe.hooks import Block, blocks, first, forwards, hidden_of, hooks, like, probing
+from eval.probe.hooks import (
+    Block,
+    decoder_blocks,
+    hidden_states,
+    input_states,
+    removing,
+    replaced_forwards,
+    scaled_input,
+    with_hidden_states,
+)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a variant answers.
+    """Answer of one ablated model.
 
     Attributes:
         ids: greedy answer without the token that ends it.
@@ -36,18 +46,18 @@ class Answer:
 
 
 @dataclass
-class Reading:
-    """What is kept of one pass over a prompt and its reference answer, of T tokens together.
+class Trace:
+    """Activations of one prefill of a prompt with its reference answer, T tokens together.
 
     Attributes:
         ids: shape (1, T).
         prompt: tokens of the prompt.
         entered: hidden states before each layer, shape (1, T, d).
-        attended: what each layer's projection read, before the probe, shape (1, T, C).
-        outputs: what each layer gave, with an empty first tensor: its form is what is needed.
-        attentions: the same of each layer's attention; None where it is more than the projection.
+        attended: input of each layer's projection, shape (1, T, C).
+        outputs: output of each layer with the hidden states emptied: only its structure is needed.
+        attentions: the same of each layer's attention; None where it computes more than the projection.
         cache: keys and values of all layers.
-        answer: the unchanged model's.
+        answer: of the unchanged model.
     """
 
     ids: torch.Tensor
@@ -59,169 +69,141 @@ class Reading:
     cache: DynamicCache
     answer: Answer
 
+    @property
+    def reference(self) -> torch.Tensor:
+        """Ids of the reference answer, shape (tokens,)."""
+        return self.ids[0, self.prompt :]
+
 
 class HeadAblator:
-    """Reads prompts, and answers them with variants of the model.
+    """Prefills prompts, and answers them with ablated models.
 
     Args:
-        model: wrapped, see ``anatomy.wrapped``.
+        model: see ``hooks.wrap``.
         stop: ids that end an answer.
         max_new_tokens: most tokens of an answer.
-        batch: variants that go through the model together.
+        batch: ablations per batch.
     """
 
     def __init__(self, model: Any, stop: Collection[int], max_new_tokens: int, batch: int = 8) -> None:
-        """Find the model's layers."""
+        """Find the model's decoder layers."""
         self.model, self.stop, self.max_new_tokens, self.batch = model, stop, max_new_tokens, batch
-        self.blocks: list[Block] = blocks(model)
+        self.blocks: list[Block] = decoder_blocks(model)
         config = model.config
-        # A cache that forgets cannot be cut back to before the reference.
+        # A sliding-window cache cannot be cropped to before the reference.
         self.drafts = can_join_caches(model)
         self.new_cache: Callable[[], DynamicCache] = lambda: DynamicCache(config=config)
 
     @torch.inference_mode()
-    def read(self, prompt: list[int], reference: list[int]) -> Reading:
-        """One pass over a prompt and its reference answer, whose last token should end it."""
+    def prefill(self, prompt: list[int], reference: list[int]) -> Trace:
+        """Run a prompt and its reference answer, whose last token should end it, through the model."""
         reference = reference if self.drafts else []
         ids = torch.tensor([prompt + reference], device=self.model.device)
-        size = len(self.blocks)
-        entered: list[Any] = [None] * size
-        attended: list[Any] = [None] * size
-        outputs: list[Any] = [None] * size
-        attentions: list[Any] = [None] * size
-        projected: list[Any] = [None] * size
-        handles = []
-        for i, block in enumerate(self.blocks):
+        missing: list[Any] = [None] * len(self.blocks)
+        trace = Trace(ids, len(prompt), [*missing], [*missing], [*missing], [*missing], self.new_cache(), Answer([], 0))
+        handles = [handle for i, block in enumerate(self.blocks) for handle in record(block, i, trace)]
+        with removing(handles):
+            logits = self.forward(ids, trace.cache, len(reference) + 1)
+        trace.answer = self.complete(trace, copy.copy(trace.cache), logits)[0]
+        return trace
 
-            def before(module: nn.Module, args: Any, kwargs: Any, i: int = i) -> None:
-                entered[i] = hidden_of(args, kwargs)
-
-            def after(module: nn.Module, args: Any, output: Any, i: int = i) -> None:
-                outputs[i] = like(output, torch.empty(0))
-
-            def scaled(module: nn.Module, args: Any, output: Any, i: int = i) -> None:
-                attended[i], projected[i] = args[0], output
-
-            def attend(module: nn.Module, args: Any, output: Any, i: int = i) -> None:
-                same = torch.equal(first(output), projected[i])
-                attentions[i] = like(output, torch.empty(0)) if same else None
-
-            handles += [
-                block.layer.register_forward_pre_hook(before, with_kwargs=True),
-                block.layer.register_forward_hook(after),
-                block.projection.register_forward_hook(scaled),
-                block.attention.register_forward_hook(attend),
-            ]
-        cache = self.new_cache()
-        with hooks(handles):
-            logits = self.forward(ids, cache, len(reference) + 1)
-        reading = Reading(ids, len(prompt), entered, attended, outputs, attentions, cache, Answer([], 0.0))
-        reading.answer = self.finish(reading, copy.copy(cache), logits)[0]
-        return reading
-
-    def forward(self, ids: torch.Tensor, cache: DynamicCache, keep: int) -> torch.Tensor:
-        """Logits of the last ``keep`` positions, shape (B, keep, V)."""
-        return self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[:, -keep:]
+    def forward(self, ids: torch.Tensor, cache: DynamicCache, count: int) -> torch.Tensor:
+        """Return the logits of the last ``count`` positions, shape (B, count, V)."""
+        return self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=count).logits[:, -count:]
 
     @torch.inference_mode()
-    def variants(self, reading: Reading, layer: int, scales: torch.Tensor) -> list[Answer]:
-        """Answers of the model with one layer's attention output scaled otherwise.
+    def ablate(self, trace: Trace, layer: int, scales: torch.Tensor) -> list[Answer]:
+        """Answer a prompt with a layer's attention output scaled in N ways.
 
         Args:
-            reading: of the prompt.
-            layer: which layer.
-            scales: shape (N, C), one row per variant, on top of the model's own scales.
+            trace: of the prompt.
+            layer: its index.
+            scales: shape (N, C), on top of the model's own scales.
         """
         answers: list[Answer] = []
         for part in scales.to(self.model.device).split(self.batch):
-            answers += self.together(reading, layer, part[:, None])
+            answers += self.ablate_batch(trace, layer, part[:, None])
         return answers
 
-    def together(self, reading: Reading, layer: int, scales: torch.Tensor) -> list[Answer]:
-        """The same for variants that go through the model as one batch; scales of shape (B, 1, C)."""
+    def ablate_batch(self, trace: Trace, layer: int, scales: torch.Tensor) -> list[Answer]:
+        """Answer a prompt with ablations in one batch; scales of shape (B, 1, C)."""
         size, block = len(scales), self.blocks[layer]
-        keep = reading.ids.shape[1] - reading.prompt + 1
-        form = reading.attentions[layer]
+        count = len(trace.reference) + 1
+        attention = trace.attentions[layer]
         # Without attention above it, the last layer is needed at the answer's positions only.
-        start = -keep if layer == len(self.blocks) - 1 and form is not None else 0
-        spread = lambda tensor: tensor[:, start:].expand(size, -1, -1)  # noqa: E731
+        start = -count if layer == len(self.blocks) - 1 and attention is not None else 0
+        expand = lambda tensor: tensor[:, start:].expand(size, -1, -1)  # noqa: E731
         replacements: dict[nn.Module, Callable[..., Any]] = {
-            below.layer: lambda *args, i=i, **kwargs: like(reading.outputs[i], spread(reading.entered[layer]))
+            below.layer: lambda *args, i=i, **kwargs: with_hidden_states(trace.outputs[i], expand(trace.entered[layer]))
             for i, below in enumerate(self.blocks[:layer])
         }
-        if form is not None:
-            replacements[block.attention] = lambda *args, **kwargs: like(
-                form, block.projection(spread(reading.attended[layer]))
+        if attention is not None:
+            replacements[block.attention] = lambda *args, **kwargs: with_hidden_states(
+                attention, block.projection(expand(trace.attended[layer]))
             )
         handles = []
         if layer == 0 and start:
 
-            def cut(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            def crop_input(module: nn.Module, args: Any, kwargs: Any) -> Any:
                 if args:
-                    return (spread(reading.entered[0]), *args[1:]), kwargs
-                return args, {**kwargs, "hidden_states": spread(reading.entered[0])}
+                    return (expand(trace.entered[0]), *args[1:]), kwargs
+                return args, {**kwargs, "hidden_states": expand(trace.entered[0])}
 
-            handles.append(block.layer.register_forward_pre_hook(cut, with_kwargs=True))
+            handles.append(block.layer.register_forward_pre_hook(crop_input, with_kwargs=True))
         if start:
 
-            def whole(module: nn.Module, args: Any, output: Any) -> Any:
+            def pad_output(module: nn.Module, args: Any, output: Any) -> Any:
                 # Some models rely on the number of positions; no logits are computed from these.
-                missing = reading.ids.shape[1] - keep
-                return like(output, nn.functional.pad(first(output), (0, 0, missing, 0)))
+                return with_hidden_states(
+                    output, nn.functional.pad(hidden_states(output), (0, 0, trace.ids.shape[1] - count, 0))
+                )
 
-            handles.append(block.layer.register_forward_hook(whole))
+            handles.append(block.layer.register_forward_hook(pad_output))
         cache = self.new_cache()
-        with probing(block.projection, scales):
-            with forwards(replacements), hooks(handles):
-                logits = self.forward(reading.ids.expand(size, -1), cache, keep)
-            for i in range(layer + 1):
-                cache.layers[i] = copy.copy(reading.cache.layers[i])
-                cache.layers[i].batch_repeat_interleave(size)
-            return self.finish(reading, cache, logits)
+        with scaled_input(block.projection, scales), replaced_forwards(replacements), removing(handles):
+            logits = self.forward(trace.ids.expand(size, -1), cache, count)
+        for i in range(layer + 1):
+            cache.layers[i] = copy.copy(trace.cache.layers[i])
+            cache.layers[i].batch_repeat_interleave(size)
+        return self.complete(trace, cache, logits, lambda rows: scaled_input(block.projection, scales[rows]))
 
-    def finish(self, reading: Reading, cache: DynamicCache, logits: torch.Tensor) -> list[Answer]:
-        """Answers, given the logits from the prompt's last token on, shape (B, 1 + tokens of the reference, V).
+    def complete(
+        self, trace: Trace, cache: DynamicCache, logits: torch.Tensor,
+        ablation: Callable[[torch.Tensor], AbstractContextManager[None]] = lambda rows: nullcontext(),
+    ) -> list[Answer]:  # fmt: skip
+        """Decode the answers that depart from the reference.
 
-        ``cache`` is used up: of its layers' tensors none is changed, but which of them it holds.
+        Args:
+            trace: of the prompt.
+            cache: consumed; its layers' tensors are not modified in place.
+            logits: from the prompt's last token on, shape (B, 1 + tokens of the reference, V).
+            ablation: returns a context in which the model is ablated as in these rows of the batch.
         """
-        reference = reading.ids[0, reading.prompt :].tolist()
-        chosen = logits.argmax(-1)
-        if reference:
-            target = reading.ids[0, reading.prompt :].expand(len(logits), -1)
-            logprobs = -nn.functional.cross_entropy(
-                logits[:, :-1].float().transpose(1, 2), target, reduction="none"
-            ).mean(1)
-        else:
-            logprobs = torch.full((len(logits),), torch.nan)
+        reference = trace.reference.tolist()
+        greedy = logits.argmax(-1)
         agreed = [
-            next((place for place, id_ in enumerate(reference) if row[place] != id_), len(reference))
-            for row in chosen.tolist()
+            next((i for i, id_ in enumerate(reference) if row[i] != id_), len(reference)) for row in greedy.tolist()
         ]
-        whole = bool(reference) and reference[-1] in self.stop
-        open_rows = [row for row, count in enumerate(agreed) if not (whole and count == len(reference))]
-        answers = [(reference[:-1] if whole else reference)[: self.max_new_tokens] for _ in agreed]
+        ended = bool(reference) and reference[-1] in self.stop
+        open_rows = [row for row, count in enumerate(agreed) if not (ended and count == len(reference))]
+        answers = [(reference[:-1] if ended else reference)[: self.max_new_tokens] for _ in agreed]
         if open_rows:
             shared = min(agreed[row] for row in open_rows)
             rows = torch.tensor(open_rows, device=self.model.device)
-            # A shallow copy keeps the reading's own cache as it is.
-            cache.layers = [copy.copy(each) for each in cache.layers]
+            # A shallow copy leaves the trace's own cache as it is.
+            cache.layers = [copy.copy(layer) for layer in cache.layers]
             if reference:
                 cache.crop(shared - len(reference))
             cache.batch_select_indices(rows)
-            projections = [block.projection for block in self.blocks if block.projection.probe is not None]
-            probes = [projection.probe for projection in projections]
-            for projection, probe in zip(projections, probes, strict=True):
-                assert probe is not None
-                projection.probe = probe[rows]
-            decoded = self.decode(cache, chosen[rows, shared], self.max_new_tokens - shared)
-            for projection, probe in zip(projections, probes, strict=True):
-                projection.probe = probe
+            with ablation(rows):
+                decoded = self.decode(cache, greedy[rows, shared], self.max_new_tokens - shared)
             for row, ids in zip(open_rows, decoded, strict=True):
                 answers[row] = reference[:shared] + ids
-        return [Answer(ids, value) for ids, value in zip(answers, logprobs.tolist(), strict=True)]
+        logprobs = reference_logprobs(logits, trace.reference).tolist()
+        return [Answer(ids, logprob) for ids, logprob in zip(answers, logprobs, strict=True)]
 
-    def decode(self, cache: DynamicCache, tokens: torch.Tensor, room: int) -> list[list[int]]:
-        """Greedy continuations of what is in the cache, given each row's next token, shape (B,)."""
+    def decode(self, cache: DynamicCache, tokens: torch.Tensor, budget: int) -> list[list[int]]:
+        """Decode greedily from a cache and each row's next token, shape (B,), up to ``budget`` tokens."""
         answers: list[list[int]] = [[] for _ in tokens]
         open_rows = set(range(len(answers)))
         while True:
@@ -231,8 +213,47 @@ class HeadAblator:
                     open_rows.discard(row)
                     continue
                 answers[row].append(token)
-                if len(answers[row]) == room:
+                if len(answers[row]) == budget:
                     open_rows.discard(row)
             if not open_rows:
                 return answers
             tokens = self.forward(tokens[:, None], cache, 1)[:, -1].argmax(-1)
+
+
+def record(block: Block, index: int, trace: Trace) -> list[Any]:
+    """Register hooks that record a layer's activations in a trace; return their handles."""
+    projected: list[torch.Tensor] = []
+
+    def before_layer(module: nn.Module, args: Any, kwargs: Any) -> None:
+        trace.entered[index] = input_states(args, kwargs)
+
+    def after_layer(module: nn.Module, args: Any, output: Any) -> None:
+        trace.outputs[index] = with_hidden_states(output, torch.empty(0))
+
+    def after_projection(module: nn.Module, args: Any, output: Any) -> None:
+        trace.attended[index] = args[0]
+        projected.append(output)
+
+    def after_attention(module: nn.Module, args: Any, output: Any) -> None:
+        if torch.equal(hidden_states(output), projected.pop()):
+            trace.attentions[index] = with_hidden_states(output, torch.empty(0))
+
+    return [
+        block.layer.register_forward_pre_hook(before_layer, with_kwargs=True),
+        block.layer.register_forward_hook(after_layer),
+        block.projection.register_forward_hook(after_projection),
+        block.attention.register_forward_hook(after_attention),
+    ]
+
+
+def reference_logprobs(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Return the mean log-probability of a reference's tokens, shape (B,); nan where it is empty.
+
+    Args:
+        logits: from the prompt's last token on, shape (B, 1 + tokens, V).
+        reference: ids, shape (tokens,).
+    """
+    if not len(reference):
+        return torch.full((len(logits),), torch.nan)
+    target = reference.expand(len(logits), -1)
+    return -nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), target, reduction="none").mean(1)

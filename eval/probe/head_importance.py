@@ -1,8 +1,8 @@
-"""Maps of heads and channels: what removing each of them does to a task at several lengths (paper Figures 2b and 2d).
+"""Importance of heads and channels: how ablating each changes a task's scores by length (paper Figures 2b and 2d).
 
-A removal map is exact: every variant answers every prompt. A gradient map predicts all variants at once from one pass
-forward and one backward per prompt. Both hold, for every length, the change of the score where they know it and the
-change of the reference answer's log-probability; positive means that removal helps.
+An ablation map is exact: every ablated model answers every prompt. A gradient map predicts all ablations from one
+forward and one backward pass per prompt. Both hold, for every length, the change of the score where they know it and
+the change of the reference answer's log-probability; positive means that ablation helps.
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ from tqdm import tqdm
 from axolotl_plugins.seal.model_loading import LoadedModel
 from axolotl_plugins.seal.tune import answer_loss, encode
 from data_gen.dataset import Request, generate
+from data_gen.io import load_json
 from eval.generation import stop_ids
 from eval.metrics import METRICS
-from eval.probe.ablation import HeadAblator
-from eval.probe.hooks import Block, blocks, probing, wrapped
+from eval.probe.ablation import Answer, HeadAblator
+from eval.probe.hooks import Block, decoder_blocks, scaled_input, wrap
 from eval.result_cache import Journal
 from eval.scoring import answer_budget
 
-# Probes look at samples of the training split under a seed that nothing is trained on: test samples stay unseen.
+# Probes read samples of the training split under a seed that nothing is trained on: test samples stay unseen.
 PROBE_SEED = 9000
 Unit = Literal["head", "channel"]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One sample ready for a model.
+    """One encoded sample.
 
     Attributes:
         key: length and index, as ``512/3``.
-        length: longest sample asked for, in tokens.
+        length: longest sample requested, in tokens.
         ids: of the prompt.
-        reference: of the reference answer with what ends it.
-        references: what the scorer looks for.
+        reference: of the reference answer with the token that ends it.
+        references: what the metric looks for.
     """
 
     key: str
@@ -52,8 +53,8 @@ class Prompt:
     references: list[str]
 
 
-def prompts(loaded: LoadedModel, task: str, lengths: list[int], samples: int, seed: int) -> Iterator[Prompt]:
-    """Samples of the training split, in the order of lengths.
+def probe_prompts(loaded: LoadedModel, task: str, lengths: list[int], samples: int, seed: int) -> Iterator[Prompt]:
+    """Yield samples of the training split, in the order of lengths.
 
     Raises:
         ValueError: the task is not one of ``METRICS``, a length does not fit into the window, or see
@@ -72,22 +73,22 @@ def prompts(loaded: LoadedModel, task: str, lengths: list[int], samples: int, se
             yield Prompt(f"{length}/{sample['index']}", length, row[:start], row[start:], sample["references"])
 
 
-def variants(block: Block, layer: int, unit: Unit, heads: list[tuple[int, int]] | None) -> torch.Tensor:
-    """Scales that remove every head of a layer, or every channel of the chosen heads in it: shape (N, C)."""
-    if unit == "head":
+def ablation_scales(block: Block, layer: int, heads: list[tuple[int, int]] | None) -> torch.Tensor:
+    """Return scales that ablate each head of a layer, or each channel of the chosen heads in it: shape (N, C)."""
+    if heads is None:
         return torch.stack([block.without_head(head) for head in range(block.heads)])
     size = block.channels // block.heads
-    channels = [head * size + place for at, head in heads or [] if at == layer for place in range(size)]
+    channels = [head * size + i for head_layer, head in heads if head_layer == layer for i in range(size)]
     scales = torch.ones(len(channels), block.channels)
     scales[range(len(channels)), channels] = 0
     return scales
 
 
-def removal_map(
+def ablation_map(
     loaded: LoadedModel, task: str, lengths: list[int], *, samples: int = 50, seed: int = PROBE_SEED,
     heads: list[tuple[int, int]] | None = None, batch: int = 8, journal: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Remove every head, or every channel of some heads, one at a time, and score the answers.
+    """Ablate every head, or every channel of some heads, one at a time, and score the answers.
 
     Args:
         loaded: the model; an adapter stays applied.
@@ -95,84 +96,93 @@ def removal_map(
         lengths: longest samples, in tokens.
         samples: per length.
         seed: of the samples, from the training split.
-        heads: (layer, head) whose channels are removed one by one; None removes whole heads.
-        batch: variants that go through the model together.
-        journal: file that keeps results while they come in.
+        heads: (layer, head) whose channels are ablated one by one; None ablates whole heads.
+        batch: ablations per batch.
+        journal: file that caches results, from which an interrupted run resumes.
 
     Returns:
-        See ``result``; ``score`` and ``logprob`` are the unchanged model's.
+        See ``map_result``; ``score`` and ``logprob`` are the unchanged model's.
 
     Raises:
-        ValueError: see ``prompts`` and ``anatomy.blocks``, or there is no such head.
+        ValueError: see ``probe_prompts`` and ``hooks.decoder_blocks``, or there is no such head.
     """
     start = time.perf_counter()
-    model = wrapped(loaded.model)
-    found = blocks(model)
+    model = wrap(loaded.model)
+    blocks = decoder_blocks(model)
     unit: Unit = "head" if heads is None else "channel"
     for layer, head in heads or ():
-        if not (0 <= layer < len(found) and 0 <= head < found[layer].heads):
+        if not (0 <= layer < len(blocks) and 0 <= head < blocks[layer].heads):
             raise ValueError(
-                f"heads: L{layer}H{head} is not in a model of {len(found)} layers x {found[0].heads} heads"
+                f"heads: L{layer}H{head} is not in a model of {len(blocks)} layers x {blocks[0].heads} heads"
             )
-    every = list(prompts(loaded, task, lengths, samples, seed))
-    remover = HeadAblator(model, stop_ids(loaded.model, loaded.tokenizer), answer_budget(task), batch)
-    layers = range(len(found)) if heads is None else sorted({layer for layer, _ in heads})
-    scales = {layer: variants(found[layer], layer, unit, heads) for layer in layers}
-    kept = Journal(journal)
-    spent = kept.values.get("seconds", 0.0)  # by a run that was cut off
+    prompts = list(probe_prompts(loaded, task, lengths, samples, seed))
+    ablator = HeadAblator(model, stop_ids(loaded.model, loaded.tokenizer), answer_budget(task), batch)
+    layers = list(range(len(blocks))) if heads is None else sorted({layer for layer, _ in heads})
+    scales = {layer: ablation_scales(blocks[layer], layer, heads) for layer in layers}
+    cache = Journal(journal)
+    spent = cache.values.get("seconds", 0.0)  # by an interrupted run
 
-    def score(ids: list[int], prompt: Prompt) -> float:
-        return METRICS[task](loaded.tokenizer.decode(ids, skip_special_tokens=True), prompt.references)
+    def row(answer: Answer, prompt: Prompt) -> list[float]:
+        text = loaded.tokenizer.decode(answer.ids, skip_special_tokens=True)
+        return [METRICS[task](text, prompt.references), answer.logprob]
 
-    for prompt in tqdm(every, desc=f"removing {unit}s"):
-        if f"{prompt.key}/{layers[-1]}" in kept:
+    for prompt in tqdm(prompts, desc=f"ablating {unit}s"):
+        if f"{prompt.key}/{layers[-1]}" in cache:
             continue
-        reading = remover.read(prompt.ids, prompt.reference)
-        kept.add(prompt.key, [score(reading.answer.ids, prompt), reading.answer.logprob])
+        trace = ablator.prefill(prompt.ids, prompt.reference)
+        cache.add(prompt.key, row(trace.answer, prompt))
         for layer in layers:
-            answers = remover.variants(reading, layer, scales[layer])
-            kept.add(f"{prompt.key}/{layer}", [[score(one.ids, prompt), one.logprob] for one in answers])
-        kept.add("seconds", spent + time.perf_counter() - start)
+            answers = ablator.ablate(trace, layer, scales[layer])
+            cache.add(f"{prompt.key}/{layer}", [row(answer, prompt) for answer in answers])
+        cache.add("seconds", spent + time.perf_counter() - start)
+    base, change = ablation_means(cache, prompts, lengths, layers)
+    if heads is not None:
+        for measure in change:
+            change[measure] = {length: by_head(rows, layers, heads) for length, rows in change[measure].items()}
+    seconds = spent + time.perf_counter() - start
+    return map_result(loaded, task, lengths, samples, seed, "removal", unit, base, change, seconds)
+
+
+def ablation_means(
+    cache: Journal, prompts: list[Prompt], lengths: list[int], layers: list[int]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return means over prompts, by measure and length: of the unchanged model, and changes by layer and ablation."""
     base: dict[str, Any] = {"score": {}, "logprob": {}}
     change: dict[str, Any] = {"score": {}, "logprob": {}}
-    for place, what in enumerate(("score", "logprob")):
+    for column, measure in enumerate(base):
         for length in lengths:
-            keys = [prompt.key for prompt in every if prompt.length == length]
-            base[what][length] = float(np.mean([kept.values[key][place] for key in keys]))
-            change[what][length] = [
+            keys = [prompt.key for prompt in prompts if prompt.length == length]
+            base[measure][length] = float(np.mean([cache.values[key][column] for key in keys]))
+            change[measure][length] = [
                 np.mean(
-                    [np.array(kept.values[f"{key}/{layer}"])[:, place] - kept.values[key][place] for key in keys],
+                    [np.array(cache.values[f"{key}/{layer}"])[:, column] - cache.values[key][column] for key in keys],
                     axis=0,
                 ).tolist()
                 for layer in layers
             ]
-    if heads is not None:
-        for what in change:
-            change[what] = {length: by_head(rows, layers, heads) for length, rows in change[what].items()}
-    seconds = spent + time.perf_counter() - start
-    return result(loaded, task, lengths, samples, seed, "removal", unit, base, change, seconds)
+    return base, change
 
 
-def by_head(rows: list[list[float]], layers: Any, heads: list[tuple[int, int]]) -> dict[str, list[float]]:
-    """Values of all channels of a layer's chosen heads, one after the other, as one list for each head."""
-    found = {}
+def by_head(rows: list[list[float]], layers: list[int], heads: list[tuple[int, int]]) -> dict[str, list[float]]:
+    """Split each layer's row, the channels of its chosen heads one after the other, into a list per head."""
+    channels = {}
     for layer, row in zip(layers, rows, strict=True):
-        mine = [head for at, head in heads if at == layer]
-        for head, part in zip(mine, np.split(np.array(row), len(mine)), strict=True):
-            found[f"L{layer}H{head}"] = part.tolist()
-    return found
+        in_layer = [head for head_layer, head in heads if head_layer == layer]
+        for head, part in zip(in_layer, np.split(np.array(row), len(in_layer)), strict=True):
+            channels[f"L{layer}H{head}"] = part.tolist()
+    return channels
 
 
 def gradient_map(
     loaded: LoadedModel, task: str, lengths: list[int], *, samples: int = 50, seed: int = PROBE_SEED,
     points: tuple[float, ...] = (1.0,), journal: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Predict what removing every head does from the gradient of the answer's loss with respect to all scales.
+    """Predict the effect of ablating every head from the gradient of the answer's loss with respect to all scales.
 
-    Removing head h is the step from s_h = 1 to 0, so to first order the log-probability changes by minus its gradient
-    times 1. A head's gradient is the sum of its channels'. Slopes of prompts cancel in a mean where removal breaks
-    every one of them, so the map also holds their mean size (Michel et al. 2019, equation 2): how much a head matters,
-    not whether its removal helps.
+    Ablating head h is the step from s_h = 1 to 0, so to first order the log-probability changes by minus its gradient
+    times 1. A head's gradient is the sum of its channels'. Gradients of prompts cancel in a mean where ablation breaks
+    every one of them, so the map also holds their mean magnitude (Michel et al. 2019, equation 2): how much a head
+    matters, not whether its ablation helps.
 
     Args:
         loaded: the model; an adapter stays applied.
@@ -182,119 +192,146 @@ def gradient_map(
         seed: of the samples, from the training split.
         points: common scales of all heads at which gradients are taken and averaged; more than one makes it a path
             integral (integrated gradients, Sundararajan et al. 2017) at so many times the cost.
-        journal: file that keeps results while they come in.
+        journal: file that caches results, from which an interrupted run resumes.
 
     Returns:
-        See ``result``; its measures are ``logprob`` and ``importance`` (minus the mean size of a head's gradient), and
-        beside ``change`` it has ``channels``: the change of ``logprob`` by channel.
+        See ``map_result``; its measures are ``logprob`` and ``importance`` (minus the mean magnitude of a head's
+        gradient), and it also has ``channels``: the change of ``logprob`` by channel.
     """
     start = time.perf_counter()
-    model = wrapped(loaded.model)
-    found = blocks(model)
-    kept = Journal(journal)
-    spent = kept.values.get("seconds", 0.0)  # by a run that was cut off
-    every = list(prompts(loaded, task, lengths, samples, seed))
-    for prompt in tqdm(every, desc="gradients"):
-        if prompt.key in kept:
-            continue
-        ids = torch.tensor([prompt.ids + prompt.reference], device=loaded.model.device)
-        total = [torch.zeros(block.channels) for block in found]
-        logprob = 0.0
-        for point in points:
-            scales = [
-                torch.full((block.channels,), point, device=ids.device, requires_grad=True) for block in found
-            ]  # fmt: skip
-            with contextlib.ExitStack() as stack:
-                for block, scale in zip(found, scales, strict=True):
-                    stack.enter_context(probing(block.projection, scale))
-                loss = answer_loss(model, ids, len(prompt.ids))
-                gradients = torch.autograd.grad(loss, scales)
-            # Removal is a step of -1; what lowers the loss raises the log-probability.
-            total = [a + g.cpu() / len(points) for a, g in zip(total, gradients, strict=True)]
-            logprob -= loss.item() / len(points)
-        kept.add(prompt.key, [logprob, [one.tolist() for one in total]])
-        kept.add("seconds", spent + time.perf_counter() - start)
+    model = wrap(loaded.model)
+    blocks = decoder_blocks(model)
+    cache = Journal(journal)
+    spent = cache.values.get("seconds", 0.0)  # by an interrupted run
+    prompts = list(probe_prompts(loaded, task, lengths, samples, seed))
+    for prompt in tqdm(prompts, desc="gradients"):
+        if prompt.key not in cache:
+            cache.add(prompt.key, prompt_gradient(model, blocks, prompt, points))
+            cache.add("seconds", spent + time.perf_counter() - start)
     base: dict[str, Any] = {"logprob": {}}
-    heads: dict[str, Any] = {"logprob": {}, "importance": {}}
+    change: dict[str, Any] = {"logprob": {}, "importance": {}}
     channels: dict[str, Any] = {"logprob": {}}
     for length in lengths:
-        rows = [kept.values[prompt.key] for prompt in every if prompt.length == length]
+        rows = [cache.values[prompt.key] for prompt in prompts if prompt.length == length]
         base["logprob"][length] = float(np.mean([row[0] for row in rows]))
-        slopes = np.array([row[1] for row in rows])
-        by_prompt = slopes.reshape(len(rows), len(found), found[0].heads, -1).sum(-1)
-        channels["logprob"][length] = slopes.mean(0).tolist()
-        heads["logprob"][length] = by_prompt.mean(0).tolist()
-        heads["importance"][length] = (-np.abs(by_prompt).mean(0)).tolist()
+        gradients = np.array([row[1] for row in rows])
+        heads = gradients.reshape(len(rows), len(blocks), blocks[0].heads, -1).sum(-1)
+        channels["logprob"][length] = gradients.mean(0).tolist()
+        change["logprob"][length] = heads.mean(0).tolist()
+        change["importance"][length] = (-np.abs(heads).mean(0)).tolist()
     seconds = spent + time.perf_counter() - start
-    out = result(loaded, task, lengths, samples, seed, "gradient", "head", base, heads, seconds)
-    return {**out, "points": list(points), "channels": channels}
+    result = map_result(loaded, task, lengths, samples, seed, "gradient", "head", base, change, seconds)
+    return {**result, "points": list(points), "channels": channels}
 
 
-def result(
+def prompt_gradient(model: Any, blocks: list[Block], prompt: Prompt, points: tuple[float, ...]) -> list[Any]:
+    """Return the mean over points of an answer's log-probability and of minus its gradient, lists by layer."""
+    ids = torch.tensor([prompt.ids + prompt.reference], device=model.device)
+    total = [torch.zeros(block.channels) for block in blocks]
+    logprob = 0.0
+    for point in points:
+        scales = [torch.full((block.channels,), point, device=ids.device, requires_grad=True) for block in blocks]
+        with contextlib.ExitStack() as stack:
+            for block, scale in zip(blocks, scales, strict=True):
+                stack.enter_context(scaled_input(block.projection, scale))
+            loss = answer_loss(model, ids, len(prompt.ids))
+            gradients = torch.autograd.grad(loss, scales)
+        # Ablation is a step of -1; what lowers the loss raises the log-probability.
+        total = [sum_ + gradient.cpu() / len(points) for sum_, gradient in zip(total, gradients, strict=True)]
+        logprob -= loss.item() / len(points)
+    return [logprob, [row.tolist() for row in total]]
+
+
+def map_result(
     loaded: LoadedModel, task: str, lengths: list[int], samples: int, seed: int, kind: str, unit: Unit,
     base: dict[str, Any], change: dict[str, Any], seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """A map as it is saved.
+    """Return a map as it is stored.
 
     Returns:
         ``kind`` (removal or gradient), ``unit`` (head or channel), what was probed, ``base`` and ``change``: by measure
         and length; a change has the shape (layers, heads), or for channels one list per head.
     """
-    text = lambda values: {  # noqa: E731 - keys as JSON has them
-        what: {str(length): found for length, found in by_length.items()} for what, by_length in values.items()
+    with_text_keys = lambda values: {  # noqa: E731 - as JSON has them
+        measure: {str(length): value for length, value in by_length.items()} for measure, by_length in values.items()
     }
     return {
         "kind": kind, "unit": unit, "model": loaded.name, "base_model": loaded.base, "method": loaded.method,
-        "task": task, "lengths": lengths, "samples": samples, "seed": seed, "base": text(base), "change": text(change),
-        "seconds": round(seconds, 1),
+        "task": task, "lengths": lengths, "samples": samples, "seed": seed, "base": with_text_keys(base),
+        "change": with_text_keys(change), "seconds": round(seconds, 1),
     }  # fmt: skip
 
 
-def changes(found: dict[str, Any], length: int, measure: str | None = None) -> np.ndarray:
-    """A map's changes at a length, shape (layers, heads); by default of the score, or of the log-probability.
+def read_map(file: Path, model: str) -> dict[str, Any]:
+    """Read a map of a model's heads that ``probe heads`` or ``probe gradient`` wrote.
 
     Raises:
-        ValueError: the map is not of heads, or does not know the length.
+        ValueError: the file holds anything else, or a map of another model.
     """
-    if found["unit"] != "head":
+    try:
+        head_map = load_json(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: cannot be read as a map ({error})") from None
+    is_map = isinstance(head_map, dict) and head_map.get("kind") in ("removal", "gradient")
+    if not is_map or head_map.get("unit") != "head":
+        raise ValueError(f"{file}: not a map of heads: make one with `python -m eval probe heads`")
+    if not same_model(str(head_map.get("model")), model):
+        raise ValueError(f"{file}: a map of {head_map.get('model')}, expected one of {model}: make it with "
+                         f"`python -m eval probe heads --model {model}`")  # fmt: skip
+    return head_map
+
+
+def same_model(name: str, other: str) -> bool:
+    """Return whether two names are of the same folder, or of the same repository on the hub."""
+    return Path(name).resolve() == Path(other).resolve()
+
+
+def changes(head_map: dict[str, Any], length: int, measure: str | None = None) -> np.ndarray:
+    """Return a map's changes at a length, shape (layers, heads); by default of the score, or else log-probability.
+
+    Raises:
+        ValueError: the map is not of heads, or lacks the length.
+    """
+    if head_map["unit"] != "head":
         raise ValueError("map: it is of channels, expected one of heads")
-    measure = measure or ("score" if "score" in found["change"] else "logprob")
-    by_length = found["change"][measure]
+    measure = measure or ("score" if "score" in head_map["change"] else "logprob")
+    by_length = head_map["change"][measure]
     if str(length) not in by_length:
         raise ValueError(f"map: it has lengths {', '.join(by_length)}, not {length}")
     return np.array(by_length[str(length)])
 
 
 def agreement(exact: dict[str, Any], predicted: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
-    """Spearman's correlation over all heads between an exact map and a predicted one.
+    """Compute Spearman's correlation over all heads between an exact map and a predicted one.
 
     Returns:
         Measure of the predicted map -> measure of the exact one -> length -> correlation.
     """
     from scipy.stats import spearmanr
 
+    def correlation(length: int, exact_measure: str, predicted_measure: str) -> float:
+        values = changes(exact, length, exact_measure), changes(predicted, length, predicted_measure)
+        return float(spearmanr(*(array.ravel() for array in values)).statistic)
+
     return {
-        mine: {
-            theirs: {
-                str(n): float(
-                    spearmanr(changes(exact, n, theirs).ravel(), changes(predicted, n, mine).ravel()).statistic
-                )
-                for n in exact["lengths"]
+        predicted_measure: {
+            exact_measure: {
+                str(length): correlation(length, exact_measure, predicted_measure) for length in exact["lengths"]
             }
-            for theirs in exact["change"]
+            for exact_measure in exact["change"]
         }
-        for mine in predicted["change"]
+        for predicted_measure in predicted["change"]
     }
 
 
-def quadrants(found: dict[str, Any]) -> np.ndarray:
-    """The quadrant of every head in the plane of its changes at a map's first and last length (paper Figure 2b).
+def head_quadrants(head_map: dict[str, Any]) -> np.ndarray:
+    """Return the quadrant of every head in the plane of its changes at a map's first and last length (Figure 2b).
 
     Returns:
-        Integers of shape (layers, heads): 1 where removal helps at both lengths, 3 where it hurts at both, 2 where it
+        Integers of shape (layers, heads): 1 where ablation helps at both lengths, 3 where it hurts at both, 2 where it
         helps at the longer alone, 4 where it helps at the shorter alone, 0 on an axis.
     """
-    mid, long = (changes(found, found["lengths"][place]) for place in (0, -1))
+    mid, long = (changes(head_map, head_map["lengths"][i]) for i in (0, -1))
     return np.select(
         [(mid > 0) & (long > 0), (mid < 0) & (long > 0), (mid < 0) & (long < 0), (mid > 0) & (long < 0)],
         [1, 2, 3, 4],

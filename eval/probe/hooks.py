@@ -1,4 +1,4 @@
-"""Where a model's heads are: its decoder layers, their attention and the projections whose input SEAL scales."""
+"""Decoder layers, their attention and the projections whose input SEAL scales, and hooks on them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Block:
     """One decoder layer.
 
     Attributes:
-        layer: the whole of it.
-        attention: the module in it that holds the projection.
-        projection: the attention output, wrapped.
+        layer: the decoder layer.
+        attention: its module that contains the projection.
+        projection: the wrapped attention output projection.
     """
 
     layer: nn.Module
@@ -32,26 +32,26 @@ class Block:
 
     @property
     def heads(self) -> int:
-        """Query heads."""
+        """Number of query heads."""
         return self.projection.num_heads
 
     @property
     def channels(self) -> int:
-        """Channels of all heads."""
+        """Number of channels of all heads."""
         return self.projection.in_features
 
     def without_head(self, head: int) -> torch.Tensor:
-        """Scales that remove one head: float32 of shape (C,)."""
+        """Return scales that ablate one head: float32 of shape (C,)."""
         scale = torch.ones(self.heads, self.channels // self.heads)
         scale[head] = 0
         return scale.flatten()
 
 
-def wrapped(model: Any) -> Any:
-    """The model with its attention outputs wrapped, which changes nothing of what it computes.
+def wrap(model: Any) -> Any:
+    """Wrap a model's attention output projections with scales of 1, if they are not wrapped; set evaluation mode.
 
     Raises:
-        ValueError: it carries an adapter of another kind than SEAL.
+        ValueError: the model carries an adapter other than SEAL.
     """
     if any(isinstance(module, SealLayer) for module in model.modules()):
         return model.eval()
@@ -60,13 +60,13 @@ def wrapped(model: Any) -> Any:
     return get_peft_model(model, SealConfig(granularity="head")).eval()
 
 
-def blocks(model: nn.Module) -> list[Block]:
-    """The decoder layers of a wrapped model, from the lowest.
+def decoder_blocks(model: nn.Module) -> list[Block]:
+    """Return the decoder layers of a wrapped model, lowest first.
 
     Raises:
-        ValueError: a layer has no wrapped attention output, or more than one.
+        ValueError: a layer has no wrapped attention output projection, or more than one.
     """
-    found: dict[str, list[Block]] = {}
+    by_layer: dict[str, list[Block]] = {}
     stack = ""
     for name, module in model.named_modules():
         if isinstance(module, SealLayer):
@@ -74,35 +74,35 @@ def blocks(model: nn.Module) -> list[Block]:
             stack, _, _ = name.partition(f".{index}.")
             layer = model.get_submodule(f"{stack}.{index}")
             attention = model.get_submodule(name.rpartition(".")[0])
-            found.setdefault(f"{stack}.{index}", []).append(Block(layer, attention, module))
+            by_layer.setdefault(f"{stack}.{index}", []).append(Block(layer, attention, module))
     count = len(model.get_submodule(stack)) if stack else 0  # type: ignore[arg-type]
     names = [f"{stack}.{index}" for index in range(count)]
-    if not count or any(len(found.get(name, ())) != 1 for name in names):
+    if not count or any(len(by_layer.get(name, ())) != 1 for name in names):
         raise ValueError(
             "probes need one wrapped attention output in every decoder layer, found them in "
-            f"{sorted(found) or 'none'}: use an adapter that wraps all layers, or the base model"
+            f"{sorted(by_layer) or 'none'}: use an adapter that wraps all layers, or the base model"
         )
-    return [found[name][0] for name in names]
+    return [by_layer[name][0] for name in names]
 
 
-def first(output: Any) -> torch.Tensor:
-    """What a layer or an attention module computes, which some return together with other things."""
+def hidden_states(output: Any) -> torch.Tensor:
+    """Return the hidden states in the output of a layer or attention module, which may be a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
-def like(output: Any, tensor: torch.Tensor) -> Any:
-    """``tensor`` in the place of what ``first`` takes from ``output``."""
+def with_hidden_states(output: Any, tensor: torch.Tensor) -> Any:
+    """Return ``output`` with its hidden states replaced."""
     return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
 
 
-def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """The hidden states in a decoder layer's arguments."""
+def input_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Return the hidden states in a decoder layer's arguments."""
     return args[0] if args else kwargs["hidden_states"]
 
 
 @contextlib.contextmanager
-def hooks(handles: Sequence[Any]) -> Iterator[None]:
-    """Remove hooks on the way out."""
+def removing(handles: Sequence[Any]) -> Iterator[None]:
+    """Remove registered hooks on exit."""
     try:
         yield
     finally:
@@ -111,8 +111,8 @@ def hooks(handles: Sequence[Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def forwards(replacements: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Let modules compute something else for a while."""
+def replaced_forwards(replacements: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Replace the forward methods of modules until exit."""
     try:
         for module, forward in replacements.items():
             module.forward = forward
@@ -123,10 +123,16 @@ def forwards(replacements: dict[nn.Module, Callable[..., Any]]) -> Iterator[None
 
 
 @contextlib.contextmanager
-def probing(projection: SealLayer, scale: torch.Tensor | None) -> Iterator[None]:
-    """Scale the input of a projection for a while, on top of its adapters."""
-    try:
-        projection.probe = scale
+def scaled_input(projection: nn.Module, scale: torch.Tensor) -> Iterator[None]:
+    """Scale the input of a projection until exit, on top of its adapters.
+
+    Args:
+        projection: a wrapped attention output projection.
+        scale: shape (C,), or (B, 1, C) for one vector per row of the batch; the product is computed in its dtype.
+    """
+
+    def multiply(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return ((args[0] * scale).to(args[0].dtype), *args[1:])
+
+    with removing([projection.register_forward_pre_hook(multiply)]):
         yield
-    finally:
-        projection.probe = None

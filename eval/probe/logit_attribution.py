@@ -1,4 +1,4 @@
-"""Direct effects: what every head, every MLP and the embedding add to a token's logit (paper section 5.1, Figure 4)."""
+"""Direct logit attribution: what heads, MLPs and the embedding add to a token's logit (section 5.1, Figure 4)."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from axolotl_plugins.seal.tune import encode
 from data_gen.dataset import Messages, Request, generate
 from eval.generation import generate_answers, stop_ids
 from eval.probe.head_importance import PROBE_SEED
-from eval.probe.hooks import blocks, first, hidden_of, hooks
+from eval.probe.hooks import Block, decoder_blocks, hidden_states, input_states, removing
 from eval.scoring import answer_budget
+
+TOLERANCE = 1e-2  # of a layer's sum, relative to its largest entry
 
 
 @dataclass(frozen=True)
 class Components:
-    """Everything that is summed up in the residual stream at one position.
+    """All terms of the residual stream at one position, float32.
 
     Attributes:
-        embedding: what enters the first layer, shape (d,).
-        heads: what each head adds through its columns of the projection, scales included, shape (layers, heads, d).
+        embedding: input of the first layer, shape (d,).
+        heads: term of each head through its columns of the projection, scales included, shape (layers, heads, d).
         biases: of the projections, shape (layers, d).
-        mlps: what each layer adds besides its attention, shape (layers, d).
-        final: the sum as the model has it, shape (d,).
+        mlps: terms of each layer besides its attention, shape (layers, d).
+        final: the model's own sum, shape (d,).
         logits: the model's at that position, shape (V,).
     """
 
@@ -39,100 +41,123 @@ class Components:
     logits: torch.Tensor
 
 
+@dataclass
+class LayerRecord:
+    """Activations of one layer at the last position, float32.
+
+    Attributes:
+        before: hidden states before the layer, shape (d,).
+        after: hidden states behind it, shape (d,).
+        projection_input: scales included, shape (C,).
+        attention: output of the attention, shape (d,).
+        others: outputs of the layer's other modules.
+    """
+
+    before: torch.Tensor
+    after: torch.Tensor
+    projection_input: torch.Tensor
+    attention: torch.Tensor
+    others: list[torch.Tensor]
+
+
 @torch.inference_mode()
-def components(model: Any, ids: torch.Tensor) -> Components:
-    """Take the residual stream at the last position apart.
+def decompose(model: Any, ids: torch.Tensor) -> Components:
+    """Decompose the residual stream at the last position.
 
     Args:
-        model: wrapped, see ``anatomy.wrapped``.
+        model: see ``hooks.wrap``.
         ids: shape (1, T).
 
-    Returns:
-        The components, float32.
+    Raises:
+        ValueError: a layer adds another term than its attention and its MLP, such as a norm behind either.
+    """
+    blocks = decoder_blocks(model)
+    empty = torch.empty(0)
+    records = [LayerRecord(empty, empty, empty, empty, []) for _ in blocks]
+    handles = [handle for pair in zip(blocks, records, strict=True) for handle in record(*pair)]
+    with removing(handles):
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+    terms = [layer_terms(i, *pair) for i, pair in enumerate(zip(blocks, records, strict=True))]
+    heads, biases, mlps = (torch.stack(column) for column in zip(*terms, strict=True))
+    return Components(records[0].before, heads, biases, mlps, records[-1].after, logits)
+
+
+def record(block: Block, layer: LayerRecord) -> list[Any]:
+    """Register hooks that fill a layer's record; return their handles."""
+
+    def before_layer(module: nn.Module, args: Any, kwargs: Any) -> None:
+        layer.before = input_states(args, kwargs)[0, -1].float()
+
+    def after_layer(module: nn.Module, args: Any, output: Any) -> None:
+        layer.after = hidden_states(output)[0, -1].float()
+
+    def after_projection(module: nn.Module, args: Any, output: Any) -> None:
+        layer.projection_input = args[0][0, -1].float()
+
+    def after_attention(module: nn.Module, args: Any, output: Any) -> None:
+        layer.attention = hidden_states(output)[0, -1].float()
+
+    def after_other(module: nn.Module, args: Any, output: Any) -> None:
+        states = hidden_states(output)
+        if isinstance(states, torch.Tensor):
+            layer.others.append(states.reshape(-1, states.shape[-1])[-1].float())
+
+    return [
+        block.layer.register_forward_pre_hook(before_layer, with_kwargs=True),
+        block.layer.register_forward_hook(after_layer),
+        # The base layer's input includes the scales.
+        block.projection.get_base_layer().register_forward_hook(after_projection),
+        block.attention.register_forward_hook(after_attention),
+        *(child.register_forward_hook(after_other) for child in block.layer.children() if child is not block.attention),
+    ]
+
+
+def layer_terms(index: int, block: Block, layer: LayerRecord) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a layer's terms: heads of shape (heads, d), bias (d,) and MLP (d,).
 
     Raises:
-        ValueError: a layer adds something else than its attention and its MLP, such as a norm behind either.
+        ValueError: they are not all that the layer adds.
     """
-    found = blocks(model)
-    size = len(found)
-    entered: list[Any] = [None] * size
-    left: list[Any] = [None] * size
-    read: list[Any] = [None] * size
-    attended: list[Any] = [None] * size
-    parts: list[list[torch.Tensor]] = [[] for _ in range(size)]
-    handles = []
-    for i, block in enumerate(found):
-
-        def before(module: nn.Module, args: Any, kwargs: Any, i: int = i) -> None:
-            entered[i] = hidden_of(args, kwargs)[0, -1].float()
-
-        def after(module: nn.Module, args: Any, output: Any, i: int = i) -> None:
-            left[i] = first(output)[0, -1].float()
-
-        def projection(module: nn.Module, args: Any, output: Any, i: int = i) -> None:
-            read[i] = args[0][0, -1].float()
-
-        def attention(module: nn.Module, args: Any, output: Any, i: int = i) -> None:
-            attended[i] = first(output)[0, -1].float()
-
-        def part(module: nn.Module, args: Any, output: Any, i: int = i) -> None:
-            if isinstance(first(output), torch.Tensor):
-                parts[i].append(first(output).reshape(-1, first(output).shape[-1])[-1].float())
-
-        handles += [
-            block.layer.register_forward_pre_hook(before, with_kwargs=True),
-            block.layer.register_forward_hook(after),
-            # What the projection itself reads: the probe and the adapters are in it.
-            block.projection.get_base_layer().register_forward_hook(projection),
-            block.attention.register_forward_hook(attention),
-        ]
-        handles += [
-            child.register_forward_hook(part) for child in block.layer.children() if child is not block.attention
-        ]
-    with hooks(handles):
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
-    heads, biases, mlps = [], [], []
-    for i, block in enumerate(found):
-        base = block.projection.get_base_layer()
-        weight = base.weight.T if hasattr(base, "nf") else base.weight  # Conv1D keeps it the other way round
-        by_head = weight.float().view(weight.shape[0], block.heads, -1)
-        heads.append(torch.einsum("dhc,hc->hd", by_head, read[i].view(block.heads, -1)))
-        biases.append(torch.zeros_like(entered[i]) if base.bias is None else base.bias.float())
-        mlps.append(left[i] - entered[i] - attended[i])
-        largest = left[i].abs().max()
-        whole = (heads[-1].sum(0) + biases[-1] - attended[i]).abs().max() <= 1e-2 * largest
-        if not whole or not any((one - mlps[-1]).abs().max() <= 1e-2 * largest for one in parts[i]):
-            raise ValueError(
-                f"layer {i} of {type(block.layer).__name__} adds something else than its attention and its MLP, "
-                "so direct effects are not defined for this architecture"
-            )
-    return Components(entered[0], torch.stack(heads), torch.stack(biases), torch.stack(mlps), left[-1], logits)
+    base = block.projection.get_base_layer()
+    weight = base.weight.T if hasattr(base, "nf") else base.weight  # Conv1D stores the transpose
+    by_head = weight.float().view(weight.shape[0], block.heads, -1)
+    heads = torch.einsum("dhc,hc->hd", by_head, layer.projection_input.view(block.heads, -1))
+    bias = torch.zeros_like(layer.before) if base.bias is None else base.bias.float()
+    mlp = layer.after - layer.before - layer.attention
+    bound = TOLERANCE * layer.after.abs().max()
+    complete = (heads.sum(0) + bias - layer.attention).abs().max() <= bound
+    if not complete or not any((output - mlp).abs().max() <= bound for output in layer.others):
+        raise ValueError(
+            f"layer {index} of {type(block.layer).__name__} adds something else than its attention and its MLP, "
+            "so direct effects are not defined for this architecture"
+        )
+    return heads, bias, mlp
 
 
 def final_norm(model: Any) -> nn.Module:
-    """The norm between the last layer and the unembedding.
+    """Return the norm between the last layer and the unembedding.
 
     Raises:
         ValueError: there is no such module, or more than one.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     stack = getattr(base, base.base_model_prefix)
-    found = [child for child in stack.children() if "norm" in type(child).__name__.lower()]
-    if len(found) != 1:
-        raise ValueError(f"cannot tell which module of {type(base).__name__} is its final norm: found {len(found)}")
-    return found[0]
+    norms = [child for child in stack.children() if "norm" in type(child).__name__.lower()]
+    if len(norms) != 1:
+        raise ValueError(f"cannot tell which module of {type(base).__name__} is its final norm: found {len(norms)}")
+    return norms[0]
 
 
 @torch.inference_mode()
-def effects(model: Any, found: Components, tokens: list[int], *, normalised: bool) -> dict[str, Any]:
-    """Direct effects on the logits of chosen tokens at the last position: ``W_unembed f(p)`` (equation 1).
+def effects(model: Any, components: Components, tokens: list[int], *, normalised: bool) -> dict[str, Any]:
+    """Compute direct effects on the logits of tokens at the last position: ``W_unembed f(p)`` (equation 1).
 
     Args:
-        model: wrapped, see ``anatomy.wrapped``.
-        found: its components.
+        model: see ``hooks.wrap``.
+        components: see ``decompose``.
         tokens: N token ids.
-        normalised: fold the final norm, at the scale it has on this prompt, into every component, so that their sum is
-            the logit; otherwise leave it out, as the paper does.
+        normalised: apply the final norm, with its factor on this prompt, to every component, so that their sum is the
+            logit; otherwise omit it, as the paper does.
 
     Returns:
         ``embedding`` (N), ``heads`` (N, layers, heads), ``mlps`` (N, layers), ``bias`` (N: of projections, norm and
@@ -144,53 +169,55 @@ def effects(model: Any, found: Components, tokens: list[int], *, normalised: boo
     norm: Any = final_norm(model)
     unembed = model.get_output_embeddings()
     rows = unembed.weight[tokens].float()
-    shift = torch.zeros_like(found.embedding)
+    shift = torch.zeros_like(components.embedding)
     fold = lambda vector: vector  # noqa: E731
     if normalised:
         centred = isinstance(norm, nn.LayerNorm)
         shift = norm.bias.float() if centred and norm.bias is not None else shift
-        middle = found.final - found.final.mean() if centred else found.final
-        # Both kinds of norm multiply every channel by a factor that depends on the whole: read it off.
-        factor = (norm(found.final.to(norm.weight.dtype)).float() - shift) / middle
+        middle = components.final - components.final.mean() if centred else components.final
+        # Both kinds of norm multiply every channel by a factor that depends on all of them: divide to get it.
+        factor = (norm(components.final.to(norm.weight.dtype)).float() - shift) / middle
         fold = lambda vector: (vector - vector.mean(-1, keepdim=True) if centred else vector) * factor  # noqa: E731
-    bias = rows @ (fold(found.biases).sum(0) + shift)
+    bias = rows @ (fold(components.biases).sum(0) + shift)
     if getattr(unembed, "bias", None) is not None:
         bias = bias + unembed.bias[tokens].float()
     return {
-        "embedding": (rows @ fold(found.embedding)).tolist(),
-        "heads": torch.einsum("nd,lhd->nlh", rows, fold(found.heads)).tolist(),
-        "mlps": (rows @ fold(found.mlps).T).tolist(),
+        "embedding": (rows @ fold(components.embedding)).tolist(),
+        "heads": torch.einsum("nd,lhd->nlh", rows, fold(components.heads)).tolist(),
+        "mlps": (rows @ fold(components.mlps).T).tolist(),
         "bias": bias.tolist(),
-        "logits": found.logits[tokens].tolist(),
+        "logits": components.logits[tokens].tolist(),
     }
 
 
 def first_difference(
     base: Any, tuned: Any, messages: Messages, tokenizer: Any, stop: Collection[int], budget: int
 ) -> tuple[torch.Tensor, int, int] | None:
-    """Where two models' greedy answers part, if the tuned one's is right up to there and the base one's is not.
+    """Find where two models' greedy answers diverge, if the tuned one's is right and the base one's is not.
 
     Returns:
-        The prompt with what both answer alike, shape (1, T); the tuned model's next token; the base model's. None if
-        the base model is right, or the tuned one wrong.
+        The prompt with the common prefix of both answers, shape (1, T); the tuned model's next token; the base
+        model's. None if the base model is right, or the tuned one wrong.
     """
     ids, start = encode(messages, tokenizer)
     prompt, reference = ids[0, :start].tolist(), ids[0, start:].tolist()
-    one, two = (generate_answers(model, [prompt], max_new_tokens=budget, stop=stop)[0] for model in (base, tuned))
+    base_answer, tuned_answer = (
+        generate_answers(model, [prompt], max_new_tokens=budget, stop=stop)[0] for model in (base, tuned)
+    )
     right = [id_ for id_ in reference if id_ not in stop]
-    if two[: len(right)] != right or one[: len(right)] == right:
+    if tuned_answer[: len(right)] != right or base_answer[: len(right)] == right:
         return None
-    place = next(i for i, id_ in enumerate(right) if i >= len(one) or one[i] != id_)
-    if place >= len(one):
+    place = next(i for i, id_ in enumerate(right) if i >= len(base_answer) or base_answer[i] != id_)
+    if place >= len(base_answer):
         return None
-    return torch.tensor([prompt + right[:place]]), right[place], one[place]
+    return torch.tensor([prompt + right[:place]]), right[place], base_answer[place]
 
 
 def compare_models(models: list[LoadedModel], task: str, length: int, find: int, normalised: bool) -> dict[str, Any]:
-    """Direct effects in a base model and its adapters on a prompt that the base gets wrong and all adapters right.
+    """Compute direct effects in a base model and its adapters on a prompt that only the base gets wrong.
 
     Args:
-        models: the base first; all wrapped, see ``anatomy.wrapped``.
+        models: the base first; see ``hooks.wrap``.
         task: one of ``METRICS``.
         length: longest sample, in tokens.
         find: how many samples to search.
@@ -198,36 +225,37 @@ def compare_models(models: list[LoadedModel], task: str, length: int, find: int,
 
     Returns:
         ``tokens`` (the right one and the base model's), ``candidates`` with each model's ``candidate_logits`` (the
-        tokens that any model ranks among its five first), and per model the lists of ``effects``.
+        tokens among any model's top five), and per model the lists of ``effects``.
 
     Raises:
-        ValueError: no such sample among those searched; or see ``components``,
-            ``effects`` and ``LoadedModel.check_room``.
+        ValueError: no such sample among those searched; or see ``decompose``, ``effects`` and
+            ``LoadedModel.check_room``.
     """
     base, tokenizer = models[0], models[0].tokenizer
     stop, budget = stop_ids(base.model, tokenizer), answer_budget(task)
     for sample in generate(Request(task, str(length), samples=find, seed=PROBE_SEED), tokenizer):
         base.check_room(encode(sample["messages"], tokenizer)[1], budget)
-        parted = [
-            first_difference(base.model, each.model, sample["messages"], tokenizer, stop, budget) for each in models[1:]
+        differences = [
+            first_difference(base.model, tuned.model, sample["messages"], tokenizer, stop, budget)
+            for tuned in models[1:]
         ]
-        if all(parted):
+        if all(differences):
             break
     else:
         raise ValueError(f"none of {find} samples of {length} tokens is wrong in the base model and right with every "
                          "adapter: search more with --find, or another --length")  # fmt: skip
-    assert parted[0] is not None
-    ids, right, mistaken = parted[0]
-    found = [components(each.model, ids) for each in models]
-    candidates = sorted({int(token) for one in found for token in one.logits.topk(5).indices})
+    assert differences[0] is not None
+    ids, right, mistaken = differences[0]
+    decompositions = [decompose(loaded.model, ids) for loaded in models]
+    candidates = sorted({int(token) for terms in decompositions for token in terms.logits.topk(5).indices})
     return {
         "kind": "direct", "model": base.name, "base_model": base.base, "task": task, "length": length,
         "sample": sample["index"], "normalised": normalised,
         "tokens": [tokenizer.decode([token]) for token in (right, mistaken)],
         "candidates": [tokenizer.decode([token]) for token in candidates],
         "models": [
-            {"method": each.method, **effects(each.model, one, [right, mistaken], normalised=normalised),
-             "candidate_logits": one.logits[candidates].tolist()}
-            for each, one in zip(models, found, strict=True)
+            {"method": loaded.method, **effects(loaded.model, terms, [right, mistaken], normalised=normalised),
+             "candidate_logits": terms.logits[candidates].tolist()}
+            for loaded, terms in zip(models, decompositions, strict=True)
         ],
     }  # fmt: skip

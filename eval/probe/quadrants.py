@@ -1,57 +1,125 @@
-"""Training-free SEAL: scales set from a map of heads (paper section 3.2, Figure 2c)."""
+"""Training-free SEAL: scales set by quadrant of a head importance map (paper section 3.2, Figure 2c)."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from axolotl_plugins.seal.model_loading import LoadedModel
+from axolotl_plugins.seal.model_loading import LoadedModel, load
 from data_gen.io import written_whole
-from eval.probe.head_importance import quadrants
-from eval.probe.hooks import blocks, wrapped
+from eval.probe.head_importance import head_quadrants
+from eval.probe.hooks import decoder_blocks, wrap
+from eval.result_cache import journal_file
+from eval.run import run
+from eval.spec import default_lengths
 
 # The paper's three settings: heads of the first quadrant down, of the third up, and both.
 KINDS = {"Q1 down": (1,), "Q3 up": (3,), "Q1 down, Q3 up": (1, 3)}
 
 
-def quadrant_scales(found: dict[str, Any], kind: str, down: float, up: float) -> np.ndarray:
-    """Scales of shape (layers, heads) for one of ``KINDS``: ``down`` in the first quadrant, ``up`` in the third.
+def quadrant_scales(head_map: dict[str, Any], kind: str, down: float, up: float) -> np.ndarray:
+    """Return scales of shape (layers, heads) for one of ``KINDS``: ``down`` in quadrant 1, ``up`` in quadrant 3.
 
     Raises:
-        ValueError: no head of the map lies in the quadrants asked for.
+        ValueError: no head of the map lies in these quadrants.
     """
-    where = quadrants(found)
-    chosen = KINDS[kind]
-    if not np.isin(where, chosen).any():
-        raise ValueError(f"map: no head lies in quadrant {' or '.join(map(str, chosen))}, so there is nothing to scale")
-    return np.select([(where == place) & (place in chosen) for place in (1, 3)], [down, up], 1.0)
+    quadrants, scaled = head_quadrants(head_map), KINDS[kind]
+    if not np.isin(quadrants, scaled).any():
+        raise ValueError(f"map: no head lies in quadrant {' or '.join(map(str, scaled))}, so there is nothing to scale")
+    return np.select([(quadrants == number) & (number in scaled) for number in (1, 3)], [down, up], 1.0)
 
 
 def save_scales(loaded: LoadedModel, scales: np.ndarray, out: Path) -> None:
-    """Write scales as an ordinary SEAL-H adapter folder, with the tokenizer; the folder must not exist.
+    """Write scales as an ordinary SEAL-H adapter folder, with the tokenizer.
 
     Args:
         loaded: the base model.
         scales: shape (layers, heads).
-        out: the folder; it appears whole or not at all.
+        out: the folder, which must not exist; it is written atomically.
 
     Raises:
         ValueError: the folder exists, or the scales do not fit the model.
     """
     if out.exists():
         raise ValueError(f"{out}: exists already: delete it or name another folder with --adapters")
-    model = wrapped(loaded.model)
-    found = blocks(model)
-    if scales.shape != (len(found), found[0].heads):
+    model = wrap(loaded.model)
+    blocks = decoder_blocks(model)
+    if scales.shape != (len(blocks), blocks[0].heads):
         raise ValueError(
-            f"scales: of shape {scales.shape}, expected {(len(found), found[0].heads)} (layers, heads of the model)"
+            f"scales: of shape {scales.shape}, expected {(len(blocks), blocks[0].heads)} (layers, heads of the model)"
         )
     with torch.no_grad():
-        for block, row in zip(found, scales, strict=True):
+        for block, row in zip(blocks, scales, strict=True):
             block.projection.seal_scale["default"].copy_(torch.tensor(row))
     with written_whole(out) as partial:
         model.save_pretrained(partial)
         loaded.tokenizer.save_pretrained(partial)
+
+
+def save_quadrant_adapters(
+    model: str, head_map: dict[str, Any], down: float, up: float, folder: Path, chat_template: str | None
+) -> dict[str, Path]:
+    """Write an adapter for each of ``KINDS`` whose quadrants hold a head, unless it exists; return their folders."""
+    # Names depend on the model, the map and both scales.
+    digest = hashlib.sha256(repr((model, head_map, down, up)).encode()).hexdigest()[:8]
+    adapters: dict[str, Path] = {}
+    for kind in KINDS:
+        try:
+            scales = quadrant_scales(head_map, kind, down, up)
+        except ValueError as error:
+            print(f"{kind}: {error}")
+            continue
+        adapters[kind] = folder / f"{kind.lower().replace(', ', '_').replace(' ', '_')}_{digest}"
+        if not adapters[kind].exists():
+            save_scales(load(model, chat_template=chat_template), scales, adapters[kind])
+    return adapters
+
+
+def score_quadrants(
+    model: str, head_map: dict[str, Any], *, down: float, up: float, lengths: list[int] | None, samples: int,
+    batch_size: int | None, chat_template: str | None, adapters: Path, out: Path,
+) -> tuple[dict[str, Any], list[Path]]:  # fmt: skip
+    """Score a model with its heads scaled by quadrant.
+
+    Args:
+        model: hub id or folder of the base model.
+        head_map: see ``head_importance.read_map``.
+        down: scale of heads in quadrant 1.
+        up: scale of heads in quadrant 3.
+        lengths: longest test samples, in tokens; None uses ``default_lengths``.
+        samples: per length.
+        batch_size: prompts decoded together; None uses what memory allows.
+        chat_template: Jinja file, or None.
+        adapters: folder for the adapters.
+        out: result file, beside which responses are cached.
+
+    Returns:
+        The result, and the files that cache its responses.
+
+    Raises:
+        ValueError: no head lies in quadrant 1 or 3; or see ``run``.
+    """
+    loaded = load(model, chat_template=chat_template)
+    lengths = lengths or default_lengths(loaded.window)
+    journals = {
+        name: journal_file(out, model, "quadrants", head_map, down, up, chat_template, name)
+        for name in ("base", *KINDS)
+    }  # fmt: skip
+    folders = save_quadrant_adapters(model, head_map, down, up, adapters, chat_template)
+    if not folders:
+        raise ValueError("map: no head helps or hurts at both lengths, so there is nothing to scale")
+    scores = {}
+    models: dict[str, str | Path] = {"base": model, **folders}
+    for name, folder in models.items():
+        result = run(load(folder, chat_template=chat_template), head_map["task"], lengths=lengths, samples=samples,
+                     batch_size=batch_size, journal=journals[name])  # fmt: skip
+        scores[name] = {str(length): score for length, score in result.by_length().items()}
+    return {
+        "kind": "quadrants", "model": model, "base_model": loaded.base, "task": head_map["task"], "down": down,
+        "up": up, "samples": samples, "scores": scores,
+        "adapters": {name: str(folder) for name, folder in folders.items()},
+    }, list(journals.values())  # fmt: skip

@@ -1,4 +1,4 @@
-"""Probes that tune: learning rates against samples (paper appendix E, Table 7), and controls of the gain."""
+"""Probes that tune: learning rates and sample counts (paper appendix E, Table 7), and controls of the gain."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from eval.run import run
 
 
 def read_recipe(file: Path) -> dict[str, Any]:
-    """What a SEAL recipe says about the model, the data and the rate.
+    """Read the model, the data and the learning rate of a SEAL recipe.
 
     Returns:
         ``base_model``, ``model_config``, ``chat_template`` (file or None), ``scales`` (settings of ``SealConfig``),
         ``request`` (of its data), ``rate``, ``epochs``.
 
     Raises:
-        ValueError: it is not a recipe of SEAL that describes its data.
+        ValueError: the file is not a SEAL recipe that describes its data.
     """
     try:
         recipe = load_yaml(file)
@@ -57,25 +57,22 @@ def read_recipe(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: not a recipe with `adapter: seal` and `seal: data:` ({error!r})") from None
 
 
-def load_new(recipe: dict[str, Any]) -> LoadedModel:
-    """The recipe's base model with new scales, all 1."""
-    loaded = load(
-        recipe["base_model"], chat_template=recipe["chat_template"], model_config=recipe["model_config"]
-    )  # fmt: skip
+def load_untuned(recipe: dict[str, Any]) -> LoadedModel:
+    """Load a recipe's base model with new scales, all 1."""
+    loaded = load(recipe["base_model"], chat_template=recipe["chat_template"], model_config=recipe["model_config"])
     return with_adapter(loaded, SealConfig(**recipe["scales"]))
 
 
 @torch.no_grad()
-def reset(model: nn.Module) -> None:
+def reset_scales(model: nn.Module) -> None:
     """Set all scales to 1."""
     for layer in seal_layers(model):
         layer.seal_scale["default"].fill_(1)
 
 
 def training_data(request: Request, tokenizer: Any, samples: int, seed: int) -> tuple[list[Messages], list[str]]:
-    """The first ``samples`` chats of a recipe's data under a seed, and what is looked for in each answer."""
-    drawn = Request(**{**vars(request), "samples": samples, "seed": seed})
-    rows = list(generate(drawn, tokenizer))
+    """Return the first ``samples`` chats of a recipe's data under a seed, and the key fact of each answer."""
+    rows = list(generate(Request(**{**vars(request), "samples": samples, "seed": seed}), tokenizer))
     return [row["messages"] for row in rows], [row["references"][0] for row in rows]
 
 
@@ -83,7 +80,7 @@ def sweep(
     recipe: dict[str, Any], *, rates: list[float], samples: list[int], epochs: list[int], seeds: list[int],
     lengths: list[int], validation: int = 50, batch_size: int | None = None, journal: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Tune with every combination and score each on fresh validation samples, which no test sample can equal.
+    """Tune with every combination and score each on validation samples, which are disjoint from the test split.
 
     Args:
         recipe: see ``read_recipe``.
@@ -93,27 +90,27 @@ def sweep(
         seeds: of data and order.
         lengths: longest validation samples, in tokens.
         validation: samples per length.
-        batch_size: prompts decoded together; None takes what memory allows.
-        journal: file that keeps results while they come in.
+        batch_size: prompts decoded together; None uses what memory allows.
+        journal: file that caches scores, from which an interrupted run resumes.
 
     Returns:
         ``cells``, each with ``rate``, ``samples``, ``epochs``, ``seed``, ``scores`` (by length) and ``mean``;
         ``over_seeds``, their means over seeds by rate, samples and epochs; ``best``, the greatest of these (of equals
-        the smallest rate); and what was swept.
+        the smallest rate); and the swept values.
     """
-    kept = Journal(journal)
-    loaded = load_new(recipe)
+    cache = Journal(journal)
+    loaded = load_untuned(recipe)
     cells = []
     grid = [(rate, count, passes, seed) for count in samples for passes in epochs for rate in rates for seed in seeds]
     for rate, count, passes, seed in tqdm(grid, desc="tuning and scoring"):
         key = f"{rate}/{count}/{passes}/{seed}"
-        if key not in kept:
+        if key not in cache:
             request = recipe["request"]
             chats, _ = training_data(request, loaded.tokenizer, count, request.seed + seed)
-            reset(loaded.model)
+            reset_scales(loaded.model)
             tune(loaded.model, chats, loaded.tokenizer, lr=rate, epochs=passes, seed=seed)
-            kept.add(key, validation_scores(loaded, recipe, lengths, validation, batch_size))
-        scores = kept.values[key]
+            cache.add(key, validation_scores(loaded, recipe, lengths, validation, batch_size))
+        scores = cache.values[key]
         cells.append({"rate": rate, "samples": count, "epochs": passes, "seed": seed, "scores": scores,
                       "mean": sum(scores.values()) / len(scores)})  # fmt: skip
     means = defaultdict(list)
@@ -126,7 +123,7 @@ def sweep(
     return {
         "kind": "sweep", "model": loaded.name, "base_model": loaded.base, "method": loaded.method,
         "task": recipe["request"].task, "lengths": lengths, "validation_samples": validation, "cells": cells,
-        "seeds": seeds, "over_seeds": over_seeds, "best": max(over_seeds, key=lambda one: (one["mean"], -one["rate"])),
+        "seeds": seeds, "over_seeds": over_seeds, "best": max(over_seeds, key=lambda row: (row["mean"], -row["rate"])),
     }  # fmt: skip
 
 
@@ -134,67 +131,60 @@ def validation_scores(
     loaded: LoadedModel, recipe: dict[str, Any], lengths: list[int], samples: int, batch_size: int | None
 ) -> dict[str, float]:
     """Score by length on samples of the training split under a seed that nothing is trained on."""
-    haystack = recipe["request"].haystack
-    found = run(loaded, recipe["request"].task, lengths=lengths, samples=samples, seed=PROBE_SEED, split="train",
-                haystack=haystack, batch_size=batch_size)  # fmt: skip
-    return {str(score["length"]): score["score"] for score in found["scores"]}
+    request = recipe["request"]
+    result = run(loaded, request.task, lengths=lengths, samples=samples, seed=PROBE_SEED, split="train",
+                 haystack=request.haystack, batch_size=batch_size)  # fmt: skip
+    return {str(length): score for length, score in result.by_length().items()}
 
 
 def controls(
     recipe: dict[str, Any], *, seeds: list[int], lengths: list[int], validation: int = 50,
     batch_size: int | None = None, journal: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Base and tuned beside three controls, on validation samples.
+    """Score the base and the tuned model beside three controls, on validation samples.
 
     Controls: the tuned scales shuffled over heads, and scales tuned with the key fact, or the whole answer, of another
-    sample. If the gain came from anything but the right heads and the right answers, they would show it too.
+    sample. If the gain had another cause than the right heads and the right answers, they would show it too.
 
     Args:
         recipe: see ``read_recipe``.
         seeds: of data, order and shuffling.
         lengths: longest validation samples, in tokens.
         validation: samples per length.
-        batch_size: prompts decoded together; None takes what memory allows.
-        journal: file that keeps results while they come in.
+        batch_size: prompts decoded together; None uses what memory allows.
+        journal: file that caches scores, from which an interrupted run resumes.
 
     Returns:
         ``scores``: by name (``base``, ``tuned``, ``shuffled``, ``wrong facts``, ``wrong answers``) a list of scores by
         length, one entry per seed (one for base).
     """
-    kept = Journal(journal)
-    loaded = load_new(recipe)
+    cache = Journal(journal)
+    loaded = load_untuned(recipe)
 
-    def scored(key: str) -> dict[str, float]:
-        if key not in kept:
-            kept.add(key, validation_scores(loaded, recipe, lengths, validation, batch_size))
-        return kept.values[key]
+    def score(key: str) -> dict[str, float]:
+        if key not in cache:
+            cache.add(key, validation_scores(loaded, recipe, lengths, validation, batch_size))
+        return cache.values[key]
 
-    scores: dict[str, list[dict[str, float]]] = {
-        "base": [scored("base")],
-        "tuned": [],
-        "shuffled": [],
-        "wrong facts": [],
-        "wrong answers": [],
-    }
-    settings = {"lr": recipe["rate"], "epochs": recipe["epochs"]}
+    def tune_on(chats: list[Messages], seed: int) -> None:
+        reset_scales(loaded.model)
+        tune(loaded.model, chats, loaded.tokenizer, lr=recipe["rate"], epochs=recipe["epochs"], seed=seed)
+
+    scores: dict[str, list[dict[str, float]]] = {"base": [score("base")]}
     for seed in tqdm(seeds, desc="controls"):
-        if f"{seed}/wrong answers" not in kept:
+        if f"{seed}/wrong answers" not in cache:
             request = recipe["request"]
             chats, facts = training_data(request, loaded.tokenizer, request.samples, request.seed + seed)
-            reset(loaded.model)
-            tune(loaded.model, chats, loaded.tokenizer, seed=seed, **settings)
-            scored(f"{seed}/tuned")
+            tune_on(chats, seed)
+            score(f"{seed}/tuned")
             shuffle_heads(loaded.model, random.Random(seed))
-            scored(f"{seed}/shuffled")
-            for name, taught in (
-                ("wrong facts", wrong_facts(chats, facts, random.Random(seed))),
-                ("wrong answers", wrong_answers(chats, random.Random(seed))),
-            ):
-                reset(loaded.model)
-                tune(loaded.model, taught, loaded.tokenizer, seed=seed, **settings)
-                scored(f"{seed}/{name}")
-        for name in list(scores)[1:]:
-            scores[name].append(kept.values[f"{seed}/{name}"])
+            score(f"{seed}/shuffled")
+            tune_on(wrong_facts(chats, facts, random.Random(seed)), seed)
+            score(f"{seed}/wrong facts")
+            tune_on(wrong_answers(chats, random.Random(seed)), seed)
+            score(f"{seed}/wrong answers")
+        for name in ("tuned", "shuffled", "wrong facts", "wrong answers"):
+            scores.setdefault(name, []).append(cache.values[f"{seed}/{name}"])
     return {
         "kind": "controls", "model": loaded.name, "base_model": loaded.base, "method": loaded.method,
         "task": recipe["request"].task, "lengths": lengths, "validation_samples": validation, "seeds": seeds,

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+from axolotl_plugins.seal.model_loading import LoadedModel, load_each
+from axolotl_plugins.seal.provenance import seen_texts
+from eval.probe.head_importance import same_model
+from eval.result_cache import journal_file
+from eval.run import run
+from eval.spec import default_lengths
+
+Scores = dict[str, dict[int, float]]  # by task, then by length
 
 
 def transferability(base: dict[int, float], tuned: dict[int, float]) -> float:
-    """T(A -> B) of equation 2: the summed gain on task B over the range of the base model's scores on it.
+    """Compute T(A -> B) of equation 2: the summed gain on task B over the range of the base model's scores on it.
 
     Args:
         base: score of the base model on task B by length.
         tuned: score on task B by length with scales tuned on task A.
 
     Raises:
-        ValueError: other lengths, or the base model's score is the same at all of them, so that the range is zero.
+        ValueError: lengths differ, or the base model's score is the same at all of them, so that the range is zero.
     """
     if base.keys() != tuned.keys():
         raise ValueError(f"lengths: base has {sorted(base)}, tuned has {sorted(tuned)}: score both at the same")
@@ -26,27 +37,71 @@ def transferability(base: dict[int, float], tuned: dict[int, float]) -> float:
     return sum(tuned[length] - base[length] for length in base) / spread
 
 
-def by_length(result: dict[str, Any]) -> dict[int, float]:
-    """Scores of a result of ``eval.run.run`` by length."""
-    return {score["length"]: score["score"] for score in result["scores"]}
-
-
-def matrix(base: dict[str, dict[str, Any]], tuned: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, float]]:
-    """T(A -> B) for every adapter A and task B.
+def transfer_matrix(base: Scores, tuned: dict[str, Scores]) -> dict[str, dict[str, float]]:
+    """Compute T(A -> B) for every adapter A and task B.
 
     Args:
-        base: result of the base model by task.
-        tuned: result by adapter name, then by task.
+        base: scores of the base model.
+        tuned: scores by adapter name.
 
     Raises:
         ValueError: see ``transferability``; the message names the task.
     """
-    found: dict[str, dict[str, float]] = {}
-    for name, results in tuned.items():
-        found[name] = {}
-        for task, result in results.items():
+    matrix: dict[str, dict[str, float]] = {}
+    for name, scores in tuned.items():
+        matrix[name] = {}
+        for task, by_length in scores.items():
             try:
-                found[name][task] = transferability(by_length(base[task]), by_length(result))
+                matrix[name][task] = transferability(base[task], by_length)
             except ValueError as error:
                 raise ValueError(f"{task}: {error}") from None
-    return found
+    return matrix
+
+
+def score_transfer(
+    model: str, adapters: dict[str, str], tasks: list[str], *, lengths: list[int] | None, samples: int,
+    batch_size: int | None, chat_template: str | None, out: Path,
+) -> tuple[dict[str, Any], list[Path]]:  # fmt: skip
+    """Score a base model and its adapters on every task.
+
+    Args:
+        model: hub id or folder of the base model.
+        adapters: folders by name.
+        tasks: of ``METRICS``.
+        lengths: longest test samples, in tokens; None uses ``default_lengths``.
+        samples: per length.
+        batch_size: prompts decoded together; None uses what memory allows.
+        chat_template: Jinja file, or None.
+        out: result file, beside which responses are cached.
+
+    Returns:
+        The result, and the files that cache its responses.
+
+    Raises:
+        ValueError: an adapter is of another base model; or see ``run`` and ``transferability``.
+    """
+    journals = []
+
+    def scores(name: str, loaded: LoadedModel) -> Scores:
+        scored = lengths or default_lengths(loaded.window)
+        by_task = {}
+        for task in tasks:
+            journals.append(journal_file(out, loaded.name, name, task, scored, samples, chat_template))
+            result = run(loaded, task, lengths=scored, samples=samples, batch_size=batch_size, journal=journals[-1])
+            by_task[task] = result.by_length()
+        return by_task
+
+    base: Scores = {}
+    tuned: dict[str, Scores] = {}
+    for name, loaded in zip(adapters, load_each(adapters, chat_template=chat_template), strict=True):
+        if not same_model(loaded.base, model):
+            raise ValueError(f"adapter: {loaded.name} is of {loaded.base}, expected one of {model}: name its --model")
+        if not base:
+            untuned = replace(loaded, name=model, method="base", trained_on=seen_texts(Path(model)))
+            with loaded.model.disable_adapter():
+                base = scores("base", untuned)
+        tuned[name] = scores(name, loaded)
+    return {
+        "kind": "transfer", "model": model, "base_model": model, "samples": samples, "adapters": adapters,
+        "scores": {"base": base, **tuned}, "transferability": transfer_matrix(base, tuned),
+    }, journals  # fmt: skip

@@ -1,0 +1,56 @@
+"""Options that commands share, and how their values are parsed."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any
+
+import typer
+
+BatchSize = Annotated[
+    int | None, typer.Option(help="Prompts decoded together; default: as many as memory allows, 32 at most.")
+]
+
+
+def parse_adapters(values: list[str]) -> dict[str, str]:
+    """Return adapter folders by name, from values such as ``NAME=FOLDER``.
+
+    Raises:
+        ValueError: a value has another form, a name occurs twice, or cannot be part of a file name.
+    """
+    folders = dict(value.split("=", 1) for value in values if "=" in value)
+    if len(folders) != len(values) or not all(folders.values()):
+        raise ValueError(f"adapter: found {' '.join(values)!r}, expected NAME=FOLDER, every name once")
+    for name in folders:
+        if not re.fullmatch(r"\w[\w .+-]{0,59}", name):
+            raise ValueError(f"adapter: found the name {name[:80]!r}, expected at most 60 letters, digits, blanks and "
+                             "any of . _ + -, a letter or digit first")  # fmt: skip
+    return folders
+
+
+def parse_numbers(text: str, option: str, kind: type = int) -> list[Any]:
+    """Return the numbers in a list such as ``512,1024``.
+
+    Raises:
+        ValueError: the text has another form, or a number is not positive and finite.
+    """
+    try:
+        numbers = [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option}: found {text!r}, expected numbers with commas between") from None
+    if not all(0 < number < math.inf for number in numbers):
+        raise ValueError(f"{option}: found {text!r}, expected numbers above 0 (16000, not 16,000)")
+    return numbers
+
+
+def parse_heads(text: str) -> list[tuple[int, int]]:
+    """Return layers and heads from a list such as ``L1H18,L13H16``.
+
+    Raises:
+        ValueError: the text has another form.
+    """
+    matches = [re.fullmatch(r"L(\d+)H(\d+)", part) for part in text.split(",")]
+    if not all(matches):
+        raise ValueError(f"heads: found {text!r}, expected names such as L1H18,L13H16 (layer and head, from 0)")
+    return [(int(match[1]), int(match[2])) for match in matches if match]

@@ -1,0 +1,199 @@
+"""Results of evaluations, and their JSON files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from data_gen.io import load_json, write_text
+
+TITLES = {
+    "line": "Line retrieval", "niah": "Needle in a haystack", "vt": "Variable tracking", "cwe": "Common words",
+    "fwe": "Frequent words", "longbench": "LongBench document QA", "mmlu": "MMLU",
+}  # fmt: skip
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthScore:
+    """Mean score of the samples of one length, with its 95 % interval.
+
+    Attributes:
+        length: requested prompt length, tokens; None for the mean over all lengths.
+        depth: position of the needle, per cent of the prompt; None where it is not distinguished.
+        tokens: mean measured prompt length.
+        count: samples.
+        score: mean, in [0, 1].
+        low: lower bound of the interval.
+        high: upper bound of the interval.
+    """
+
+    length: int | None = None
+    depth: int | None = None
+    tokens: float
+    count: int
+    score: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetScore:
+    """Score of one set of a benchmark.
+
+    Attributes:
+        name: of the set.
+        count: samples.
+        score: mean, per cent.
+        low: lower bound of the 95 % interval; None where lm-eval reports no standard error.
+        high: upper bound of the 95 % interval, or None.
+        cut: prompts that were truncated in the middle.
+    """
+
+    name: str
+    count: int
+    score: float
+    low: float | None = None
+    high: float | None = None
+    cut: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """Scores of a model on one of SEAL's tasks, by length.
+
+    Attributes:
+        model: hub id or folder.
+        base: hub id or folder of its base model.
+        method: ``base``, ``SEAL-H``, ``SEAL-C``, ``LoRA``, ``DoRA`` or another PEFT type.
+        task: a key of ``eval.metrics.METRICS``.
+        window: the model's context window, tokens.
+        seed: of the samples.
+        shots: worked examples before every prompt.
+        contaminated: how many samples the model was tuned on; None where its training data is unknown.
+        scores: one entry per length.
+        depths: one entry per length and depth (needles only).
+        mean: over all samples.
+        responses: one row per sample: what identifies it, ``response`` and ``score``.
+        asked: options that determine the samples; None where the result was not made by ``eval.evaluate``.
+    """
+
+    model: str
+    base: str
+    method: str
+    task: str
+    window: int
+    seed: int = 0
+    shots: int = 0
+    contaminated: int | None = None
+    scores: list[LengthScore]
+    depths: list[LengthScore]
+    mean: LengthScore
+    responses: list[dict[str, Any]]
+    asked: dict[str, Any] | None = None
+
+    def by_length(self) -> dict[int, float]:
+        """Return mean scores by requested length."""
+        return {row.length: row.score for row in self.scores if row.length is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkResult:
+    """Scores of a model on a benchmark of several sets; other attributes as in ``EvalResult``.
+
+    Attributes:
+        sets: one entry per set.
+        mean: of the sets' scores, per cent.
+    """
+
+    model: str
+    base: str
+    method: str
+    task: str
+    window: int
+    sets: list[SetScore]
+    mean: float
+    asked: dict[str, Any] | None = None
+
+
+Result = EvalResult | BenchmarkResult
+
+
+def to_json(result: Result) -> dict[str, Any]:
+    """Return a result as its JSON file holds it."""
+    values = asdict(result)
+    if isinstance(result, EvalResult):
+        values["scores"], values["depths"] = (
+            [without_missing(row) for row in values[key]] for key in ("scores", "depths")
+        )
+        values["mean"] = without_missing(values["mean"])
+    if result.asked is None:
+        del values["asked"]
+    return values
+
+
+def without_missing(row: dict[str, Any]) -> dict[str, Any]:
+    """Drop the length or depth that a score does not distinguish."""
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def from_json(values: dict[str, Any]) -> Result:
+    """Build a result from the contents of its JSON file.
+
+    Raises:
+        KeyError: a key is missing.
+    """
+    if "sets" in values:
+        return build(BenchmarkResult, {**values, "sets": [build(SetScore, row) for row in values["sets"]]})
+    scores, depths = ([build(LengthScore, row) for row in values.get(key, [])] for key in ("scores", "depths"))
+    mean = build(LengthScore, values["mean"])
+    return build(EvalResult, {**values, "scores": scores, "depths": depths, "mean": mean})
+
+
+def build(kind: type[Row], values: dict[str, Any]) -> Row:
+    """Build a dataclass from the values of its fields; other keys are ignored.
+
+    Raises:
+        KeyError: a field without default is missing.
+    """
+    known = {field.name: values[field.name] for field in fields(kind) if field.name in values}  # type: ignore[arg-type]
+    try:
+        return kind(**known)
+    except TypeError as error:
+        raise KeyError(str(error)) from None
+
+
+def write_result(result: Result, out: Path) -> None:
+    """Write a result as JSON."""
+    write_text(out, json.dumps(to_json(result), indent=1) + "\n")
+
+
+def read_objects(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Return the JSON objects in the ``*.json`` files of a folder, by file in the order of names.
+
+    Raises:
+        ValueError: a file is not JSON, or too large.
+    """
+    values = {file: load_json(file) for file in sorted(folder.glob("*.json")) if file.is_file()}
+    return {file: value for file, value in values.items() if isinstance(value, dict)}
+
+
+def read_results(folder: Path) -> list[Result]:
+    """Return all results in a folder, in the order of file names; other JSON files are ignored.
+
+    Raises:
+        ValueError: see ``read_objects``; or a result is incomplete.
+    """
+    results = []
+    for file, values in read_objects(folder).items():
+        if not ({"scores", "responses"} <= values.keys() or {"sets", "mean"} <= values.keys()):
+            continue
+        if not {"base", "method", "task"} <= values.keys():
+            continue
+        try:
+            results.append(from_json(values))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{file}: incomplete result ({error}): score the model again, or move the file") from None
+    return results

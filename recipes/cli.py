@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
-from data_gen.console import quiet_libraries
+from data_gen.console import quiet_libraries, stop
 from data_gen.console import run as run_app
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ PROGRAMS = {
     "settings": Program("axolotl_plugins.seal", "settings", "List the settings of a recipe's `seal:` block."),
     "study": Program("recipes.study", "", "Reproduce the paper's tables on a small model."),
 }
+
+EXTRAS = {"axolotl": "axolotl", "datasets": "eval", "lm_eval": "eval", "matplotlib": "eval", "scipy": "eval"}
 
 
 def import_program(name: str) -> ModuleType:
@@ -121,7 +123,13 @@ def main() -> None:
     if sys.argv[1:2] == ["data"]:  # as `python -m data_gen`: tokenizers need no PyTorch, which takes seconds to import
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         sys.modules["torch"] = None  # type: ignore[assignment]
-    run_app(app, "seal")  # type: ignore[arg-type]  # a Click command is called as a Typer app is
+    try:
+        run_app(app, "seal")  # type: ignore[arg-type]  # a Click command is called as a Typer app is
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in EXTRAS:
+            raise
+        stop("seal", ValueError(f"{package} is not installed: pip install -e '.[{EXTRAS[package]}]'"))
 
 
 if __name__ == "__main__":

@@ -95,6 +95,13 @@ def test_settings_print_nothing_but_the_settings():
     assert all(line.startswith("import time:") for line in done.stderr.splitlines())
 
 
+def test_a_missing_extra_is_one_line_that_names_it():
+    code = "import sys; sys.modules['matplotlib'] = None; from recipes.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "report"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "seal: matplotlib is not installed: pip install -e '.[eval]'\n"
+
+
 def test_make_lists_a_dozen_targets_and_help_all_the_rest():
     lists = [
         {line.split()[1] for line in subprocess.run(["make", *goal], cwd=ROOT, capture_output=True, text=True,

@@ -1,4 +1,4 @@
-# `make` alone lists what there is. Every target sets up what it needs.
+# `make` lists the usual targets (`##`), `make help-all` the rest too (`#+`). Every target sets up what it needs.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,6 +7,7 @@ $(error VENV: found a blank in '$(VENV)', which make cannot handle: name another
 endif
 BIN := $(VENV)/bin
 RUN := AXOLOTL_DO_NOT_TRACK=1 $(BIN)/python
+EXTRAS := axolotl,eval,gguf,dev
 
 RECIPE ?= recipes/smollm2_line_sealc.yml
 MODEL ?= models/smollm2-135m
@@ -23,18 +24,22 @@ KILLS ?= 50
 BENCH_TOKENS ?= 8192 31000 65536 131072
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo model test train data eval report merge recipes recipes-smoke study bench bench-data bench-gpu chaos lock lint
+.PHONY: help help-all setup demo model test train data eval report merge study recipes recipes-smoke lint docs bench bench-data \
+  bench-gpu chaos lock
 
-help: ## list the targets and their variables
+help: ## list the usual targets and their variables; `make help-all` lists all
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.installed ## make a virtual environment in .venv and install everything into it
+help-all: #+ list all targets
+	@awk -F ':.*#[#+] ' '/^[a-z-]+:.*#[#+] / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.installed ## create a virtual environment in .venv and install the project with its extras
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "setup: needs Python 3.10 or newer, found " + sys.version.split()[0] + ": make setup PYTHON=python3.11")'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	@touch $@
 
 DEMO := outputs/smollm2_demo
@@ -45,7 +50,7 @@ demo: setup ## tune, merge, score and draw SEAL-H and SEAL-C on SmolLM2-135M: re
 	@$(MAKE) --no-print-directory outputs/demo/line_outputs_smollm2_demo_sealc.json
 	$(RUN) -m recipes.demo
 
-model: setup ## fetch SmolLM2-135M-Instruct, a chat model for CPUs, into models/smollm2-135m (90 MB)
+model: setup #+ fetch SmolLM2-135M-Instruct, a chat model for CPUs, into models/smollm2-135m (90 MB)
 	$(RUN) -m recipes fetch
 
 models/smollm2-135m/config.json:
@@ -84,34 +89,40 @@ report: setup ## gather results/*.json into results/report.html
 merge: setup ## fold an adapter into its model's weights   [ADAPTER=... OUT=ADAPTER_merged INTO=auto|o_proj|v_proj]
 	$(RUN) -m axolotl_plugins.seal merge $(ADAPTER) $(OUT) --into $(INTO)
 
-chaos: setup ## kill every command at random moments; the next run must end the same   [KILLS=50]
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) tests/chaos.py --full --kills $(KILLS)
-
-lock: setup ## write down the versions that are installed: pip install -c requirements.lock -e '.[dev]'
-	@{ echo "# The packages that the tests ran with, $$($(BIN)/python -V) on $$(uname -sm): make lock"; \
-	  $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > requirements.lock
-
-lint: setup ## check style and types
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-
-recipes: setup ## write the paper's recipes again, from recipes/matrix.yml
-	$(RUN) -m recipes write
-
-recipes-smoke: setup ## launch every recipe for two steps on a random-weight miniature of its model (an hour)
-	$(RUN) -m recipes smoke
-
 study: setup ## the paper's tables on SmolLM2-135M, up to 2,048 tokens on this CPU (a day; resumes): results/smollm2.json
 	@$(MAKE) --no-print-directory models/smollm2-135m/config.json
 	$(RUN) -m recipes.study run --model models/smollm2-135m --out outputs/study --longest 2048
 	$(RUN) -m recipes.study collect --out outputs/study --result results/smollm2.json
 
-bench: setup ## time SEAL beside IA3 and LoRA on this CPU: results/bench.json
+recipes: setup ## render the paper's recipes from recipes/matrix.yml
+	$(RUN) -m recipes write
+
+lint: setup ## check style, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+# Packages with an __all__ show only what is in it, so their modules are named one by one.
+docs: setup #+ write the API reference, from docstrings, into docs/api
+	AXOLOTL_DO_NOT_TRACK=1 HF_HUB_OFFLINE=1 $(BIN)/pdoc --docformat google --output-directory docs/api \
+	  axolotl_plugins data_gen eval recipes $(subst /,.,$(basename $(wildcard axolotl_plugins/*/[a-z]*.py)))
+
+recipes-smoke: setup #+ launch every recipe for two steps on a random-weight miniature of its model (an hour)
+	$(RUN) -m recipes smoke
+
+bench: setup #+ time SEAL beside IA3 and LoRA on this CPU: results/bench.json
 	$(RUN) -m recipes.bench
 
-bench-data: setup ## time every task's data at 31K tokens with Mistral's tokenizer
+bench-data: setup #+ time every task's data at 31K tokens with Mistral's tokenizer
 	$(RUN) -m data_gen.bench
 
-bench-gpu: setup ## the same at 7B on a GPU: results/bench_gpu.json   [BENCH_TOKENS="8192 31000 65536 131072"]
+bench-gpu: setup #+ the same at 7B on a GPU: results/bench_gpu.json   [BENCH_TOKENS="8192 31000 65536 131072"]
 	$(RUN) -m recipes.bench --device cuda --shape llama2_7b --settings full --tokens $(BENCH_TOKENS) --repeats 3 --out results/bench_gpu.json
+
+chaos: setup #+ kill every command at random; the next run must write the same bytes   [KILLS=50]
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) tests/chaos.py --full --kills $(KILLS)
+
+lock: setup #+ write the installed versions to requirements.lock, for pip's -c
+	@{ echo "# The packages that the tests ran with, $$($(BIN)/python -V) on $$(uname -sm): make lock"; \
+	  $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > requirements.lock

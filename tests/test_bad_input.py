@@ -59,7 +59,7 @@ def make_adapters(folder: Path) -> None:
     variant("unknown_key", granularty="head")
     variant("homeless", base_model_name_or_path=None)
     variant("moved", base_model_name_or_path=str(folder / "nowhere"))
-    variant("layer_9", layers=[9])
+    variant("layer_9", layers_to_transform=[9])
     variant("wrong_target", target_modules=["out_proj"])
     truncated = variant("truncated")
     truncated.write_bytes(truncated.read_bytes()[:-5])
@@ -242,7 +242,7 @@ CASES = [
     ("eval", SCORE + "{adapter}/misspelt", "granularity: found 'heads', expected 'head'"),
     ("eval", SCORE + "{adapter}/homeless", "adapter_config.json does not say what its base model is"),
     ("eval", SCORE + "{adapter}/moved", "cannot load .*/moved: .*nowhere"),
-    ("eval", SCORE + "{adapter}/layer_9", "cannot load .*/layer_9: no module named like .* in layers \\[9\\]"),
+    ("eval", SCORE + "{adapter}/layer_9", "cannot load .*/layer_9: no module matches .* in layers \\[9\\]"),
     ("eval", SCORE + "{adapter}/wrong_target", "cannot load .*/wrong_target: .*out_proj"),
     ("eval", SCORE + "{adapter}/truncated", "cannot load .*/truncated"),
     ("eval", SCORE + "{adapter}/empty", "cannot load .*/empty"),
@@ -377,8 +377,10 @@ DATA = {"task": "line", "tokens": 400}
 HEAD = {"granularity": "head"}
 RECIPES = [
     ({"seal": {"granularity": 3}}, "seal.granularity: found 3"),
-    ({"seal": HEAD | {"layers": "all"}}, "seal.layers: found 'all'"),
-    ({"seal": HEAD | {"target_modules": "o_proj"}}, "seal.target_modules: found 'o_proj'"),
+    ({"seal": HEAD | {"layers_to_transform": "all"}}, "seal.layers_to_transform: found 'all'"),
+    ({"seal": HEAD | {"layers": 1, "layers_to_transform": 1}}, "seal.layers: no such setting"),
+    ({"seal": HEAD | {"target_modules": 3}}, "seal.target_modules: found 3"),
+    ({"seal": HEAD | {"exclude_modules": [3]}}, "seal.exclude_modules"),
     ({"seal": "head"}, "seal: found 'head'"),
     ({"seal": HEAD | {"data": DATA | {"samples": 0}}}, "samples: found 0, expected at least 1"),
     ({"seal": HEAD | {"data": DATA | {"tokens": 4000}}}, "seal.data.tokens: found '4000', expected at most 512"),

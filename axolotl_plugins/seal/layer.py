@@ -141,7 +141,9 @@ class SealLayer(nn.Module, BaseTunerLayer):
             scale = self.channel_scale(name).detach().to(base.weight.device)
             merged = scale_columns(base, scale)
             if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"merging adapter {name!r} gives non-finite weights: its scales are too large or non-finite")
+                raise ValueError(
+                    f"merging adapter {name!r} gives non-finite weights: its scales are too large or non-finite"
+                )
             if self._unmerged_weight is None:
                 self._unmerged_weight = base.weight.data
             base.weight.data = merged

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import InitVar, dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
@@ -93,8 +93,9 @@ class SealConfig(PeftConfig):
 
     def _normalise_layers(self) -> None:
         """Validate ``layers_to_transform`` and make it a sorted list."""
-        indices = self.layers_to_transform
-        indices = indices if isinstance(indices, list | tuple | set) else [indices]
+        indices: Any = self.layers_to_transform
+        if not isinstance(indices, list | tuple | set):
+            indices = [indices]
         if not indices or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in indices):
             raise ValueError(
                 f"layers_to_transform: found {self.layers_to_transform!r}, expected an index, or a non-empty list of "

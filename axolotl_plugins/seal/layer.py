@@ -142,7 +142,7 @@ class SealLayer(nn.Module, BaseTunerLayer):
             merged = scale_columns(base, scale)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(
-                    f"merging adapter {name!r} gives non-finite weights: its scales are too large or non-finite"
+                    f"merging adapter {name!r} gives non-finite weights: train it again at a lower learning rate"
                 )
             if self._unmerged_weight is None:
                 self._unmerged_weight = base.weight.data

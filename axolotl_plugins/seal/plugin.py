@@ -208,7 +208,7 @@ class SealPlugin(BasePlugin):
             return None, config
         if (cfg.load_in_8bit or cfg.load_in_4bit) and not getattr(model, "is_quantized", False):
             raise ValueError(
-                "load_in_8bit, load_in_4bit: the base model was loaded in full precision nevertheless: install bitsandbytes"
+                "load_in_8bit, load_in_4bit: the base model was not quantised: set them false, or check bitsandbytes"
             )
         if (resized := model.get_input_embeddings().num_embeddings) > self.num_embeddings:
             raise ValueError(
@@ -226,7 +226,7 @@ class SealPlugin(BasePlugin):
                 raise ValueError(f"{cfg.lora_model_dir}: found a {saved.peft_type} adapter, expected a SEAL adapter")
             if saved.granularity != block.granularity:
                 raise ValueError(
-                    f"{cfg.lora_model_dir}: found granularity {saved.granularity}, but the recipe has {block.granularity}"
+                    f"{cfg.lora_model_dir}: found granularity {saved.granularity}, the recipe has {block.granularity}"
                 )
             peft_model = apply_adapter(model, Path(cfg.lora_model_dir), trainable=not self.inference)
         peft_model.print_trainable_parameters()

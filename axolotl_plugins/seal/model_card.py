@@ -1,4 +1,4 @@
-"""A model card from what is known of an adapter, and the way to the hub."""
+"""Model card of an adapter, and its upload to the hub."""
 
 from __future__ import annotations
 
@@ -16,44 +16,44 @@ PAPER = "[arXiv 2501.15225](https://arxiv.org/abs/2501.15225)"
 
 
 def data_lines(adapter: Path) -> list[str]:
-    """What the adapter's folder says about its training data, a line for each file."""
+    """Return a Markdown list item for each training data file of an adapter."""
     path = adapter / provenance.FILE
     files = load_json(path)["files"] if path.is_file() else []
     lines = []
     for file in files:
         manifest = file.get("manifest") or {}
-        said = ", ".join(f"{key} {manifest[key]}" for key in ("task", "tokens", "samples", "seed") if key in manifest)
-        lines.append(f"- {said or Path(file['path']).name} (SHA-256 {file['sha256']})")
+        origin = ", ".join(f"{key} {manifest[key]}" for key in ("task", "tokens", "samples", "seed") if key in manifest)
+        lines.append(f"- {origin or Path(file['path']).name} (SHA-256 {file['sha256']})")
     return lines
 
 
 def card(adapter: Path, scores: Sequence[str] = ()) -> str:
-    """Return the text of a model card.
+    """Render a model card in Markdown.
 
     Args:
         adapter: folder of a SEAL adapter.
         scores: Markdown sections with the adapter's scores.
 
     Raises:
-        ValueError: the folder is not a SEAL adapter.
+        ValueError: ``adapter`` is not a SEAL adapter.
     """
     scales = saved_scales(adapter)
     config = SealConfig.from_pretrained(str(adapter))
     method = method_name(config)
     data = data_lines(adapter)
     layers, heads, channels = scales.shape
-    each = f"{channels} channels of {heads} heads" if channels > 1 else f"{heads} heads"
+    units = f"{channels} channels of {heads} heads" if channels > 1 else f"{heads} heads"
     base = config.base_model_name_or_path
     parts = [
         f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [seal, long-context]\n---",
         f"# {method} on {base}",
-        f"{scales.size:,} learned scales of attention outputs ({each} in {layers} layers; from {scales.min():.3f} to "
+        f"{scales.size:,} learned scales of attention outputs ({units} in {layers} layers; from {scales.min():.3f} to "
         f"{scales.max():.3f}, mean {scales.mean():.3f}), trained as in {PAPER}. The model's own weights are unchanged.",
         "## Use",
-        "```python\nimport axolotl_plugins.seal  # makes PEFT know SEAL\nfrom peft import AutoPeftModelForCausalLM\n\n"
+        "```python\nimport axolotl_plugins.seal  # registers SEAL\nfrom peft import AutoPeftModelForCausalLM\n\n"
         "model = AutoPeftModelForCausalLM.from_pretrained(THIS_REPOSITORY)\n```",
         "`python -m axolotl_plugins.seal merge` folds the scales into the weights, `export` writes them as an IA3 "
-        "adapter for programs that do not know SEAL.",
+        "adapter for programs without this package.",
     ]
     if data:
         parts += ["## Training data", "\n".join(data)]
@@ -69,13 +69,13 @@ def push(adapter: Path, repository: str, scores: Sequence[str] = (), *, private:
         adapter: folder of a SEAL adapter.
         repository: hub id.
         scores: see ``card``.
-        private: of a repository that is made new.
+        private: make a new repository private.
 
     Returns:
-        Its address.
+        URL of the repository.
 
     Raises:
-        ValueError: see ``card``; or the hub refused.
+        ValueError: see ``card``; or the upload failed.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled

@@ -16,19 +16,11 @@ import pytest
 from paths import TINY
 from transformers import AutoTokenizer
 
-from data_gen import line_retrieval
-from data_gen.dataset import (
-    Request,
-    count_tokens,
-    draw,
-    generate,
-    in_split,
-    load_tokenizer,
-    manifest_path,
-    write,
-)
+from axolotl_plugins.common.io import read_rows
+from axolotl_plugins.common.tokenizer import count_tokens, load_tokenizer
+from data_gen.dataset import Request, draw, generate, in_split, manifest_path, write
 from data_gen.fit_length import largest
-from data_gen.io import read_rows
+from data_gen.tasks import line_retrieval
 
 
 @pytest.fixture(scope="module")
@@ -184,12 +176,12 @@ def test_a_file_cut_off_before_its_manifest_is_completed(tmp_path, tokenizer):
 def test_a_file_that_is_not_what_is_asked_for_is_an_error(tmp_path, tokenizer):
     out = tmp_path / "x.jsonl"
     write(Request("line", "400", samples=3), tokenizer, out)
-    with pytest.raises(ValueError, match="samples 3, but 4 is asked for"):
+    with pytest.raises(ValueError, match="samples 3, but 4 is requested"):
         write(Request("line", "400", samples=4), tokenizer, out)
     with pytest.raises(ValueError, match="seed 0, but 1"):
         write(Request("line", "400", samples=3, seed=1), tokenizer, out)
     out.write_text(out.read_text().replace("REGISTER", "register", 1))
-    with pytest.raises(ValueError, match="was changed after it was made"):
+    with pytest.raises(ValueError, match="was modified after it was written"):
         write(Request("line", "400", samples=3), tokenizer, out)
     manifest_path(out).unlink()
     with pytest.raises(ValueError, match="other data"):

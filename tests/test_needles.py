@@ -12,8 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from data_gen import niah
 from data_gen.needles import PROMPT, collect, parse
+from data_gen.tasks import niah
 
 NEEDLE = "The {} thing you hear on opening the drawer is the clatter of seven brass keys on a ring."
 QUESTION = "What is the {} thing you hear on opening the drawer?"

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from paths import TINY
 from transformers import AutoTokenizer
 
+from axolotl_plugins.common.tokenizer import count_tokens
 from axolotl_plugins.seal.provenance import text_hash, texts
-from data_gen.dataset import Request, check, count_tokens, describe, generate, in_split, write
-from eval.metrics import METRICS, last_integer, wilson
+from data_gen.dataset import Request, check, describe, generate, in_split, write
+from data_gen.tasks.line_retrieval import last_integer
+from eval.metrics import METRICS, wilson
 from eval.result_cache import Journal
 
 TOKENIZER = AutoTokenizer.from_pretrained(TINY)
@@ -83,7 +85,7 @@ def test_a_manifest_notices_any_change(seed, data):
         place = data.draw(st.integers(0, len(content) - 1))
         content[place] ^= data.draw(st.integers(1, 255))
         out.write_bytes(content)
-        with pytest.raises(ValueError, match="was changed after it was made"):
+        with pytest.raises(ValueError, match="was modified after it was written"):
             check(out, wanted)
         key = data.draw(st.sampled_from(sorted(wanted)))
         with pytest.raises(ValueError, match=f"was made with {key} "):

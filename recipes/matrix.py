@@ -29,7 +29,7 @@ def rate(rates: dict[str, dict[str, float]], model: str, task: str, method: str)
     Raises:
         ValueError: there is none.
     """
-    of_task = rates[task]
+    of_task = rates.get(task, {})
     if (found := of_task.get(f"{model} {method}", of_task.get(method))) is None:
         raise ValueError(f"matrix.yml: no rate for {task}, {model}, {method}")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import os
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from paths import TINY
+from paths import ROOT, TINY
 from transformers import AutoTokenizer
 
 from axolotl_plugins.common.io import read_rows
@@ -211,3 +212,24 @@ def test_samples_are_drawn_once_in_a_process(tokenizer):
     assert draw(request, other) is first
     other.chat_template += " "  # other tokens
     assert draw(request, other) is not first
+
+
+def imported(package: Path) -> set[str]:
+    """Names of all modules that a package's files import, at any depth of their code."""
+    names = set()
+    for node in (node for file in package.rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+    return names
+
+
+def test_imports_run_one_way():
+    """What all packages share imports none of them, and data generation nothing but that."""
+    own = re.compile(r"(axolotl_plugins|data_gen|eval|recipes)\b")
+    shared = {name for name in imported(ROOT / "axolotl_plugins" / "common") if own.match(name)}
+    assert shared and all(name.startswith("axolotl_plugins.common.") for name in shared)
+    allowed = ("data_gen.", "axolotl_plugins.common.")
+    assert all(name.startswith(allowed) for name in imported(ROOT / "data_gen") if own.match(name))
+    assert len((ROOT / "axolotl_plugins" / "__init__.py").read_text().splitlines()) == 1  # a docstring alone

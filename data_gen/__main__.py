@@ -13,12 +13,18 @@ from axolotl_plugins.common.console import quiet_libraries, stop
 from axolotl_plugins.common.console import run as run_app
 from axolotl_plugins.common.io import check_output, read_rows
 from axolotl_plugins.common.tokenizer import load_tokenizer
-from data_gen.dataset import TASKS, Request, remark, write
+from data_gen.dataset import Request, remark, write
 from data_gen.needles import collect
 from data_gen.needles import write as write_needles
 from data_gen.openai_client import KEY
+from data_gen.tasks import TASKS, tasks_with
 
 EXAMPLE = "python -m data_gen line --tokenizer models/smollm2-135m --tokens 2048 --samples 50 --out data/line.jsonl"
+
+
+def users(option: str) -> str:
+    """Name the tasks that accept an option."""
+    return " and ".join(tasks_with(option))
 
 
 def main(
@@ -33,18 +39,24 @@ def main(
     tokens: Annotated[
         str | None, typer.Option(help="Longest sample, chat template and answer included: N, or N:M to draw it.")
     ] = None,
-    lines: Annotated[int | None, typer.Option(help="For line: lines in the record, instead of --tokens.")] = None,
+    lines: Annotated[
+        int | None, typer.Option(help=f"For {users('lines')}: lines in the record, instead of --tokens.")
+    ] = None,
     samples: Annotated[int, typer.Option(help="How many samples, or needles.")] = 50,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     split: Annotated[Literal["train", "test"], typer.Option(help="The two never share a sample.")] = "train",
     haystack: Annotated[
-        str | None, typer.Option(help="For niah: folder of text files, or essays (hub); default: built-in prose.")
+        str | None,
+        typer.Option(help=f"For {users('haystack')}: folder of text files, or essays (hub); default: built-in prose."),
     ] = None,
-    needles: Annotated[str | None, typer.Option(help="For niah: training needles; default: the paper's ten.")] = None,
+    needles: Annotated[
+        str | None, typer.Option(help=f"For {users('needles')}: training needles; default: the paper's ten.")
+    ] = None,
     depths: Annotated[
-        int | None, typer.Option(help="For niah's test samples: depths from 0 to 100 per cent; default: ten.")
+        int | None,
+        typer.Option(help=f"For test samples of {users('depths')}: depths from 0 to 100 per cent; default: ten."),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="For longbench: a local file instead of the hub's.")] = None,
+    data: Annotated[str | None, typer.Option(help=f"For {users('data')}: a local file instead of the hub's.")] = None,
     base_url: Annotated[
         str | None, typer.Option(help="For needles: an OpenAI-compatible endpoint, such as http://localhost:8000/v1.")
     ] = None,

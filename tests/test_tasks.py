@@ -1,4 +1,4 @@
-"""Needles and RULER's tasks: the originals' text, exact lengths, splits that cannot meet; LongBench's truncation."""
+"""Needles and RULER's tasks: the originals' text, exact lengths, disjoint splits, bytes; LongBench's truncation."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def parse_chain(text):
     """Names, value, positions and number of noises of one variable tracking prompt."""
     names, positions, noises, value = [], [], 0, None
     for sentence in text.split("\n\n", 1)[1].split("\nQuestion:")[0].split("\n"):
-        if found := re.match(r"VAR (\w+) = (.*)", sentence):
-            names.append(found[1])
+        if match := re.match(r"VAR (\w+) = (.*)", sentence):
+            names.append(match[1])
             positions.append(noises)
-            value = value or found[2].strip()
+            value = value or match[2].strip()
         else:
             noises += 1
     return names, value, positions, noises
@@ -58,13 +58,17 @@ def entries(text):
 @pytest.mark.parametrize("row", originals("cwe"))
 def test_common_words_are_nvidias_byte_for_byte(row):
     example, main = row["input"].split("\n" + cwe.PROMPT.split("\n")[0])
-    shown, answer, words = entries(example.split("\n")[1]), entries(example.split("list are: ")[1]), entries(main)
-    rebuilt = cwe.render_example(shown, answer) + "\n" + cwe.PROMPT.format(context=cwe.numbered(words))
+    example_words, answer, words = (
+        entries(example.split("\n")[1]),
+        entries(example.split("list are: ")[1]),
+        entries(main),
+    )
+    rebuilt = cwe.render_example(example_words, answer) + "\n" + cwe.PROMPT.format(context=cwe.numbered(words))
     assert rebuilt == row["input"] and row["answer_prefix"] == cwe.PREFIX
     (common, other), (count, example_common, example_other) = cwe.SHORT
     assert set(Counter(words).values()) == {common, other}
     assert all(Counter(words)[word] == common for word in row["outputs"])
-    assert set(Counter(shown).values()) == {example_common, example_other} and len(set(shown)) == count
+    assert set(Counter(example_words).values()) == {example_common, example_other} and len(set(example_words)) == count
 
 
 @pytest.mark.parametrize("row", originals("fwe"))
@@ -88,7 +92,7 @@ def mistral(tmp_path_factory):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_is_made_with_mistrals_tokenizer(task, mistral):
+def test_every_task_is_drawn_with_mistrals_tokenizer(task, mistral):
     tokenizer, passages = mistral
     assert len(tokenizer) == 32_000 and tokenizer.is_fast
     data = str(passages) if task == "longbench" else None
@@ -119,9 +123,9 @@ def test_samples_keep_their_length_and_their_split(tokenizer, task, tokens):
             if TASKS[task].group == "ruler":
                 assert answer.startswith(sample["prefix"]) and sample["budget"] == TASKS[task].max_new_tokens
                 assert all(reference in answer for reference in sample["references"])
-                begun = [{"role": "user", "content": prompt}, {"role": "assistant", "content": sample["prefix"]}]
-                room = count_tokens(tokenizer, begun) - 1 + sample["budget"]  # the end of the turn is not begun
-                assert room <= tokens
+                prefilled = [{"role": "user", "content": prompt}, {"role": "assistant", "content": sample["prefix"]}]
+                total = count_tokens(tokenizer, prefilled) - 1 + sample["budget"]  # less the end of the turn
+                assert total <= tokens
     assert not answers["train"] & answers["test"]
 
 
@@ -160,7 +164,7 @@ def test_needle_stands_at_a_sentence_end(depth, expected):
     assert niah.insert("One 1.5. Two b. Three.", "N", depth) == expected
 
 
-def test_needle_grid_walks_through_the_depths_in_one_haystack(tokenizer):
+def test_test_needles_step_through_the_depths_in_one_haystack(tokenizer):
     grid = [list(generate(Request("niah", n, samples=12, split="test"), tokenizer)) for n in ("600", "900")]
     for row in grid:
         assert [s["depth"] for s in row[:10]] == [0, 11, 22, 33, 44, 56, 67, 78, 89, 100] and row[10]["depth"] == 0
@@ -175,15 +179,15 @@ def test_needle_grid_walks_through_the_depths_in_one_haystack(tokenizer):
 
 def test_training_needles_are_the_papers_and_never_the_test_needle(tmp_path, tokenizer):
     assert len(niah.needles(niah.NEEDLES)) == 10
-    drawn = {s["answer"] for s in generate(Request("niah", "700", samples=40), tokenizer)}
-    assert len(drawn) >= 8 and drawn <= {pair["needle"] for pair in niah.needles(niah.NEEDLES)}
+    answers = {s["answer"] for s in generate(Request("niah", "700", samples=40), tokenizer)}
+    assert len(answers) >= 8 and answers <= {pair["needle"] for pair in niah.needles(niah.NEEDLES)}
     bad = tmp_path / "needles.jsonl"
     bad.write_text(json.dumps({**niah.TEST_NEEDLE, "needle": niah.TEST_NEEDLE["needle"].upper()}) + "\n")
     with pytest.raises(ValueError, match=r"needles.jsonl, line 1: this is the test needle"):
         next(generate(Request("niah", "700", samples=1, needles=str(bad)), tokenizer))
 
 
-def test_haystack_of_a_folder_repeats_and_says_so(tmp_path, tokenizer):
+def test_haystack_of_a_folder_repeats_with_a_warning(tmp_path, tokenizer):
     (tmp_path / "b.txt").write_text("Second essay here. It ends.")
     (tmp_path / "a.txt").write_text("First essay here. It goes on.\n")
     (tmp_path / "c.md").write_text("not read")
@@ -191,10 +195,10 @@ def test_haystack_of_a_folder_repeats_and_says_so(tmp_path, tokenizer):
     text = sample["messages"][0]["content"]
     assert text.count("First essay here.") > 3 and text.index("First essay") < text.index("Second essay")
     assert sample["haystack_repeats"] >= 3 and "not read" not in text
-    for name, haystack, said in (("a", str(tmp_path), "it is repeated up to"), ("b", None, "")):
+    for name, haystack, warning in (("a", str(tmp_path), "it is repeated up to"), ("b", None, "")):
         write(Request("niah", "600", samples=2, haystack=haystack), tokenizer, tmp_path / name)
         remarked = remark(map(json.loads, (tmp_path / name).read_text().splitlines()))
-        assert said in remarked and bool(remarked) == bool(said)
+        assert warning in remarked and bool(remarked) == bool(warning)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +212,7 @@ def test_haystacks_that_cannot_be_read(content, message, tmp_path, tokenizer):
         next(generate(Request("niah", "600", samples=1, haystack=str(tmp_path)), tokenizer))
 
 
-def test_longbench_takes_the_longest_and_cuts_the_middle(tmp_path, tokenizer):
+def test_longbench_takes_the_longest_and_truncates_the_middle(tmp_path, tokenizer):
     rows = [
         {"input": f"Question {i}?", "context": " ".join(f"w{i}x{n}" for n in range(60 * i)), "answers": [f"a{i}", "b"],
          "length": 60 * i}

@@ -26,11 +26,11 @@ def check_output(path: Path, *, folder: bool = False, new: bool = False) -> None
         raise ValueError(f"{path}: is a folder, expected the name of a file to write")
     if (folder or new) and path.exists():
         raise ValueError(f"{path}: exists already: name another {'folder' if folder else 'file'} or remove it")
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not above.is_dir():
-        raise ValueError(f"{path}: cannot be written, for {above} is a file: name another path")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise ValueError(f"{path}: cannot be written, for {above} is not writable: name another path")
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{path}: cannot be written, for {existing} is a file: name another path")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: cannot be written, for {existing} is not writable: name another path")
 
 
 def remove(path: Path) -> None:

@@ -64,13 +64,13 @@ def sample(request: Request, rng: random.Random, index: int, budget: LengthBudge
     prompt, answer = PROMPT.format(**row), row["answers"][0]
     full = budget.count(prompt, answer)
     ids = budget.encode(prompt)
-    keep = min(len(ids), budget.tokens - budget.count("", answer))
+    remaining = min(len(ids), budget.tokens - budget.count("", answer))
     while budget.count(prompt, answer) > budget.tokens:
-        half = keep // 2
+        half = remaining // 2
         if half < 1:
             raise ValueError(f"tokens: {budget.tokens} is too short for LongBench")
         prompt = budget.decode(ids[:half]) + budget.decode(ids[-half:])
-        keep -= 2
+        remaining -= 2
     return {
         "prompt": prompt,
         "answer": answer,

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from data_gen.console import quiet_libraries, stop
-from data_gen.console import run as run_app
+from axolotl_plugins.common.console import quiet_libraries, stop
+from axolotl_plugins.common.console import run as run_app
+from axolotl_plugins.common.io import load_yaml
 from data_gen.dataset import remark
-from data_gen.io import load_yaml
 from eval.cli_options import BatchSize, parse_adapters, parse_numbers
 from eval.probe.cli import app as probe
 from eval.result_cache import result_file, result_name

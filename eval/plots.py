@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from data_gen.io import written_whole
+from axolotl_plugins.common.io import written_whole
 from eval.results import TITLES, EvalResult, to_json
 
 COLOURS = {

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
-from data_gen.io import check_output, write_text
+from axolotl_plugins.common.io import check_output, write_text
 from eval.paper import LONGCHAT, paper_value, read_paper
 from eval.plots import draw_accuracy, draw_grid, draw_scales
 from eval.results import TITLES, BenchmarkResult, EvalResult, Result, read_objects, read_results, to_json

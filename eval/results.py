@@ -7,12 +7,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_gen.io import load_json, write_text
+from axolotl_plugins.common.io import load_json, write_text
+from data_gen.tasks import TaskAttribute
 
-TITLES = {
-    "line": "Line retrieval", "niah": "Needle in a haystack", "vt": "Variable tracking", "cwe": "Common words",
-    "fwe": "Frequent words", "longbench": "LongBench document QA", "mmlu": "MMLU",
-}  # fmt: skip
+TITLES = TaskAttribute("title", mmlu="MMLU")
 Row = TypeVar("Row")
 
 

@@ -7,15 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lm_eval import simple_evaluate
-from lm_eval.tasks import TaskManager
+from lm_eval import evaluate
 
 from axolotl_plugins.seal.model_loading import LoadedModel
-from data_gen.dataset import Request, Split
+from data_gen.dataset import Request
+from data_gen.tasks import Split
 from eval.harness import Harness, Responses, is_contaminated
+from eval.lm_eval_task import lm_eval_task
 from eval.metrics import METRICS, wilson
 from eval.results import EvalResult, LengthScore
-from eval.scoring import TASK_FOLDER
 from eval.spec import default_lengths
 from eval.vllm_backend import Served, ServedHarness
 
@@ -129,7 +129,7 @@ def generate_responses(
     Args:
         loaded: the model.
         task: one of ``METRICS``.
-        metadata: arguments of ``eval.tasks.documents.documents``.
+        metadata: arguments of ``eval.lm_eval_task.documents``.
         batch_size: prompts decoded together; None uses what memory allows.
         journal: see ``run``.
         allow_contamination: see ``run``.
@@ -138,15 +138,10 @@ def generate_responses(
         ``SAMPLE_FIELDS`` of each sample, its ``response`` and ``score``, and whether it was ``seen`` in training.
     """
     name = f"seal_{task}"
-    manager = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False, metadata=metadata)
-    assert name in manager.all_tasks, f"lm-eval cannot read {TASK_FOLDER}/{name}.yaml"
     harness = harness_for(loaded, batch_size, journal)
     trained_on = loaded.trained_on or frozenset()
     harness.refused = frozenset() if allow_contamination else trained_on
-    results = simple_evaluate(
-        model=harness, tasks=[name], apply_chat_template=True, task_manager=manager, bootstrap_iters=0,
-        log_samples=True, metadata=metadata,
-    )  # fmt: skip
+    results = evaluate(harness, {name: lm_eval_task(task, **metadata)}, apply_chat_template=True, bootstrap_iters=0)
     return [
         {
             **{key: row["doc"][key] for key in SAMPLE_FIELDS if key in row["doc"]},

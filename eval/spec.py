@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from data_gen.tasks import tasks_of, tasks_with
 from eval.metrics import METRICS
 
 SEAL_TASKS = tuple(METRICS)
 LM_EVAL_TASKS = ("longbench", "mmlu")
-TASK_GROUPS = {"ruler": ("vt", "cwe", "fwe"), "all": (*SEAL_TASKS, *LM_EVAL_TASKS)}
+TASK_GROUPS = {"ruler": tasks_of("ruler"), "all": (*SEAL_TASKS, *LM_EVAL_TASKS)}
 # Options that apply to some tasks only.
 TASK_OPTIONS = {
-    "cases": ("line",),
-    "haystack": ("niah",),
-    "depths": ("niah",),
+    **{option: tasks_with(option) for option in ("cases", "haystack", "depths")},
     "data": LM_EVAL_TASKS,
     "lengths": SEAL_TASKS,
     "shots": SEAL_TASKS,
@@ -74,16 +73,17 @@ class EvalSpec:
         bounds = [count for count in (self.samples, self.limit) if count is not None]
         if task in LM_EVAL_TASKS:
             return {"data": self.data, "limit": min(bounds, default=None)}
-        cases = self.cases if task == "line" else None
+        task_only = {
+            option: getattr(self, option) if task in TASK_OPTIONS[option] else None
+            for option in ("haystack", "depths", "cases")
+        }
         return {
             "lengths": None if self.cases else self.lengths or default_lengths(window),
             "samples": min([self.samples or 50, *bounds]),
             "seed": self.seed,
             "shots": self.shots,
             "shot_tokens": self.shot_tokens,
-            "haystack": self.haystack if task == "niah" else None,
-            "depths": self.depths if task == "niah" else None,
-            "cases": cases,
+            **task_only,
         }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_gen.io import load_json, write_text
+from axolotl_plugins.common.io import load_json, write_text
 
 from . import provenance
 from .config import SealConfig

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from data_gen.console import quiet_libraries, stop
-from data_gen.io import check_output, write_text
+from axolotl_plugins.common.console import quiet_libraries, stop
+from axolotl_plugins.common.io import check_output, write_text
 from eval.cli_options import BatchSize, parse_adapters, parse_heads, parse_numbers
 from eval.result_cache import journal_file
 

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from axolotl_plugins.common.io import load_json
 from axolotl_plugins.seal.model_loading import LoadedModel
 from axolotl_plugins.seal.tune import answer_loss, encode
 from data_gen.dataset import Request, generate
-from data_gen.io import load_json
 from eval.generation import stop_ids
 from eval.metrics import METRICS
 from eval.probe.ablation import Answer, HeadAblator

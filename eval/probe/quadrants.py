@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from axolotl_plugins.common.io import written_whole
 from axolotl_plugins.seal.model_loading import LoadedModel, load
-from data_gen.io import written_whole
 from eval.probe.head_importance import head_quadrants
 from eval.probe.hooks import decoder_blocks, wrap
 from eval.result_cache import journal_file

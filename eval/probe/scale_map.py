@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from axolotl_plugins.common.io import load_json
 from axolotl_plugins.seal.scales import saved_scales
-from data_gen.io import load_json
 from eval.probe.head_importance import head_quadrants, read_map
 
 

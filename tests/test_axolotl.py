@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from paths import TINY, TINY_SEALC
+from paths import ROOT, TINY, TINY_SEALC
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -213,6 +213,24 @@ def test_recipes_that_would_ruin_a_run_are_refused(changes, message, tmp_path, c
         SealPlugin().register(DictDefault(yaml.safe_load((tmp_path / "recipe.yml").read_text())))
     assert message in str(refused.value) and str(refused.value).startswith("seal: ")
     assert "\n" not in str(refused.value)
+
+
+def test_the_plugins_readme_has_a_valid_recipe_and_lists_every_setting(tmp_path):
+    from axolotl_plugins.seal.args import DataArgs, SealBlock
+    from axolotl_plugins.seal.validation import check_keys, check_recipe
+
+    text = (ROOT / "axolotl_plugins/seal/README.md").read_text()
+    (tmp_path / "recipe.yml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    recipe = yaml.safe_load((tmp_path / "recipe.yml").read_text())
+    assert check_recipe(recipe).granularity == "channel" and recipe["adapter"] == "seal"
+    check_keys({"axolotl_config_path": tmp_path / "recipe.yml"})
+    expected = []
+    for prefix, block in (("", SealBlock), ("data.", DataArgs)):
+        for name, field in block.model_fields.items():
+            default = "required" if field.is_required() else "" if field.default is None else f"`{field.default}`"
+            expected.append([f"`{prefix}{name}`", default, field.description])
+    table = text.split("|---|---|---|\n")[1].split("\n\n")[0].splitlines()
+    assert [[cell.strip() for cell in row.strip("|").split("|")] for row in table] == expected
 
 
 def test_launching_a_ruinous_recipe_prints_one_line_and_writes_nothing(tmp_path):

@@ -99,7 +99,7 @@ def test_parts_of_a_sample_add_up_to_the_whole(processes, learned, checkpointing
 def test_what_cannot_be_shared_is_refused():
     check_model(build("llama_mha"))
     check_processes(4, 2)
-    for name, message in (("gpt2", "found gpt2, expected one of llama"), ("mistral", "slides over its window")):
+    for name, message in (("gpt2", "found gpt2, expected one of llama"), ("mistral", "has sliding-window attention")):
         with pytest.raises(ValueError, match=message):
             check_model(build(name))
     stretched = build("llama_mha")

@@ -248,13 +248,13 @@ def test_prompts_on_either_side_of_a_longrope_window_share_nothing():
     together = generate_answers(loaded.model, prompts, max_new_tokens=8, stop={2})
     assert together != alone  # what sharing them all would give
     across = instance(texts[0], {"max_gen_toks": 60, "until": [], "do_sample": False})
-    with pytest.raises(ValueError, match=r"both sides of 64 tokens.*at most 4, or at least 124"):
+    with pytest.raises(ValueError, match=r"cross 64 tokens.*at most 4, or at least 124"):
         harness.generate_until([across])
 
 
 def test_frequencies_that_depend_on_the_texts_before_are_refused():
     loaded = rope_model(load(TINY).tokenizer, rope_type="dynamic", factor=4.0)
-    with pytest.raises(ValueError, match="depend on their order: give it fixed ones"):
+    with pytest.raises(ValueError, match="depend on the order of inputs: set fixed frequencies"):
         loaded.check_room(10, 10)
     assert rope_model(load(TINY).tokenizer, rope_type="default").short_window is None
 

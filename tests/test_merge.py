@@ -209,7 +209,7 @@ def change_weights(file, name, factor=2.0):
 def test_verify_repeats_the_proof(merged_once):
     said = []
     verify(merged_once / "merged", report=said.append)
-    assert "2 tensors changed, all others the base model's" in said[0]
+    assert "2 tensors merged, all others equal the base model's" in said[0]
     assert seen_texts(merged_once / "merged") == {"0123456789abcdef"}
 
 
@@ -221,12 +221,12 @@ def test_verify_finds_a_changed_tensor(merged_once, tmp_path, name, forged):
     shutil.copytree(merged_once / "merged", tmp_path / "merged")
     weights = tmp_path / "merged/model.safetensors"
     change_weights(weights, name)
-    message = r"model\.safetensors: is not the file that was written"
+    message = r"model\.safetensors: differs from the file that was written"
     if forged:  # the record as well
         record = json.loads((tmp_path / "merged" / RECORD).read_text())
         record["files"][weights.name] = file_hash(weights)
         (tmp_path / "merged" / RECORD).write_text(json.dumps(record))
-        message = f"{re.escape(name)} is not what merging makes"
+        message = f"{re.escape(name)} differs from a merge into"
     with pytest.raises(ValueError, match=message):
         verify(tmp_path / "merged", report=lambda _: None)
 
@@ -236,7 +236,7 @@ def test_a_merged_folder_is_scored_as_its_method_on_its_base(merged_once, tmp_pa
     assert (loaded.method, loaded.base) == ("SEAL-H", str(merged_once / "base"))
     shutil.copytree(merged_once / "merged", tmp_path / "merged")
     (tmp_path / "merged" / RECORD).write_text("{}")
-    with pytest.raises(ValueError, match="does not say what was merged"):
+    with pytest.raises(ValueError, match="must record base and method"):
         load(tmp_path / "merged")
 
 
@@ -247,16 +247,16 @@ def test_verify_knows_what_was_merged(merged_once, tmp_path):
     change_weights(
         tmp_path / "adapter/adapter_model.safetensors", "base_model.model.model.layers.0.self_attn.o_proj.seal_scale"
     )
-    with pytest.raises(ValueError, match=r"adapter: its weights are not there, or not those that were merged"):
+    with pytest.raises(ValueError, match=r"adapter: its weights are missing or changed since the merge"):
         verify(tmp_path / "merged", tmp_path / "adapter")
     (tmp_path / "merged/generation_config.json").unlink()
-    with pytest.raises(ValueError, match=r"generation_config\.json: is not the file that was written"):
+    with pytest.raises(ValueError, match=r"generation_config\.json: differs from the file that was written"):
         verify(tmp_path / "merged")
     for content in (None, "{", "[]"):
         (tmp_path / "merged" / RECORD).unlink(missing_ok=True)
         if content:
             (tmp_path / "merged" / RECORD).write_text(content)
-        with pytest.raises(ValueError, match=r"holds no seal_merge\.json as `merge` writes it"):
+        with pytest.raises(ValueError, match=r"has no valid seal_merge\.json as `merge` writes it"):
             verify(tmp_path / "merged")
 
 

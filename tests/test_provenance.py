@@ -86,7 +86,7 @@ def test_a_bad_row_is_named_by_its_line(bad, message, tmp_path):
 def test_files_that_hold_no_samples(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_bytes(b"\n")
-    with pytest.raises(ValueError, match="holds no samples"):
+    with pytest.raises(ValueError, match="has no samples"):
         provenance.record([{"path": str(file)}])
     file.write_bytes(b'{"a": "\xff"}\n')
     with pytest.raises(ValueError, match="not UTF-8 text"):

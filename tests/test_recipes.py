@@ -17,7 +17,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from axolotl_plugins.seal.args import SealArgs
-from axolotl_plugins.seal.plugin import check_recipe
+from axolotl_plugins.seal.validation import check_recipe
 from data_gen.dataset import Request, generate
 from eval.__main__ import app as eval_app
 from recipes.__main__ import app, count_parameters, recipe_for

@@ -128,7 +128,7 @@ def test_without_the_plugin_loading_fails(tmp_path):
     [
         ("Llama", {"rope_parameters": {**ROPE, "group_size": 0}}, "group_size: found 0"),
         ("Llama", {"rope_parameters": {**ROPE, "neighbor_window": "1024"}}, "neighbor_window: found '1024'"),
-        ("Mistral", {"sliding_window": 64}, "slides already"),
+        ("Mistral", {"sliding_window": 64}, "has sliding-window attention"),
     ],
 )
 def test_settings_without_meaning_are_refused(family, changes, message):

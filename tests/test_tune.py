@@ -69,7 +69,7 @@ def test_what_cannot_be_tuned_is_an_error(chats):
     with pytest.raises(ValueError, match="no trainable parameters"):
         tune(loaded, samples, tokenizer, lr=1e-2)
     model = get_peft_model(load(TINY).model, SealConfig())
-    with pytest.raises(FloatingPointError, match="lower the rate"):
+    with pytest.raises(FloatingPointError, match="lower lr"):
         tune(model, samples, tokenizer, lr=1e37)
 
 
@@ -81,7 +81,7 @@ def test_what_cannot_be_tuned_is_an_error(chats):
         (None, {"lr": float("inf")}, "lr: found inf"),
         (None, {"lr": 0.0}, "lr: found 0.0"),
         (["one text"], {}, "found 'one text', expected a list of turns"),
-        ([[{"role": "user", "content": "a"}]], {}, "expected a list of turns, a question and its answer"),
+        ([[{"role": "user", "content": "a"}]], {}, "expected a list of turns that ends with an answer"),
         ([[{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]], {}, "is empty"),
         ([[{"role": "user", "content": "a"}, {"role": "assistant"}]], {}, "is empty"),
     ],

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
 from miniatures import COMMON, MINIATURES, build, token_ids
+from paths import ROOT
 from peft import IA3Config, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from axolotl_plugins.seal import SealConfig, SealLayer, find_attention_outputs
+from axolotl_plugins.seal.args import parse_block
 
 GRAINS = ("head", "channel")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -170,10 +173,64 @@ def test_several_adapters(grain):
     assert list(model.peft_config) == ["default"]
 
 
-def test_layers_restricts_the_scales():
-    model = wrap(layers=[1])
-    assert [name for name in scales(model) if ".0." in name] == []
-    assert len(scales(model)) == 1
+ONE_LAYER = ["base_model.model.model.layers.1.self_attn.o_proj.seal_scale.default"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layers_to_transform": [1]},
+        {"layers_to_transform": 1},
+        {"layers": [1]},
+        {"target_modules": r".*\.1\.self_attn\.o_proj"},
+        {"target_modules": ["layers.1.self_attn.o_proj"]},
+        {"exclude_modules": ["layers.0.self_attn.o_proj"]},
+        {"target_modules": r".*\.o_proj", "exclude_modules": r".*\.0\..*"},
+    ],
+)
+def test_fields_that_select_one_layer(fields, tmp_path):
+    model = wrap(**fields)
+    assert list(scales(model)) == ONE_LAYER
+    randomise(model)
+    tuned = logits(model)
+    assert (tuned - logits(build("llama_mha"))).abs().max() > 1e-2
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert "layers" not in saved and saved["layers_to_transform"] in ([1], None)
+    loaded = PeftModel.from_pretrained(build("llama_mha"), tmp_path)
+    assert list(scales(loaded)) == ONE_LAYER and torch.equal(logits(loaded), tuned)
+
+
+def test_layers_of_a_model_without_a_head_are_selected():
+    model = get_peft_model(build("llama_mha").model, SealConfig(layers_to_transform=[1]))
+    assert list(scales(model)) == [ONE_LAYER[0].replace("model.model.", "model.")]
+
+
+@pytest.mark.parametrize("layers", [[1], None])
+def test_an_adapter_in_the_former_format_is_loaded(layers, tmp_path):
+    """Written as version 0.1 did: ``layers``, and neither ``layers_to_transform`` nor ``exclude_modules``."""
+    config = {
+        "auto_mapping": None, "base_model_name_or_path": "some/base", "granularity": "head", "inference_mode": True,
+        "layers": layers, "num_heads": 4, "peft_type": "SEAL", "peft_version": "0.20.0", "revision": None,
+        "target_modules": ["self_attn.o_proj"], "task_type": "CAUSAL_LM",
+    }  # fmt: skip
+    names = [f"base_model.model.model.layers.{index}.self_attn.o_proj.seal_scale" for index in layers or [0, 1]]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({name: torch.tensor([0.5, 1.5, 0.0, 2.0]) for name in names}, tmp_path / "adapter_model.safetensors")
+    model = PeftModel.from_pretrained(build("llama_mha"), tmp_path)
+    assert model.peft_config["default"].layers_to_transform == layers
+    assert [name.removesuffix(".default") for name in scales(model)] == names
+    assert all(scale.tolist() == [0.5, 1.5, 0.0, 2.0] for scale in scales(model).values())
+    model.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again/adapter_config.json").read_text())
+    assert again["layers_to_transform"] == layers and "layers" not in again
+
+
+def test_recipes_in_the_former_format_are_read():
+    block = parse_block({"granularity": "head", "layers": [1]})
+    assert SealConfig(**block.adapter_settings()).layers_to_transform == [1]
+    assert parse_block({"layers_to_transform": 1}).layers_to_transform == [1]
+    assert parse_block({"target_modules": ".*o_proj"}).adapter_settings()["target_modules"] == ".*o_proj"
 
 
 def test_longchat_parameter_counts():
@@ -191,12 +248,19 @@ def test_longchat_parameter_counts():
     ("config", "message"),
     [
         ({"granularity": "heads"}, "expected 'head'"),
-        ({"target_modules": "o_proj"}, "expected a list"),
-        ({"layers": []}, "non-empty list"),
-        ({"layers": [-1]}, "indices from 0"),
-        ({"layers": [7]}, "layers 0 to 1"),
+        ({"target_modules": "o_proj"}, "no module matches target_modules o_proj in the model"),  # not the full name
+        ({"target_modules": "("}, "target_modules: '\\(' is not a regular expression"),
+        ({"exclude_modules": 3}, "exclude_modules: found 3, expected a list"),
+        ({"exclude_modules": ["o_proj"]}, r"outside exclude_modules \['o_proj'\] in the model"),
+        ({"layers_to_transform": []}, "non-empty list"),
+        ({"layers_to_transform": [-1]}, "indices from 0"),
+        ({"layers_to_transform": True}, "found True"),
+        ({"layers_to_transform": [7]}, "layers 0 to 1"),
+        ({"layers": [7]}, r"layers \[7\]"),
+        ({"layers": [1], "layers_to_transform": [1]}, "former name of layers_to_transform"),
+        ({"layers_to_transform": [1], "target_modules": ".*o_proj"}, "no effect on a regular expression"),
         ({"target_modules": ["self_attn.wo"]}, "attention outputs are \\['self_attn.o_proj'\\]"),
-        ({"num_heads": 5}, "5 heads do not divide"),
+        ({"num_heads": 5}, "not divisible by 5 heads"),
     ],
 )
 def test_bad_configs_say_what_is_wrong(config, message):
@@ -219,6 +283,61 @@ def test_unknown_architecture_lists_candidates():
         find_attention_outputs(Strange())
 
 
-def test_the_package_needs_no_axolotl():
-    code = "import sys; sys.modules['axolotl'] = None; from axolotl_plugins.seal import SealConfig; SealConfig()"
-    subprocess.run([sys.executable, "-c", code], check=True)
+ONLY_DEPENDENCIES = '''
+import sys
+
+BLOCKED = {"axolotl", "lm_eval", "matplotlib", "datasets", "typer", "rich", "data_gen", "eval", "recipes", "pydantic"}
+
+
+class Finder:
+    """A finder of sys.meta_path that does not find the blocked packages."""
+
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in BLOCKED else self.finder.find_spec(name, path, target)
+
+
+sys.meta_path[:] = map(Finder, sys.meta_path)
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from axolotl_plugins.seal import SealConfig
+
+
+def base():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                        num_attention_heads=4)).eval()
+
+
+ids = torch.arange(24)[None]
+model = get_peft_model(base(), SealConfig(granularity="head"))
+before = model(ids).logits
+for name, parameter in model.named_parameters():
+    if "seal_scale" in name:
+        parameter.data.fill_(0.5)
+tuned = model(ids).logits
+assert not torch.equal(tuned, before)
+model.save_pretrained(sys.argv[1])
+assert torch.equal(PeftModel.from_pretrained(base(), sys.argv[1])(ids).logits, tuned)
+assert not BLOCKED & {name.partition(".")[0] for name in sys.modules}
+try:
+    from axolotl_plugins.seal import SealPlugin
+except ModuleNotFoundError as error:
+    print("missing", error.name)
+'''
+
+
+def test_the_tuner_needs_torch_transformers_peft_and_safetensors_only(tmp_path):
+    """Wrap, run, save and load where none of the other dependencies can be imported."""
+    command = [sys.executable, "-c", ONLY_DEPENDENCIES, str(tmp_path / "adapter")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split()[-2:] == ["missing", "axolotl"]
+    assert (tmp_path / "adapter/adapter_model.safetensors").is_file()

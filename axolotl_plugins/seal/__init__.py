@@ -1,6 +1,7 @@
 """SEAL as a PEFT tuner: ``get_peft_model(model, SealConfig(granularity="head"))``.
 
-Importing this package registers the tuner with PEFT; Axolotl is needed only by ``SealPlugin``.
+Importing this package registers the tuner with PEFT and needs PyTorch, Transformers, PEFT and safetensors only;
+``SealPlugin`` needs Axolotl.
 """
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -17,7 +18,7 @@ if peft_type() not in PEFT_TYPE_TO_CONFIG_MAPPING:
 
 
 def __getattr__(name: str) -> object:
-    """``SealPlugin``, imported on demand because it needs Axolotl."""
+    """Return ``SealPlugin``, imported on access because it needs Axolotl."""
     if name == "SealPlugin":
         from .plugin import SealPlugin
 

@@ -1,4 +1,4 @@
-"""``python -m axolotl_plugins.seal``: what one does with an adapter after training."""
+"""``python -m axolotl_plugins.seal``: merge, verify, export and publish adapters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 @app.callback()
 def main() -> None:
-    """SEAL adapters: merge them, and see what a recipe can say."""
+    """Merge, verify, export and publish SEAL adapters, and list the settings of a recipe."""
 
 
 @app.command(
@@ -27,15 +27,15 @@ def merge(
     out: Annotated[Path, typer.Argument(help="Model folder to write.")],
     into: Annotated[
         Literal["auto", "o_proj", "v_proj"],
-        typer.Option(help="o_proj fits any model; v_proj only those without grouped queries; auto prefers v_proj."),
+        typer.Option(help="o_proj: any model; v_proj: no grouped-query attention; auto: v_proj if possible."),
     ] = "auto",
 ) -> None:
     """Fold an adapter's scales into its base model's weights, so that inference costs nothing."""
     quiet_libraries()
-    from .merge import merge as fold
+    from .merge import merge as write_merged
 
     try:
-        fold(adapter, out, into)
+        write_merged(adapter, out, into)
     except (ValueError, OSError, SafetensorError) as error:
         stop("merge", error)
 
@@ -43,14 +43,14 @@ def merge(
 @app.command(epilog="Example: python -m axolotl_plugins.seal verify outputs/smollm2_line_sealc_merged")
 def verify(
     folder: Annotated[Path, typer.Argument(help="Folder that `merge` wrote.")],
-    adapter: Annotated[Path | None, typer.Option(help="Where the adapter is now, if it was moved.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="New path of the adapter, if it was moved.")] = None,
 ) -> None:
-    """Repeat the proof of a merge: the files are untouched, only scaled tensors differ, and logits agree."""
+    """Verify a merged folder: files unchanged, only scaled tensors differ from the base model, and logits agree."""
     quiet_libraries()
-    from .merge import verify as repeat
+    from .merge import verify as verify_merge
 
     try:
-        repeat(folder, adapter)
+        verify_merge(folder, adapter)
     except (ValueError, OSError, SafetensorError) as error:
         stop("verify", error)
 
@@ -60,7 +60,7 @@ def export(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
     out: Annotated[Path, typer.Argument(help="Adapter folder to write.")],
 ) -> None:
-    """Write the scales as a stock PEFT IA3 adapter, for programs that know PEFT but not SEAL."""
+    """Write the scales as a stock PEFT IA3 adapter, for programs without this package."""
     quiet_libraries()
     from .export import export_ia3
 
@@ -76,11 +76,11 @@ def export(
 )
 def push(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
-    repository: Annotated[str | None, typer.Argument(help="Hub id; left out, the card is written and no more.")] = None,
+    repository: Annotated[str | None, typer.Argument(help="Hub id; without it, only the card is written.")] = None,
     results: Annotated[Path, typer.Option(help="Folder with results of `python -m eval run`.")] = Path("results"),
     private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
 ) -> None:
-    """Write a model card (method, data, scores beside the paper's) into an adapter's folder, and upload it."""
+    """Write a model card (method, data, scores and the paper's) into an adapter's folder, and upload the folder."""
     quiet_libraries()
     from data_gen.io import write_text
 
@@ -99,7 +99,7 @@ def push(
 
 @app.command()
 def settings() -> None:
-    """List what the `seal:` block of a recipe can say."""
+    """List the settings of the `seal:` block of a recipe."""
     from .args import DataArgs, SealBlock
 
     for prefix, block in (("seal", SealBlock), ("seal.data", DataArgs)):

@@ -1,4 +1,4 @@
-"""What of a step tuning needs: logits of answers alone, and gradients no lower than the lowest scale."""
+"""Logits for answer tokens only; backprop stops at the lowest scaled layer."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-IGNORED = -100  # label of tokens that are not learned
+IGNORED = -100  # label of tokens without a loss
 
 
 def next_labels(labels: torch.Tensor) -> torch.Tensor:
-    """The label of the token after each; that after the last is not learned.
+    """Shift labels to the left by one token; the last position is ignored.
 
     Args:
-        labels: shape (B, T), -100 where a token is not learned.
+        labels: shape (B, T), -100 where a token has no loss.
+
+    Returns:
+        Shape (B, T): at each position the label of the next token.
 
     Raises:
         ValueError: no token has a label.
@@ -23,27 +26,27 @@ def next_labels(labels: torch.Tensor) -> torch.Tensor:
     shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     if not (shifted != IGNORED).any():
         raise ValueError(
-            "a sample has no answer to learn from: its last turn is empty, or `roles_to_train` or `train_on_inputs` "
-            "leaves nothing over"
+            "a sample has no token to train on: its last turn is empty, or `roles_to_train` or `train_on_inputs` "
+            "masks every token"
         )
     return shifted
 
 
 def answers_only(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Ask a causal language model for the logits that its loss needs and no others.
+    """Restrict a causal language model's logits to the positions that its loss needs.
 
-    At T tokens and a vocabulary of V all logits take T x V float32 numbers, those of an answer a thousandth of that.
+    All logits of T tokens and a vocabulary of V take T x V float32 values, those of an answer about a thousandth of it.
 
     Args:
-        inputs: ``labels`` of shape (B, T), -100 where a token is not learned, or ``shift_labels``, those of the tokens
-            after each; and whatever else the model takes.
+        inputs: keyword arguments of the model, with ``labels`` of shape (B, T), -100 where a token has no loss, or
+            ``shift_labels``, see ``next_labels``.
 
     Returns:
-        The same with ``logits_to_keep`` (positions that predict a token with a label in any row; one where there is
-        none, for a model has to compute something) and ``shift_labels`` of these, which Transformers' losses know.
+        The inputs with ``logits_to_keep`` (positions that predict a labelled token in any row; one position if there is
+        none, because models need at least one) and their ``shift_labels``, an argument of Transformers' losses.
 
     Raises:
-        ValueError: there are ``labels`` alone, and no token has one.
+        ValueError: there are only ``labels``, and no token has a label.
     """
     shifted = inputs["shift_labels"] if "shift_labels" in inputs else next_labels(inputs["labels"])
     keep = (shifted != IGNORED).any(0).nonzero()[:, 0]
@@ -53,11 +56,11 @@ def answers_only(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def no_embedding_gradients(model: PreTrainedModel) -> None:
-    """Let gradients end at the lowest module that is trained; nothing changes where embeddings are.
+    """Stop backprop at the lowest trainable module by detaching the embeddings' output, unless they are trained.
 
-    Transformers, PEFT and Axolotl each ask for gradients of the embeddings, without which reentrant checkpointing, in
-    which a layer has gradients only if its input has, would give none; call this for any other training, and after
-    them, for hooks run in the order in which they were added.
+    Transformers, PEFT and Axolotl each make that output require gradients, which only reentrant checkpointing needs: it
+    gives a layer gradients only if its input requires them. Call this for any other training, after those libraries,
+    because hooks run in the order of registration.
     """
     embeddings = model.get_input_embeddings()
     if not any(parameter.requires_grad for parameter in embeddings.parameters()):

@@ -1,32 +1,34 @@
-"""The ``seal:`` block of an Axolotl recipe. A key that is not here is an error."""
+"""Schema of the ``seal:`` block of an Axolotl recipe; unknown keys are errors."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .config import Granularity
 
 
 class DataArgs(BaseModel):
-    """What to write into the recipe's dataset file when it is missing; see ``data_gen.dataset.Request``."""
+    """What to generate into the recipe's dataset file if it does not exist; see ``data_gen.dataset.Request``."""
 
     model_config = ConfigDict(extra="forbid")
 
     task: str = Field(description="A task of `python -m data_gen`, such as `line`.")
-    tokens: int | str | None = Field(default=None, description='Longest sample: N, or "N:M" to draw it from a range.')
-    lines: int | None = Field(default=None, description="Lines of a record, instead of tokens.")
+    tokens: int | str | None = Field(
+        default=None, description='Longest sample in tokens: N, or "N:M" to draw it uniformly from a range.'
+    )
+    lines: int | None = Field(default=None, description="Lines of a record, instead of `tokens`.")
     samples: int = Field(default=50, description="Number of samples; the paper uses 50.")
-    seed: int = Field(default=0, description="Seed of the data; that of the training is the recipe's own `seed`.")
+    seed: int = Field(default=0, description="Seed of the data; the recipe's own `seed` is that of training.")
     haystack: str | None = Field(default=None, description="niah: folder of text files, `essays` (hub) or `prose`.")
-    needles: str | None = Field(default=None, description="niah: training needles; left out, the paper's ten.")
+    needles: str | None = Field(default=None, description="niah: file of training needles; default: the paper's ten.")
     data: str | None = Field(default=None, description="longbench: a local file instead of the hub's.")
 
 
-def as_list(data: Any) -> Any:
-    """One description stands for a list of one."""
-    return [data] if isinstance(data, dict) else data
+def as_list(value: Any) -> Any:
+    """Return a single description or index as a list of length one."""
+    return [value] if isinstance(value, dict) or type(value) is int else value
 
 
 class SealBlock(BaseModel):
@@ -34,34 +36,59 @@ class SealBlock(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    granularity: Granularity | None = Field(default=None, description="`head` (SEAL-H) or `channel` (SEAL-C).")
-    target_modules: list[str] | None = Field(default=None, description="Attention outputs; left out, they are found.")
-    layers: list[int] | None = Field(default=None, description="Decoder layers to scale; left out, all of them.")
-    num_heads: int | None = Field(default=None, description="Query heads per layer; left out, the model's config says.")
-    context_parallel: int = Field(default=1, ge=1, description="Processes that share a sample, each a part of it.")
-    data: Annotated[list[DataArgs], BeforeValidator(as_list)] | None = Field(
-        default=None, description="Makes the dataset file when it is missing; a list: one entry for each file."
+    granularity: Granularity | None = Field(
+        default=None, description="`head` (SEAL-H) or `channel` (SEAL-C); required with `adapter: seal`."
     )
+    target_modules: list[str] | str | None = Field(
+        default=None, description="Attention output projections: name suffixes or one regular expression; "
+        "default: detected.",
+    )  # fmt: skip
+    exclude_modules: list[str] | str | None = Field(
+        default=None, description="Modules not to scale: name suffixes or one regular expression."
+    )
+    layers_to_transform: Annotated[list[int], BeforeValidator(as_list)] | None = Field(
+        default=None, description="Decoder layers to scale, as indices from 0; default: all. Former name: `layers`."
+    )
+    num_heads: int | None = Field(default=None, description="Query heads per layer; default: from the model's config.")
+    context_parallel: int = Field(default=1, ge=1, description="Processes that share each sample, a part of it each.")
+    data: Annotated[list[DataArgs], BeforeValidator(as_list)] | None = Field(
+        default=None, description="Data to generate if the dataset file does not exist; a list has an entry per file."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def rename_layers(cls, block: Any) -> Any:
+        """Accept ``layers``, the former name of ``layers_to_transform``; both together are an unknown key."""
+        if isinstance(block, dict) and "layers" in block and "layers_to_transform" not in block:
+            return {"layers_to_transform" if key == "layers" else key: value for key, value in block.items()}
+        return block
+
+    def adapter_settings(self) -> dict[str, Any]:
+        """Return the block's part of the keyword arguments of ``SealConfig``."""
+        return self.model_dump(exclude={"context_parallel", "data"})
 
 
 class SealArgs(BaseModel):
-    """What the plugin adds to Axolotl's schema."""
+    """Keys that the plugin adds to Axolotl's schema."""
 
     seal: SealBlock | None = Field(default=None, description="SEAL: learnable scales on attention outputs.")
 
 
 def parse_block(block: Any) -> SealBlock:
-    """The recipe's ``seal:`` block, checked.
+    """Validate a recipe's ``seal:`` block.
 
     Raises:
-        ValueError: a key or value in it has no meaning; the message is one line.
+        ValueError: a key is unknown or a value invalid; the message is one line.
     """
     try:
         return SealArgs(seal=block).seal or SealBlock()
-    except ValidationError as error:
-        found = error.errors()[0]
+    except ValidationError as validation_error:
+        error = validation_error.errors()[0]
         single = isinstance(block, dict) and isinstance(block.get("data"), dict)
-        place = ".".join(str(part) for part in found["loc"] if not (single and part == 0))
-        if found["type"] == "extra_forbidden":
-            raise ValueError(f"{place}: no such setting; see `python -m axolotl_plugins.seal settings`") from error
-        raise ValueError(f"{place}: found {found['input']!r}: {found['msg']}") from error
+        # Without the index of a single description, and without pydantic's names of a union's types.
+        key = ".".join(
+            str(part) for part in error["loc"] if part not in ("str", "list[str]") and not (single and part == 0)
+        )
+        if error["type"] == "extra_forbidden":
+            raise ValueError(f"{key}: no such setting; see `python -m axolotl_plugins.seal settings`") from None
+        raise ValueError(f"{key}: found {error['input']!r}: {error['msg']}") from None

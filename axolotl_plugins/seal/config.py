@@ -1,9 +1,10 @@
-"""What a SEAL adapter is: which attention outputs it scales, and how finely."""
+"""Configuration of a SEAL adapter: which attention outputs to scale, per head or per channel."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+import re
+from dataclasses import InitVar, dataclass, field
+from typing import Any, Literal, get_args
 
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
@@ -12,7 +13,7 @@ Granularity = Literal["head", "channel"]
 
 
 def peft_type() -> PeftType:
-    """The member ``SEAL`` of PEFT's enumeration of methods, added on first use (PEFT offers no way to add one)."""
+    """Return ``PeftType.SEAL``, adding it to the enumeration on first use (PEFT has no public way to do so)."""
     if "SEAL" not in PeftType.__members__:
         member = str.__new__(PeftType, "SEAL")
         member._name_, member._value_ = "SEAL", "SEAL"
@@ -23,39 +24,86 @@ def peft_type() -> PeftType:
     return PeftType("SEAL")
 
 
+def check_names(field_name: str, names: object) -> str | list[str] | None:
+    """Return module names with lists sorted.
+
+    Raises:
+        ValueError: ``names`` is neither a regular expression, a list of strings, nor None.
+    """
+    if names is None:
+        return None
+    if isinstance(names, str):
+        try:
+            re.compile(names)
+        except re.error as error:
+            raise ValueError(f"{field_name}: {names!r} is not a regular expression ({error})") from None
+        return names
+    if not isinstance(names, list | tuple | set) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{field_name}: found {names!r}, expected a list of module names or a regular expression")
+    return sorted(names)
+
+
 @dataclass
 class SealConfig(PeftConfig):
     """Configuration of SEAL (arXiv 2501.15225, section 4.2).
 
     Attributes:
-        granularity: ``"head"`` learns one scalar per query head (SEAL-H), ``"channel"`` one per channel of the
+        granularity: ``"head"`` trains one scale per query head (SEAL-H), ``"channel"`` one per channel of the
             concatenated heads (SEAL-C).
-        target_modules: name endings of the attention output projections, whose *input* is scaled; ``None`` finds them.
-        layers: indices of the decoder layers to scale; ``None`` means all.
+        target_modules: attention output projections whose *input* is scaled: a list of name suffixes, or a regular
+            expression for the full name; ``None`` detects them.
+        exclude_modules: modules not to scale, in the same two forms.
+        layers_to_transform: index or indices of the decoder layers to scale; ``None`` means all. Not with a regular
+            expression as ``target_modules``, which can select layers itself.
         num_heads: query heads per layer; ``None`` reads it from the model's config.
+        layers: former name of ``layers_to_transform``, as in adapters saved by earlier versions; never saved.
 
     Raises:
-        ValueError: a field has no meaning.
+        ValueError: a field is invalid.
     """
 
     granularity: Granularity = field(default="channel", metadata={"help": "`head` (SEAL-H) or `channel` (SEAL-C)."})
-    target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Name endings of the attention output projections; None finds them."}
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Attention output projections: name suffixes or a regular expression; None detects them."},
     )
-    layers: list[int] | None = field(default=None, metadata={"help": "Decoder layers to scale; None means all."})
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules not to scale: name suffixes or a regular expression."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Decoder layers to scale; None means all."}
+    )
     num_heads: int | None = field(default=None, metadata={"help": "Query heads per layer; None reads the config."})
+    layers: InitVar[list[int] | None] = None
 
-    def __post_init__(self) -> None:
-        """Check the fields and normalise their types."""
+    def __post_init__(self, layers: list[int] | None) -> None:
+        """Validate the fields and normalise their types."""
         super().__post_init__()
         self.peft_type = peft_type()
         if self.granularity not in get_args(Granularity):
             raise ValueError(f"granularity: found {self.granularity!r}, expected 'head' (SEAL-H) or 'channel' (SEAL-C)")
+        self.target_modules = check_names("target_modules", self.target_modules)
+        self.exclude_modules = check_names("exclude_modules", self.exclude_modules)
+        if layers is not None:
+            if self.layers_to_transform is not None:
+                raise ValueError("layers is the former name of layers_to_transform: set only layers_to_transform")
+            self.layers_to_transform = layers
+        if self.layers_to_transform is not None:
+            self._normalise_layers()
+
+    def _normalise_layers(self) -> None:
+        """Validate ``layers_to_transform`` and make it a sorted list."""
+        indices: Any = self.layers_to_transform
+        if not isinstance(indices, list | tuple | set):
+            indices = [indices]
+        if not indices or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in indices):
+            raise ValueError(
+                f"layers_to_transform: found {self.layers_to_transform!r}, expected an index, or a non-empty list of "
+                "indices from 0, or None"
+            )
         if isinstance(self.target_modules, str):
-            raise ValueError(f"target_modules: found the string {self.target_modules!r}, expected a list of names")
-        if self.target_modules is not None:
-            self.target_modules = sorted(self.target_modules)
-        if self.layers is not None:
-            if not self.layers or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in self.layers):
-                raise ValueError(f"layers: found {self.layers!r}, expected a non-empty list of indices from 0, or None")
-            self.layers = sorted(set(self.layers))
+            raise ValueError(
+                "layers_to_transform: has no effect on a regular expression in target_modules: select the layers in "
+                "the expression, or give target_modules as a list"
+            )
+        self.layers_to_transform = sorted(set(indices))

@@ -1,4 +1,4 @@
-"""A SEAL adapter as a stock PEFT adapter, for programs that have never heard of SEAL."""
+"""Export of a SEAL adapter as a stock PEFT adapter, for programs without this package."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def export_ia3(adapter: Path, out: Path) -> None:
     """Write the scales as an IA3 adapter, whose feed-forward form scales a projection's input as SEAL-C does.
 
     Args:
-        adapter: folder of a SEAL adapter; scales of heads are repeated over their channels.
-        out: the folder to write; must not exist.
+        adapter: folder of a SEAL adapter; the scale of a head is repeated over its channels.
+        out: folder to write; must not exist.
 
     Raises:
-        ValueError: the folder is not a SEAL adapter, or ``out`` exists.
+        ValueError: ``adapter`` is not a SEAL adapter, or ``out`` exists.
     """
-    saved_scales(adapter)  # raises where the folder is not what it should be
+    saved_scales(adapter)  # raises if the folder is not a SEAL adapter
     check_output(out, folder=True)
     config = SealConfig.from_pretrained(str(adapter))
     tensors = {}
@@ -35,18 +35,18 @@ def export_ia3(adapter: Path, out: Path) -> None:
             scale = scale.repeat_interleave(head_dim(config))
         tensors[name.removesuffix("seal_scale") + "ia3_l"] = scale.reshape(1, -1).to(torch.float32).contiguous()
     modules = [name.removeprefix("base_model.model.").removesuffix(".ia3_l") for name in tensors]
-    stock = IA3Config(
+    ia3_config = IA3Config(
         base_model_name_or_path=config.base_model_name_or_path, task_type="CAUSAL_LM", inference_mode=True,
         target_modules=modules, feedforward_modules=modules,
     )  # fmt: skip
     with written_whole(out) as partial:
         partial.mkdir()
-        stock.save_pretrained(str(partial))
+        ia3_config.save_pretrained(str(partial))
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         provenance.copy(adapter, partial)
 
 
 def head_dim(config: SealConfig) -> int:
-    """Channels per head of the adapter's base model, from its config."""
-    base = AutoConfig.from_pretrained(config.base_model_name_or_path).get_text_config()
-    return getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
+    """Return the channels per head of the adapter's base model, from its config."""
+    base_config = AutoConfig.from_pretrained(config.base_model_name_or_path).get_text_config()
+    return getattr(base_config, "head_dim", None) or base_config.hidden_size // base_config.num_attention_heads

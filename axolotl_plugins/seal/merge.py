@@ -1,4 +1,4 @@
-"""Folding scales into a model's weights, and proving that nothing else changed (paper section 4.3, Figure 3b)."""
+"""Merge scales into a model's weights, and verify that nothing else changes (paper section 4.3, Figure 3b)."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from .layer import SealLayer, scale_columns
 from .model_loading import RECORD, LoadedModel, check_name, is_adapter, load
 
 Into = Literal["auto", "o_proj", "v_proj"]
-# Of any logit by a merge. Where float32 itself rounds by more, float64 tells rounding from a wrong merge.
+# Tolerance of a merge. Where float32 rounds by more, float64 distinguishes rounding from a wrong merge.
 MAX_LOGIT_DIFFERENCE = 1e-4
 
 
 def value_rows(parent: nn.Module, num_heads: int, head_dim: int) -> tuple[str, torch.Tensor]:
-    """Which output rows of an attention module's projections hold its values.
+    """Find the output rows of an attention module's projections that compute its values.
 
     Args:
-        parent: the module that owns the attention output projection.
+        parent: the module that contains the attention output projection.
         num_heads: H, query heads.
         head_dim: D, channels of one head.
 
@@ -38,7 +38,7 @@ def value_rows(parent: nn.Module, num_heads: int, head_dim: int) -> tuple[str, t
         order of the concatenated heads.
 
     Raises:
-        ValueError: there are fewer value heads than query heads, or the layout is not known.
+        ValueError: there are fewer value heads than query heads, or the layout is unknown.
     """
     size = num_heads * head_dim
     for name in ("v_proj", "qkv_proj", "query_key_value", "c_attn"):
@@ -56,23 +56,23 @@ def value_rows(parent: nn.Module, num_heads: int, head_dim: int) -> tuple[str, t
         if name == "query_key_value":  # GPT-NeoX: for each head its query, key and value
             return name, torch.arange(3 * size).view(num_heads, 3, head_dim)[:, 2].flatten()
         return name, torch.arange(rows - size, rows)
-    raise ValueError(f"{type(parent).__name__} has no value projection that is known: merge into o_proj")
+    raise ValueError(f"{type(parent).__name__} has no known value projection: merge into o_proj")
 
 
 def merged_tensors(model: nn.Module, into: Into) -> dict[str, torch.Tensor]:
-    """The tensors that a merge changes, with their new values.
+    """Compute the tensors that a merge changes.
 
     Args:
-        model: wrapped by SEAL, active adapters applied, not merged.
+        model: wrapped by SEAL, with active adapters, not merged.
         into: ``o_proj`` scales the columns of attention output projections; ``v_proj`` the value rows and biases;
-            ``auto`` takes ``v_proj`` where every value head serves one query head, else ``o_proj``, as the paper does.
+            ``auto`` takes ``v_proj`` without grouped-query attention, else ``o_proj``, as the paper does.
 
     Returns:
-        Name in the unwrapped model -> new tensor, in the dtype of the old one; products are formed in float32 or, if
-        that is wider, in that dtype.
+        Parameter name -> new tensor, in the dtype of the old one; products are computed in float32 or, if that is
+        wider, in that dtype.
 
     Raises:
-        ValueError: ``into`` does not fit the architecture.
+        ValueError: the architecture does not allow ``into``.
     """
     if into == "auto":
         try:
@@ -104,18 +104,18 @@ def merged_tensors(model: nn.Module, into: Into) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def last_logits(model: nn.Module, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Logits at every position of each prompt, of shape (T, vocabulary), on the CPU."""
+    """Compute the logits at every position of each prompt, shape (T, V), on the CPU."""
     device = next(model.parameters()).device
     return [model(input_ids=ids[None].to(device)).logits[0].cpu() for ids in prompts]
 
 
-def difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
-    """Greatest absolute difference over all prompts, positions and tokens."""
-    return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+def difference(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
+    """Return the maximum absolute difference over all prompts, positions and tokens."""
+    return max((a - b).abs().max().item() for a, b in zip(left, right, strict=True))
 
 
 def write_older_rope_keys(folder: Path) -> None:
-    """Add ``rope_theta``, ``rope_scaling`` and LongRoPE's boundary to a config.json, for engines on Transformers 4."""
+    """Add ``rope_theta``, ``rope_scaling`` and LongRoPE's original window to config.json, for Transformers 4."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     rope = config.get("rope_parameters")
@@ -129,54 +129,54 @@ def write_older_rope_keys(folder: Path) -> None:
 
 
 def prompts_for(loaded: LoadedModel) -> list[torch.Tensor]:
-    """Token ids of two line retrieval prompts with their answers, int64 of shape (T,): 16 lines, or what fits.
+    """Return token ids of two line retrieval prompts with answers, int64 of shape (T,): 16 lines, or what fits.
 
     Raises:
-        ValueError: the model's window is too short for one line.
+        ValueError: the model's context window is too short for one line.
     """
     from data_gen.dataset import Request, generate
 
     for lines in (16, 8, 4, 2, 1):
         samples = generate(Request("line", lines=lines, samples=2, split="test"), loaded.tokenizer)
-        found = [
-            loaded.tokenizer.apply_chat_template(one["messages"], return_tensors="pt", return_dict=True)["input_ids"][0]
-            for one in samples
+        prompts = [
+            loaded.tokenizer.apply_chat_template(row["messages"], return_tensors="pt", return_dict=True)["input_ids"][0]
+            for row in samples
         ]
-        if max(map(len, found)) <= loaded.window:
-            return found
-    raise ValueError(f"{loaded.base}: its window of {loaded.window} tokens is too short to prove a merge on a record")
+        if max(map(len, prompts)) <= loaded.window:
+            return prompts
+    raise ValueError(f"{loaded.base}: its window of {loaded.window} tokens is too short for a prompt to verify a merge")
 
 
 def load_adapter(adapter: Path) -> LoadedModel:
-    """A SEAL adapter on its base model, which must not be quantised.
+    """Load a SEAL adapter and its base model, which must not be quantised.
 
     Raises:
-        ValueError: it is none, or its base is quantised.
+        ValueError: the folder is not a SEAL adapter, or its base model is quantised.
     """
     check_name(str(adapter))
     if (adapter / RECORD).is_file():
-        raise ValueError(f"{adapter}: is a merged model already, not an adapter")
+        raise ValueError(f"{adapter}: is a merged model, expected an adapter folder")
     if not is_adapter(adapter):
         raise ValueError(f"{adapter}: not an adapter folder (it has no adapter_config.json)")
     loaded = load(adapter)
     if not loaded.method.startswith("SEAL"):
         raise ValueError(f"{adapter}: found a {loaded.method} adapter; use `axolotl merge-lora` for it")
     if not all(parameter.is_floating_point() for parameter in loaded.model.parameters()):
-        raise ValueError(f"{loaded.base}: is quantised: merge into the full-precision model it was made from")
+        raise ValueError(f"{loaded.base}: is quantised: merge into the full-precision model that it was quantised from")
     return loaded
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """A merge in memory, proved in float32.
+    """A merge in memory, verified in float32.
 
     Attributes:
         plain: the merged model, float32.
-        changed: name -> tensor that the merge changed, float32.
-        dtype: of the base's weights.
-        prompts: what logits were compared on, see ``prompts_for``.
+        changed: parameter name -> tensor that the merge changed, float32.
+        dtype: dtype of the base model's weights.
+        prompts: prompts on which logits were compared, see ``prompts_for``.
         unmerged: logits of the model with its adapter, see ``last_logits``.
-        difference: greatest change of any logit.
+        difference: maximum change of any logit.
     """
 
     plain: PreTrainedModel
@@ -188,31 +188,31 @@ class MergeResult:
 
 
 def fold(loaded: LoadedModel, into: Into) -> MergeResult:
-    """Merge in memory, and compare the logits on real prompts.
+    """Merge in memory, and compare the logits on line retrieval prompts.
 
     Args:
-        loaded: see ``load_adapter``; not to be used afterwards.
+        loaded: see ``load_adapter``; unusable afterwards.
         into: see ``merged_tensors``.
 
     Raises:
-        ValueError: ``into`` does not fit, or a logit changes by more than ``MAX_LOGIT_DIFFERENCE`` in float32 and,
-            where sums are so deep that float32 rounds by more, in float64 as well.
+        ValueError: the architecture does not allow ``into``, or a logit changes by more than ``MAX_LOGIT_DIFFERENCE``
+            in float32 and, to rule out rounding, in float64.
     """
     dtype, prompts = loaded.model.dtype, prompts_for(loaded)
-    folded = fold_in(torch.float32, loaded, into, dtype, prompts)
-    if not folded.difference <= MAX_LOGIT_DIFFERENCE:
+    merged = fold_in(torch.float32, loaded, into, dtype, prompts)
+    if not merged.difference <= MAX_LOGIT_DIFFERENCE:
         exact = fold_in(torch.float64, load_adapter(Path(loaded.name)), into, dtype, prompts).difference
         if not exact <= MAX_LOGIT_DIFFERENCE:
-            raise ValueError(f"merging would change logits by {folded.difference:.1e} in float32 and {exact:.1e} in "
+            raise ValueError(f"merging would change logits by {merged.difference:.1e} in float32 and {exact:.1e} in "
                              f"float64, more than {MAX_LOGIT_DIFFERENCE:.0e}")  # fmt: skip
-    return folded
+    return merged
 
 
 def fold_in(
-    dtype: torch.dtype, loaded: LoadedModel, into: Into, own: torch.dtype, prompts: list[torch.Tensor]
+    dtype: torch.dtype, loaded: LoadedModel, into: Into, base_dtype: torch.dtype, prompts: list[torch.Tensor]
 ) -> MergeResult:
-    """The merge computed in a dtype, whatever comes of it: see ``fold``; ``own`` is the base's dtype."""
-    # Wrapped names lose PEFT's prefix and the wrapper's level, and become those of the base model.
+    """Merge in memory with weights cast to ``dtype``, without a check of the logits; see ``fold``."""
+    # Without PEFT's prefix the names are those of the base model.
     exact = loaded.model.to(dtype)
     unmerged = last_logits(exact, prompts)
     changed = {name.removeprefix("base_model.model."): tensor for name, tensor in merged_tensors(exact, into).items()}
@@ -220,29 +220,29 @@ def fold_in(
     parameters = dict(plain.named_parameters())
     for name, tensor in changed.items():
         parameters[name].data = tensor
-    return MergeResult(plain, changed, own, prompts, unmerged, difference(last_logits(plain, prompts), unmerged))
+    return MergeResult(plain, changed, base_dtype, prompts, unmerged, difference(last_logits(plain, prompts), unmerged))
 
 
-def check_saved(folder: Path, base: str, folded: MergeResult) -> float:
-    """Load a merged folder and compare it, tensor by tensor, with its base model and the merge in memory.
+def check_saved(folder: Path, base: str, merged: MergeResult) -> float:
+    """Load a merged folder and compare every tensor with the base model and the merge in memory.
 
     Returns:
-        Greatest difference of its logits from the unmerged model's, which is that of rounding to the base's dtype.
+        Maximum difference of its logits from the unmerged model's, due to rounding to the base's dtype.
 
     Raises:
-        ValueError: a tensor is not what it should be; the message names it.
+        ValueError: a tensor differs; the message names it.
     """
-    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=folded.dtype, use_safetensors=True).eval()
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=folded.dtype, use_safetensors=True)
-    for (name, ours), theirs in zip(saved.named_parameters(), plain.parameters(), strict=True):
-        if not torch.equal(ours, folded.changed[name].to(folded.dtype) if name in folded.changed else theirs):
-            raise ValueError(f"{folder}: {name} is not what merging makes of {base}: merge again")
-    del plain
-    return difference(last_logits(saved.float(), folded.prompts), folded.unmerged)
+    saved_model = AutoModelForCausalLM.from_pretrained(folder, dtype=merged.dtype, use_safetensors=True).eval()
+    base_model = AutoModelForCausalLM.from_pretrained(base, dtype=merged.dtype, use_safetensors=True)
+    for (name, saved), original in zip(saved_model.named_parameters(), base_model.parameters(), strict=True):
+        if not torch.equal(saved, merged.changed[name].to(merged.dtype) if name in merged.changed else original):
+            raise ValueError(f"{folder}: {name} differs from a merge into {base}: merge again")
+    del base_model
+    return difference(last_logits(saved_model.float(), merged.prompts), merged.unmerged)
 
 
 def weight_hashes(name: str | Path) -> dict[str, str]:
-    """SHA-256 of the safetensors files of a model folder, or of a hub id that was fetched."""
+    """Return the SHA-256 of the safetensors files of a model folder, or of a downloaded hub id."""
     from huggingface_hub import snapshot_download
 
     weights = "*.safetensors"
@@ -256,89 +256,89 @@ def merge(
 ) -> dict[str, Any]:
     """Write a plain Hugging Face folder with a SEAL adapter's scales in its weights.
 
-    The folder gets its name only after it was loaded again and proved: in float32 its logits on real prompts are those
-    of the unmerged model, and no tensor differs from the base model's but those scaled. Nothing is left otherwise. What
-    was merged is kept in it, see ``RECORD``, so that ``verify`` can repeat the proof.
+    The folder is renamed to ``out`` after it was loaded again and verified: in float32 its logits on line retrieval
+    prompts are those of the unmerged model, and only scaled tensors differ from the base model's. Otherwise nothing is
+    left. The folder records the merge in ``RECORD``, so that ``verify`` can repeat the check.
 
     Args:
         adapter: folder of a SEAL adapter.
-        out: the folder to write; must not exist.
+        out: folder to write; must not exist.
         into: see ``merged_tensors``.
-        report: told what is being done.
+        report: called with lines that report progress.
 
     Returns:
-        ``adapter`` and ``base`` (names), ``method``, ``into`` (as asked for), ``changed`` (names of tensors),
-        ``dtype``, ``difference`` (greatest change of any logit by the merge, in float32), ``rounded_difference`` (the
-        same after rounding to ``dtype``), and ``adapter_files``, ``base_files`` and ``files`` (file name -> SHA-256;
-        the last are the merged folder's).
+        ``adapter`` and ``base`` (names), ``method``, ``into`` (the argument), ``changed`` (parameter names), ``dtype``,
+        ``difference`` (maximum change of any logit by the merge, in float32), ``rounded_difference`` (the same after
+        rounding to ``dtype``), and ``adapter_files``, ``base_files`` and ``files`` (file name -> SHA-256; the last are
+        the merged folder's).
 
     Raises:
-        ValueError: bad input, or the proof failed; the message is one line.
+        ValueError: invalid input, or verification failed; the message is one line.
     """
     check_output(out, folder=True)
     adapter = Path(adapter)
     loaded = load_adapter(adapter)
     report(f"{loaded.method} on {loaded.base} ({str(loaded.model.dtype).removeprefix('torch.')})")
-    folded = fold(loaded, into)
-    report(f"float32: the merge changes no logit by more than {folded.difference:.1e}")
-    folded.plain.to(folded.dtype)
+    merged = fold(loaded, into)
+    report(f"float32: the merge changes no logit by more than {merged.difference:.1e}")
+    merged.plain.to(merged.dtype)
     with written_whole(out) as partial:
-        folded.plain.save_pretrained(partial)
+        merged.plain.save_pretrained(partial)
         loaded.tokenizer.save_pretrained(partial)
         write_older_rope_keys(partial)
         provenance.copy(adapter, partial)
-        rounded = check_saved(partial, loaded.base, folded)
-        found = {
+        rounded = check_saved(partial, loaded.base, merged)
+        record = {
             "adapter": str(adapter),
             "base": loaded.base,
             "method": loaded.method,
             "into": into,
-            "changed": sorted(folded.changed),
-            "dtype": str(folded.dtype).removeprefix("torch."),
-            "difference": folded.difference,
+            "changed": sorted(merged.changed),
+            "dtype": str(merged.dtype).removeprefix("torch."),
+            "difference": merged.difference,
             "rounded_difference": rounded,
             "adapter_files": weight_hashes(adapter),
             "base_files": weight_hashes(loaded.base),
             "files": {file.name: file_hash(file) for file in sorted(partial.iterdir())},
         }
-        (partial / RECORD).write_text(json.dumps(found, indent=1) + "\n")
-    kinds = {name.split(".")[-2] for name in folded.changed}
-    report(f"{out}: {len(folded.changed)} tensors changed ({', '.join(sorted(kinds))}), all others as they were")
-    if folded.dtype != torch.float32:
-        report(f"rounded to {found['dtype']}, logits differ by up to {rounded:.1e}")
-    return found
+        (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    modules = {name.split(".")[-2] for name in merged.changed}
+    report(f"{out}: {len(merged.changed)} tensors changed ({', '.join(sorted(modules))}), all others unchanged")
+    if merged.dtype != torch.float32:
+        report(f"rounded to {record['dtype']}, logits differ by up to {rounded:.1e}")
+    return record
 
 
 def verify(folder: Path, adapter: Path | None = None, *, report: Callable[[str], object] = print) -> None:
-    """Repeat the proof that ``merge`` gave for a folder.
+    """Verify a merged folder against its record, adapter and base model.
 
     Args:
-        folder: that ``merge`` wrote.
-        adapter: where the adapter is now; None means where it was.
-        report: told what was found.
+        folder: folder that ``merge`` wrote.
+        adapter: new path of the adapter; None reads it from the record.
+        report: called with the result.
 
     Raises:
-        ValueError: the folder, adapter or base model is not what was merged, or the proof fails; one line.
+        ValueError: the folder, the adapter or the base model changed, or the logits differ; the message is one line.
     """
     try:
-        found = load_json(folder / RECORD)
-        adapter, base, into = Path(adapter or found["adapter"]), found["base"], found["into"]
-        files, changed = found["files"], found["changed"]
-        before = {adapter: found["adapter_files"], base: found["base_files"]}
+        record = load_json(folder / RECORD)
+        adapter, base, into = Path(adapter or record["adapter"]), record["base"], record["into"]
+        files, changed = record["files"], record["changed"]
+        sources = {adapter: record["adapter_files"], base: record["base_files"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: holds no {RECORD} as `merge` writes it ({first_line(error)})") from None
-    now = {file.name: file_hash(file) for file in folder.iterdir() if file.is_file() and file.name != RECORD}
-    if different := sorted(name for name in now.keys() | files.keys() if now.get(name) != files.get(name)):
-        raise ValueError(f"{folder / different[0]}: is not the file that was written: merge again")
-    for name, hashes in before.items():
+        raise ValueError(f"{folder}: has no valid {RECORD} as `merge` writes it ({first_line(error)})") from None
+    current = {file.name: file_hash(file) for file in folder.iterdir() if file.is_file() and file.name != RECORD}
+    if different := sorted(name for name in current.keys() | files.keys() if current.get(name) != files.get(name)):
+        raise ValueError(f"{folder / different[0]}: differs from the file that was written: merge again")
+    for name, hashes in sources.items():
         if weight_hashes(name) != hashes:
-            raise ValueError(f"{name}: its weights are not there, or not those that were merged: put them back, or say "
-                             "where the adapter is by --adapter")  # fmt: skip
-    folded = fold(load_adapter(adapter), into)
-    if sorted(folded.changed) != changed:
-        raise ValueError(f"{folder}: merging changes other tensors than its {RECORD} names: merge again")
-    rounded = check_saved(folder, base, folded)
+            raise ValueError(f"{name}: its weights are missing or changed since the merge: restore them, or give the "
+                             "adapter's path by --adapter")  # fmt: skip
+    merged = fold(load_adapter(adapter), into)
+    if sorted(merged.changed) != changed:
+        raise ValueError(f"{folder}: merging changes other tensors than its {RECORD} lists: merge again")
+    rounded = check_saved(folder, base, merged)
     report(
-        f"{folder}: {len(files)} files, the adapter and the base model as they were; {len(changed)} tensors changed, "
-        f"all others the base model's; logits differ by {folded.difference:.1e} in float32, by {rounded:.1e} as saved"
+        f"{folder}: {len(files)} files, the adapter and the base model unchanged; {len(changed)} tensors merged, all "
+        f"others equal the base model's; logits differ by {merged.difference:.1e} in float32, by {rounded:.1e} as saved"
     )

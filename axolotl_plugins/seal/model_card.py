@@ -1,4 +1,4 @@
-"""A model card from what is known of an adapter, and the way to the hub."""
+"""Model card of an adapter, and its upload to the hub."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ PAPER = "[arXiv 2501.15225](https://arxiv.org/abs/2501.15225)"
 
 
 def data_lines(adapter: Path) -> list[str]:
-    """What the adapter's folder says about its training data, a line for each file."""
+    """Return a Markdown list item for each training data file of an adapter."""
     path = adapter / provenance.FILE
     files = load_json(path)["files"] if path.is_file() else []
     lines = []
     for file in files:
         manifest = file.get("manifest") or {}
-        said = ", ".join(f"{key} {manifest[key]}" for key in ("task", "tokens", "samples", "seed") if key in manifest)
-        lines.append(f"- {said or Path(file['path']).name} (SHA-256 {file['sha256']})")
+        origin = ", ".join(f"{key} {manifest[key]}" for key in ("task", "tokens", "samples", "seed") if key in manifest)
+        lines.append(f"- {origin or Path(file['path']).name} (SHA-256 {file['sha256']})")
     return lines
 
 
 def score_tables(results: list[dict[str, Any]]) -> list[str]:
-    """A table for each result, its scores beside the paper's where the paper has that model, method and task."""
+    """Return a Markdown table per result, with the paper's scores where it has that model, method and task."""
     parts, paper = [], paper_scores()
     for result in results:
         title = f"### {TITLES[result['task']]}"
@@ -39,23 +39,24 @@ def score_tables(results: list[dict[str, Any]]) -> list[str]:
             continue
         rows = []
         for row in result["scores"]:
-            printed = paper_value(result, row["length"], paper)
-            spread = f"{row['score']:.2f} ({row['low']:.2f}-{row['high']:.2f})"
-            rows.append(f"| {row['length']:,} | {spread} | {row['count']} | {f'{printed[0]:.2f}' if printed else ''} |")
-        head = "| longest prompt (tokens) | score (95 % interval) | samples | the paper's |"
+            published = paper_value(result, row["length"], paper)
+            score = f"{row['score']:.2f} ({row['low']:.2f}-{row['high']:.2f})"
+            paper_cell = f"{published[0]:.2f}" if published else ""
+            rows.append(f"| {row['length']:,} | {score} | {row['count']} | {paper_cell} |")
+        head = "| longest prompt (tokens) | score (95 % interval) | samples | paper |"
         parts.append("\n".join([title, "", head, "|---:|---|---:|---:|", *rows]))
     return parts
 
 
 def card(adapter: Path, results: Path) -> str:
-    """The text of a model card.
+    """Render a model card in Markdown.
 
     Args:
         adapter: folder of a SEAL adapter.
-        results: folder with JSON files of ``python -m eval run``; those whose model is ``adapter`` count.
+        results: folder with JSON files of ``python -m eval run``; those of other models are ignored.
 
     Raises:
-        ValueError: the folder is not a SEAL adapter, or a result is not JSON.
+        ValueError: ``adapter`` is not a SEAL adapter, or a result is not JSON.
     """
     scales = saved_scales(adapter)
     config = SealConfig.from_pretrained(str(adapter))
@@ -64,18 +65,18 @@ def card(adapter: Path, results: Path) -> str:
     scored = [result for result in read_results(results) if str(result["model"]).rstrip("/") == name]
     data = data_lines(adapter)
     layers, heads, channels = scales.shape
-    each = f"{channels} channels of {heads} heads" if channels > 1 else f"{heads} heads"
+    units = f"{channels} channels of {heads} heads" if channels > 1 else f"{heads} heads"
     base = config.base_model_name_or_path
     parts = [
         f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [seal, long-context]\n---",
         f"# {method} on {base}",
-        f"{scales.size:,} learned scales of attention outputs ({each} in {layers} layers; from {scales.min():.3f} to "
+        f"{scales.size:,} learned scales of attention outputs ({units} in {layers} layers; from {scales.min():.3f} to "
         f"{scales.max():.3f}, mean {scales.mean():.3f}), trained as in {PAPER}. The model's own weights are unchanged.",
         "## Use",
-        "```python\nimport axolotl_plugins.seal  # makes PEFT know SEAL\nfrom peft import AutoPeftModelForCausalLM\n\n"
+        "```python\nimport axolotl_plugins.seal  # registers SEAL\nfrom peft import AutoPeftModelForCausalLM\n\n"
         "model = AutoPeftModelForCausalLM.from_pretrained(THIS_REPOSITORY)\n```",
         "`python -m axolotl_plugins.seal merge` folds the scales into the weights, `export` writes them as an IA3 "
-        "adapter for programs that do not know SEAL.",
+        "adapter for programs without this package.",
     ]
     if data:
         parts += ["## Training data", "\n".join(data)]
@@ -91,13 +92,13 @@ def push(adapter: Path, repository: str, results: Path, *, private: bool) -> str
         adapter: folder of a SEAL adapter.
         repository: hub id.
         results: see ``card``.
-        private: of a repository that is made new.
+        private: make a new repository private.
 
     Returns:
-        Its address.
+        URL of the repository.
 
     Raises:
-        ValueError: see ``card``; or the hub refused.
+        ValueError: see ``card``; or the upload failed.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled

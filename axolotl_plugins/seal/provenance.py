@@ -1,4 +1,4 @@
-"""What an adapter was trained on, kept in its folder, so that it is not scored on the same samples."""
+"""Record of an adapter's training data, saved in its folder to detect contaminated evaluation."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FILE = "training_data.json"
 
 
 def text_hash(text: str) -> str:
-    """First 16 hexadecimal digits of a text's SHA-256; white space does not count."""
+    """Return the first 16 hexadecimal digits of a text's SHA-256, after normalising white space."""
     return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
 
 
 def texts(row: Any) -> Iterator[str]:
-    """Every string in a row, however deep, so that the prompt is among them in whatever format the data is."""
+    """Yield every string in a row, at any depth, so that the prompt is among them in any data format."""
     if isinstance(row, str):
         yield row
     elif isinstance(row, (list, dict)):
@@ -30,10 +30,10 @@ def texts(row: Any) -> Iterator[str]:
 
 
 def check_chat(file: Path, number: int, row: dict[str, Any], field: str) -> None:
-    """See that a row can be learned from.
+    """Raise if a row is not a chat that ends with an answer.
 
     Raises:
-        ValueError: it is no chat that ends with an answer.
+        ValueError: see above; the message names file and line.
     """
     turns = row.get(field)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns) or not turns:
@@ -44,21 +44,22 @@ def check_chat(file: Path, number: int, row: dict[str, Any], field: str) -> None
 
 
 def record(datasets: list[dict[str, Any]]) -> dict[str, Any]:
-    """Read a recipe's data, and describe it.
+    """Read and check a recipe's training data, and return its record.
 
     Args:
-        datasets: of an Axolotl recipe; JSON lines files are read, and those of type ``chat_template`` checked.
+        datasets: ``datasets`` of an Axolotl recipe; JSON lines files are read, and those of type ``chat_template``
+            checked.
 
     Returns:
-        ``files``, with ``path``, ``sha256`` and, for generated data, their ``manifest``; ``unread``, names of data
-        that is no local JSON lines file; and ``texts``, hashes of all texts that were read.
+        ``files``, with ``path``, ``sha256`` and, for generated data, their ``manifest``; ``unread``, names of datasets
+        that are not local JSON lines files; and ``texts``, hashes of all texts that were read.
 
     Raises:
-        ValueError: a row cannot be learned from; the message names its file and line.
+        ValueError: a row cannot be trained on; the message names file and line.
     """
     files: list[dict[str, Any]] = []
     unread: list[str] = []
-    found: set[str] = set()
+    hashes: set[str] = set()
     for dataset in datasets:
         path = Path(str(dataset.get("path")))
         if not path.is_file() or path.suffix != ".jsonl":
@@ -68,40 +69,40 @@ def record(datasets: list[dict[str, Any]]) -> dict[str, Any]:
         for count, (number, row) in enumerate(read_rows(path), 1):  # noqa: B007
             if dataset.get("type") == "chat_template":
                 check_chat(path, number, row, dataset.get("field_messages") or "messages")
-            found.update(map(text_hash, texts(row)))
+            hashes.update(map(text_hash, texts(row)))
         if not count:
-            raise ValueError(f"{path}: holds no samples: remove it, or name another file")
+            raise ValueError(f"{path}: has no samples: remove it, or set another path")
         manifest = manifest_path(path)
         files.append({
             "path": str(path),
             "sha256": file_hash(path),
             "manifest": load_json(manifest) if manifest.is_file() else None,
         })  # fmt: skip
-    return {"files": files, "unread": unread, "texts": sorted(found)}
+    return {"files": files, "unread": unread, "texts": sorted(hashes)}
 
 
-def save(found: dict[str, Any], folder: Path) -> None:
-    """Put a record into a model's folder."""
-    write_text(folder / FILE, json.dumps(found, indent=1) + "\n")
+def save(training_data: dict[str, Any], folder: Path) -> None:
+    """Write a record into a model folder."""
+    write_text(folder / FILE, json.dumps(training_data, indent=1) + "\n")
 
 
 def copy(source: Path, folder: Path) -> None:
-    """Take a model's record, if it has one, into the folder of what is made of it."""
+    """Copy the record of one model folder, if it has one, to a folder derived from it."""
     if (source / FILE).is_file():
         write_text(folder / FILE, (source / FILE).read_text(encoding="utf-8"))
 
 
 def seen_texts(folder: Path) -> frozenset[str] | None:
-    """Hashes of all texts that the model in a folder was tuned on; None where they are not known.
+    """Return the hashes of all texts that the model in a folder was tuned on, or None if they are unknown.
 
     Raises:
-        ValueError: the record cannot be read.
+        ValueError: the record is corrupt.
     """
     file = folder / FILE
     if not file.is_file():
         return None
     try:
-        found = load_json(file)
-        return None if found["unread"] else frozenset(found["texts"])
+        training_data = load_json(file)
+        return None if training_data["unread"] else frozenset(training_data["texts"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not a record of training data ({first_line(error)}): tune again") from None

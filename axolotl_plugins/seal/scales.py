@@ -1,4 +1,4 @@
-"""Reading learned scales: as a matrix of layers and heads, and in a few numbers."""
+"""Read trained scales as a matrix of layers and heads, and summarise them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .model import layer_index
 
 @torch.no_grad()
 def scale_matrix(model: nn.Module) -> dict[int, torch.Tensor]:
-    """The active scales of a wrapped model.
+    """Return the active scales of a wrapped model.
 
     Returns:
         Layer index -> float32 of shape (heads, head_dim), on the CPU; heads of a SEAL-H adapter have equal rows.
@@ -32,10 +32,10 @@ def scale_matrix(model: nn.Module) -> dict[int, torch.Tensor]:
 
 
 def saved_scales(adapter: Path) -> np.ndarray:
-    """The scales in an adapter folder, without its model: float32 of shape (layers, heads, channels or 1).
+    """Return the scales in an adapter folder: float32 of shape (layers, heads, head_dim), or (..., 1) for SEAL-H.
 
     Raises:
-        ValueError: the folder is not a SEAL adapter, or its layers differ in size.
+        ValueError: the folder is not a SEAL adapter, or its layers have different numbers of scales.
     """
     try:
         config = json.loads((adapter / "adapter_config.json").read_text())
@@ -45,28 +45,28 @@ def saved_scales(adapter: Path) -> np.ndarray:
     if config.get("peft_type") != "SEAL":
         raise ValueError(f"{adapter}: found a {config.get('peft_type')} adapter, expected a SEAL adapter")
     if len({tensor.shape for tensor in tensors.values()}) != 1:
-        raise ValueError(f"{adapter}: its layers have scales of different sizes")
+        raise ValueError(f"{adapter}: its layers have different numbers of scales, which is not supported")
     by_layer = sorted(tensors.items(), key=lambda item: layer_index(item[0]) or 0)
     return np.stack([tensor.float().numpy().reshape(config["num_heads"], -1) for _, tensor in by_layer])
 
 
 def summary(scales: dict[int, torch.Tensor]) -> dict[str, float]:
-    """Mean, least and greatest scale, and the heads most raised and lowered.
+    """Return mean, minimum and maximum of the scales, and the heads with the highest and lowest mean.
 
     Args:
-        scales: as ``scale_matrix`` gives them.
+        scales: see ``scale_matrix``.
 
     Returns:
-        Plain numbers under names fit for a logger; ``raised`` and ``lowered`` are means over a head's channels.
+        Values for a logger; ``raised`` and ``lowered`` are means over a head's channels.
     """
     if not scales:
         return {}
-    everything = torch.cat([scale.flatten() for scale in scales.values()])
+    flat = torch.cat([scale.flatten() for scale in scales.values()])
     heads = {(layer, head): mean for layer, rows in scales.items() for head, mean in enumerate(rows.mean(1).tolist())}
     result: dict[str, Any] = {
-        "mean": everything.mean().item(),
-        "min": everything.min().item(),
-        "max": everything.max().item(),
+        "mean": flat.mean().item(),
+        "min": flat.min().item(),
+        "max": flat.max().item(),
     }
     for name, pick in (("raised", max), ("lowered", min)):
         layer, head = pick(heads, key=heads.__getitem__)

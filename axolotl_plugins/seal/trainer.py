@@ -1,4 +1,4 @@
-"""Axolotl's trainer for SEAL: logits for answers alone, scales in the logs, and a stop where a run goes wrong."""
+"""Trainers for Axolotl: logits for answers only, scales in the logs, and no adapter saved from a failed run."""
 
 from __future__ import annotations
 
@@ -28,103 +28,100 @@ LOG = get_logger(__name__)
 
 
 def check_trainable(model: nn.Module) -> None:
-    """See that scales, and nothing else, will be trained.
+    """Raise unless the scales are the only trainable parameters.
 
     Raises:
-        ValueError: something else is trainable, or nothing is.
+        ValueError: other parameters are trainable, or none.
     """
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if others := [name for name in names if ".seal_scale." not in name]:
         raise ValueError(
-            f"{len(others)} parameters other than scales would be trained, such as {others[0]}: remove "
+            f"{len(others)} parameters other than scales are trainable, such as {others[0]}: remove "
             "`unfrozen_parameters` and `lora_modules_to_save` from the recipe"
         )
     if not names:
-        raise ValueError("no scale would be trained: the adapter was loaded for inference")
+        raise ValueError("no scale is trainable: load the adapter for training")
 
 
 def check_gradients(model: nn.Module) -> None:
-    """See that every scale had a part in the loss.
+    """Raise unless the loss depends on the scales of every wrapped module.
 
     Raises:
-        ValueError: a wrapped module never ran, or all gradients are zero.
+        ValueError: a scale has no gradient, or all gradients are zero.
     """
     scales = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if idle := [name for name, scale in scales.items() if scale.grad is None]:
         raise ValueError(
-            f"{len(idle)} of {len(scales)} wrapped modules had no part in the loss, such as "
-            f"{idle[0].split('.seal_scale')[0]}: name others by `seal: target_modules:`"
+            f"{len(idle)} of {len(scales)} wrapped modules have no gradient, such as "
+            f"{idle[0].split('.seal_scale')[0]}: select others by `seal: target_modules:`"
         )
     if not any(scale.grad is not None and scale.grad.any() for scale in scales.values()):
         raise ValueError(
-            "the gradient of every scale is zero, so the answers do not depend on the attention outputs (any more): "
-            "lower the learning rate, or look at the base model"
+            "the gradient of every scale is zero, so the loss does not depend on the attention outputs: lower the "
+            "learning rate, or check the base model"
         )
 
 
 def check_scales(model: nn.Module) -> None:
-    """See that all scales are numbers.
+    """Raise if a scale is non-finite.
 
     Raises:
-        ValueError: one is not.
+        ValueError: see above; the message names the module.
     """
     for name, module in model.named_modules():
         scale = module.active_scale() if isinstance(module, SealLayer) else None
         if scale is not None and not torch.isfinite(scale).all():
-            raise ValueError(f"the scales of {name} are no longer finite: lower the learning rate")
+            raise ValueError(f"the scales of {name} are non-finite: lower the learning rate")
 
 
-def give_up(error: BaseException) -> NoReturn:
-    """Exit with a line of its own: a progress bar may stand on the present one."""
+def abort(error: BaseException) -> NoReturn:
+    """Exit with an error on a new line, below a progress bar."""
     print(file=sys.stderr)
     stop("seal", error)
 
 
 def interrupted(*_: object) -> NoReturn:
-    """What an interrupt does: Axolotl would save the adapter as it is, which would pass for one that is done."""
-    give_up(
-        KeyboardInterrupt("interrupted: no adapter was written; `--resume-from-checkpoint` goes on from a checkpoint")
-    )
+    """Exit on SIGINT without saving; Axolotl would save a partly trained adapter as if it were complete."""
+    abort(KeyboardInterrupt("interrupted: no adapter was saved; resume with `--resume-from-checkpoint`"))
 
 
 class AnswerTrainer(AxolotlTrainer):
-    """Axolotl's trainer, computing no logits but those of answers; for SEAL and its baselines alike."""
+    """Axolotl's trainer with logits for answer tokens only, for SEAL and its baselines."""
 
-    # Whether the model can compute some positions' logits alone; None until it was looked at.
+    # Whether the model's forward takes ``logits_to_keep``; None before the first step.
     keeps_logits: bool | None = None
-    # What ``provenance.record`` says about the data.
+    # See ``provenance.record``.
     training_data: dict[str, Any] | None = None
-    # The processes that share a sample, if any do.
-    shared: ContextParallel | None = None
+    context_parallel: ContextParallel | None = None
 
     def share_samples(self, size: int) -> None:
-        """Spread every sample over ``size`` processes.
+        """Shard every sample across ``size`` processes.
 
         Raises:
-            ValueError: there are not as many, or the model or its loss cannot be spread.
+            ValueError: the number of processes, the model or the loss does not allow it.
         """
         if self.label_smoother is not None:
-            raise ValueError("seal.context_parallel: the loss has no parts: set no label_smoothing_factor")
+            raise ValueError("seal.context_parallel: does not support label smoothing: remove label_smoothing_factor")
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        self.shared = ContextParallel(size)
-        self.shared.prepare(base)
+        self.context_parallel = ContextParallel(size)
+        self.context_parallel.prepare(base)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Give processes that share a sample the same one."""
+        """Build the data loader so that processes that share samples read the same ones."""
         loader = super().get_train_dataloader()
-        if self.shared and self.accelerator.num_processes > 1:  # DeepSpeed without GPUs has none for each process
+        if self.context_parallel and self.accelerator.num_processes > 1:  # DeepSpeed without GPUs: 1
             shard = loader.batch_sampler
             if not isinstance(shard, BatchSamplerShard):
-                give_up(ValueError("seal.context_parallel: needs data that each process reads: set no streaming, "
-                                   "dispatch_batches or split_batches"))  # fmt: skip
-            shard.num_processes //= self.shared.size
-            shard.process_index //= self.shared.size
+                abort(ValueError("seal.context_parallel: every process must read the data itself: remove streaming, "
+                                 "dispatch_batches and split_batches"))  # fmt: skip
+            shard.num_processes //= self.context_parallel.size
+            shard.process_index //= self.context_parallel.size
         return loader
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; Axolotl saves the adapter next, beside the record of its data."""
+        """Train, and write the record of the training data; Axolotl saves the adapter next."""
         if self.args.should_save:
-            # The configuration beside it is the new run's already: an older run's weights would pass for its result.
+            # Axolotl has written the new configuration already: an older run's scales would seem to belong to it.
             (Path(self.args.output_dir) / "adapter_model.safetensors").unlink(missing_ok=True)
         signal.signal(signal.SIGINT, interrupted)
         result = super().train(*args, **kwargs)
@@ -132,54 +129,54 @@ class AnswerTrainer(AxolotlTrainer):
         return result
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """Write a checkpoint's adapter."""
+        """Save the adapter of a checkpoint with the record of its training data."""
         self.before_saving(Path(output_dir or self.args.output_dir))
         super().save_model(output_dir, *args, **kwargs)
 
     def before_saving(self, folder: Path) -> None:
-        """Put the record of the data where an adapter will be."""
+        """Write the record of the training data into the folder of an adapter."""
         if self.training_data is not None and self.args.should_save:
             provenance.save(self.training_data, folder)
 
     def reentrant(self) -> bool:
-        """Whether activations are formed again, or kept elsewhere, in a way that may need the embeddings' gradients."""
+        """Return whether checkpointing or offloading may need the embeddings' output to require gradients."""
         args = self.args
         if args.gradient_checkpointing:
             return (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", True)
         return bool(args.activation_offloading)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The loss, from the answers' logits alone where the model's forward can be asked for them."""
+        """Compute the loss from the answers' logits only where the model's forward takes ``logits_to_keep``."""
         if self.keeps_logits is None:
             base = self.accelerator.unwrap_model(model)
             base = base.get_base_model() if isinstance(base, PeftModel) else base
-            if not self.reentrant():  # here, for Transformers asks for them when training begins
+            if not self.reentrant():  # here, because Transformers registers its hook when training begins
                 no_embedding_gradients(base)
-            known = "logits_to_keep" in inspect.signature(base.forward).parameters
-            self.keeps_logits = known and self.label_smoother is None
+            has_argument = "logits_to_keep" in inspect.signature(base.forward).parameters
+            self.keeps_logits = has_argument and self.label_smoother is None
             if not self.keeps_logits:
-                LOG.info(f"seal: {type(base).__name__} computes the logits of all tokens, not of the answers alone")
-        if (self.keeps_logits or self.shared) and "labels" in inputs:
+                LOG.info(f"seal: {type(base).__name__} computes the logits of all tokens, not of the answers only")
+        if (self.keeps_logits or self.context_parallel) and "labels" in inputs:
             try:
-                if self.shared:
-                    inputs = self.shared.share({**inputs, "shift_labels": next_labels(inputs["labels"])})
+                if self.context_parallel:
+                    inputs = self.context_parallel.share({**inputs, "shift_labels": next_labels(inputs["labels"])})
                 if self.keeps_logits:
                     inputs = answers_only(inputs)
             except ValueError as error:
-                give_up(error)
+                abort(error)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        # Of each process's part of the loss, the mean over all processes will be taken.
-        return loss * self.shared.size if self.shared else loss
+        # Each process has its shard's part of the loss; gradients are averaged, not summed, over processes.
+        return loss * self.context_parallel.size if self.context_parallel else loss
 
 
 class SealTrainer(AnswerTrainer):
-    """Trains scales; stops, before an adapter is written, where a run would end in one that is worth nothing."""
+    """Train scales; abort instead of saving untrained or non-finite ones."""
 
     checked = False
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One step, with a look at the loss and at the gradients."""
-        whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)  # those keep gradients elsewhere
+        """Run one step, and check the loss and the gradients."""
+        has_gradients = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)  # those shard or free `.grad`
         try:
             if not self.checked:
                 check_trainable(model)
@@ -187,25 +184,25 @@ class SealTrainer(AnswerTrainer):
             if not torch.isfinite(loss):
                 raise ValueError(f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower the "
                                  f"learning rate ({self.args.learning_rate:g})")  # fmt: skip
-            if whole and loss > 0:
+            if has_gradients and loss > 0:
                 check_gradients(model)
         except ValueError as error:
-            give_up(error)
+            abort(error)
         self.checked = True
         return loss
 
     def before_saving(self, folder: Path) -> None:
-        """Let no adapter be written that learned nothing, or whose scales are no numbers."""
+        """Refuse to save untrained or non-finite scales."""
         try:
             if self.state.global_step == 0:
-                raise ValueError("not one step was made: look at num_epochs, max_steps and the number of samples")
+                raise ValueError("no step was run: check num_epochs, max_steps and the number of samples")
             check_scales(self.model)
         except ValueError as error:
-            give_up(error)
+            abort(error)
         super().before_saving(folder)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add a summary of the scales to what all loggers are given."""
+        """Log a summary of the scales."""
         model = self.accelerator.unwrap_model(self.model)
         if "loss" in logs and isinstance(model, PeftModel):
             logs = {**logs, **{f"seal/{key}": value for key, value in summary(scale_matrix(model)).items()}}

@@ -1,4 +1,4 @@
-"""Tuning without Axolotl: the paper's recipe as one function, for studies and for those who have their own trainer."""
+"""Training without Axolotl: the paper's recipe as one function."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ Messages = list[dict[str, str]]
 
 
 def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, int]:
-    """A chat as token ids of shape (1, T), and the position of the first token of its last turn.
+    """Tokenize a chat; return its ids, int64 of shape (1, T), and the index of the first token of its last turn.
 
     Raises:
-        ValueError: it is not a list of at least two turns, or the last turn is empty; or the chat template does not
-            write the turns before the last as it does when it asks for an answer.
+        ValueError: the chat has fewer than two turns or an empty one, or its prompt, rendered for generation, is not a
+            prefix of the rendered chat.
     """
     if not isinstance(messages, list) or len(messages) < 2 or not all(isinstance(turn, dict) for turn in messages):
-        raise ValueError(f"a chat: found {str(messages)[:60]!r}, expected a list of turns, a question and its answer")
+        raise ValueError(f"a chat: found {str(messages)[:60]!r}, expected a list of turns that ends with an answer")
     if not all(str(turn.get("content") or "").strip() for turn in messages):
         raise ValueError(f"a chat: a turn of {str(messages)[:60]!r} is empty")
     ids = tokenizer.apply_chat_template(messages, return_dict=False)
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
     if ids[: len(prompt)] != prompt:
-        raise ValueError("the chat template writes a prompt otherwise than the beginning of the same chat with answer")
+        raise ValueError("the chat template's generation prompt is not a prefix of the same chat with its answer")
     return torch.tensor([ids]), len(prompt)
 
 
 def answer_loss(model: torch.nn.Module, ids: torch.Tensor, start: int) -> torch.Tensor:
-    """Mean cross-entropy of the tokens from ``start`` on; logits are computed for these alone.
+    """Compute the mean cross-entropy of the tokens from ``start`` on, with logits for these tokens only.
 
     Args:
         model: a causal language model.
         ids: shape (1, T).
-        start: position of the first token that counts, at least 1.
+        start: index of the first token in the loss, at least 1.
     """
     count = ids.shape[1] - start
     logits = model(input_ids=ids, logits_to_keep=count + 1, use_cache=False).logits[0, :-1]
@@ -59,24 +59,23 @@ def tune(
     max_grad_norm: float = 1.0,
     progress: Callable[[float], object] = lambda loss: loss,
 ) -> list[float]:
-    """AdamW at a constant rate, batch 1, no weight decay, loss on the answers (paper sections 4.1 and 5, appendix A).
+    """Train on answers: AdamW, constant learning rate, batch size 1, no weight decay (paper sections 4.1, 5 and A).
 
     Args:
         model: wrapped by any PEFT method; only its trainable parameters change.
-        chats: each ends with the answer.
+        chats: chats that end with the answer.
         tokenizer: with the model's chat template.
-        lr: the rate, in the paper 1e-2 or 2e-2 for line retrieval.
+        lr: learning rate, in the paper 1e-2 or 2e-2 for line retrieval.
         epochs: passes over the samples, in the paper 1.
-        seed: of the samples' order.
-        max_grad_norm: clips the gradient's norm.
+        seed: seed of the samples' order.
+        max_grad_norm: maximum norm of the gradient, to which it is clipped.
         progress: called with every loss.
 
     Returns:
         The loss of every step.
 
     Raises:
-        ValueError: nothing is trainable, there is nothing to learn from, the rate is not above 0, or a chat cannot be
-            encoded.
+        ValueError: no trainable parameters, no chats, an invalid learning rate, or a chat that cannot be tokenized.
         FloatingPointError: a loss is not finite.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -96,7 +95,7 @@ def tune(
         for ids, start in order.sample(samples, len(samples)):
             loss = answer_loss(model, ids.to(parameters[0].device), start)
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss.item()} at step {len(losses) + 1}: lower the rate {lr:g}")
+                raise FloatingPointError(f"the loss is {loss.item()} at step {len(losses) + 1}: lower lr ({lr:g})")
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)

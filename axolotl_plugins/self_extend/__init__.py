@@ -1,4 +1,4 @@
-"""Self-Extend as a RoPE type: importing this package lets transformers load models whose config asks for it."""
+"""Self-Extend as a RoPE type; importing this package registers it with Transformers."""
 
 from .attention import register
 
@@ -8,7 +8,7 @@ register()
 
 
 def __getattr__(name: str) -> object:
-    """``SelfExtendPlugin``, imported on demand because it needs Axolotl."""
+    """Return ``SelfExtendPlugin``, imported on access because it needs Axolotl."""
     if name == "SelfExtendPlugin":
         from .plugin import SelfExtendPlugin
 

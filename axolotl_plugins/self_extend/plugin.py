@@ -1,4 +1,4 @@
-"""Axolotl's side of Self-Extend: ``plugins: [axolotl_plugins.self_extend.SelfExtendPlugin]``."""
+"""Axolotl plugin of Self-Extend: ``plugins: [axolotl_plugins.self_extend.SelfExtendPlugin]``."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .attention import NAME
 
 
 class SelfExtendPlugin(BasePlugin):
-    """Makes ``model_config: rope_parameters: rope_type: self_extend`` work in a recipe; importing it is what does."""
+    """Enable ``model_config: rope_parameters: rope_type: self_extend`` in a recipe, by being imported."""
 
     def register(self, cfg: dict[str, Any]) -> None:
-        """Refuse recipes that name the plugin and would run without it.
+        """Raise if a recipe lists the plugin but does not set its RoPE type.
 
         Raises:
-            SystemExit: with one line that says what is wrong.
+            SystemExit: see above; the message is one line.
         """
         rope = (cfg.get("model_config") or {}).get("rope_parameters") or {}
         if rope.get("rope_type") != NAME:
             error = ValueError(
                 f"model_config.rope_parameters.rope_type: found {rope.get('rope_type')!r}, expected {NAME!r} with "
-                "rope_theta, group_size and neighbor_window, or else no SelfExtendPlugin"
+                "rope_theta, group_size and neighbor_window; or remove SelfExtendPlugin"
             )
             stop(NAME, error)

@@ -9,6 +9,7 @@ log-probability comes for free.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -171,18 +172,24 @@ class HeadAblator:
 
             handles.append(block.layer.register_forward_hook(whole))
         cache = self.new_cache()
-        with probing(block.projection, scales):
-            with forwards(replacements), hooks(handles):
-                logits = self.forward(reading.ids.expand(size, -1), cache, keep)
-            for i in range(layer + 1):
-                cache.layers[i] = copy.copy(reading.cache.layers[i])
-                cache.layers[i].batch_repeat_interleave(size)
-            return self.finish(reading, cache, logits)
+        with probing(block.projection, scales), forwards(replacements), hooks(handles):
+            logits = self.forward(reading.ids.expand(size, -1), cache, keep)
+        for i in range(layer + 1):
+            cache.layers[i] = copy.copy(reading.cache.layers[i])
+            cache.layers[i].batch_repeat_interleave(size)
+        return self.finish(reading, cache, logits, lambda rows: probing(block.projection, scales[rows]))
 
-    def finish(self, reading: Reading, cache: DynamicCache, logits: torch.Tensor) -> list[Answer]:
-        """Answers, given the logits from the prompt's last token on, shape (B, 1 + tokens of the reference, V).
+    def finish(
+        self, reading: Reading, cache: DynamicCache, logits: torch.Tensor,
+        scaled: Callable[[torch.Tensor], contextlib.AbstractContextManager[None]] = lambda _: contextlib.nullcontext(),
+    ) -> list[Answer]:  # fmt: skip
+        """Decode the answers of B variants whose prompt and reference were read.
 
-        ``cache`` is used up: of its layers' tensors none is changed, but which of them it holds.
+        Args:
+            reading: of the prompt.
+            cache: keys and values of the B variants; its layers are replaced, none of their tensors is changed.
+            logits: from the prompt's last token on, shape (B, 1 + tokens of the reference, V).
+            scaled: scales the model within a ``with`` block as the variants at the given row indices are scaled.
         """
         reference = reading.ids[0, reading.prompt :].tolist()
         chosen = logits.argmax(-1)
@@ -208,14 +215,8 @@ class HeadAblator:
             if reference:
                 cache.crop(shared - len(reference))
             cache.batch_select_indices(rows)
-            projections = [block.projection for block in self.blocks if block.projection.probe is not None]
-            probes = [projection.probe for projection in projections]
-            for projection, probe in zip(projections, probes, strict=True):
-                assert probe is not None
-                projection.probe = probe[rows]
-            decoded = self.decode(cache, chosen[rows, shared], self.max_new_tokens - shared)
-            for projection, probe in zip(projections, probes, strict=True):
-                projection.probe = probe
+            with scaled(rows):
+                decoded = self.decode(cache, chosen[rows, shared], self.max_new_tokens - shared)
             for row, ids in zip(open_rows, decoded, strict=True):
                 answers[row] = reference[:shared] + ids
         return [Answer(ids, value) for ids, value in zip(answers, logprobs.tolist(), strict=True)]

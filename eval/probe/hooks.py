@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from axolotl_plugins.seal import SealConfig
-from axolotl_plugins.seal.layer import SealLayer
+from axolotl_plugins.seal.layer import Scale, SealLayer
 from axolotl_plugins.seal.model import layer_index
 
 
@@ -122,11 +122,11 @@ def forwards(replacements: dict[nn.Module, Callable[..., Any]]) -> Iterator[None
             module.__dict__.pop("forward", None)
 
 
-@contextlib.contextmanager
-def probing(projection: SealLayer, scale: torch.Tensor | None) -> Iterator[None]:
-    """Scale the input of a projection for a while, on top of its adapters."""
-    try:
-        projection.probe = scale
-        yield
-    finally:
-        projection.probe = None
+def probing(projection: SealLayer, scale: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """Scale the input of a projection within a ``with`` block, in addition to its adapters.
+
+    Args:
+        projection: a wrapped attention output.
+        scale: float32 of shape (C,), or (B, 1, C) for one vector per row of the batch.
+    """
+    return hooks([projection.register_forward_pre_hook(lambda _, args: (Scale.apply(args[0], scale), *args[1:]))])

@@ -45,10 +45,7 @@ def read_recipe(file: Path) -> dict[str, Any]:
             "base_model": recipe["base_model"],
             "model_config": recipe.get("model_config"),
             "chat_template": recipe.get("chat_template_jinja"),
-            "scales": {
-                "granularity": block.granularity, "target_modules": block.target_modules, "layers": block.layers,
-                "num_heads": block.num_heads,
-            },
+            "scales": block.adapter_settings(),
             "request": Request(**block.data[0].model_dump()),
             "rate": float(recipe["learning_rate"]),
             "epochs": int(recipe["num_epochs"]),

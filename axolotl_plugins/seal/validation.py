@@ -1,0 +1,223 @@
+"""Checks of an Axolotl recipe before training: unknown keys, and settings under which a run is worthless.
+
+``check_recipe`` runs one check per topic; each raises a ``ValueError`` with one line that says what to change.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_gen.io import check_output, load_json
+
+from .args import SealArgs, SealBlock, parse_block
+
+
+def check_recipe(cfg: dict[str, Any]) -> SealBlock:
+    """Raise if a setting would spoil the run without an error.
+
+    Args:
+        cfg: the recipe with command line overrides.
+
+    Returns:
+        The ``seal:`` block.
+
+    Raises:
+        ValueError: a setting is wrong; the message is one line and says how to fix it.
+    """
+    block = parse_block(cfg.get("seal"))
+    if cfg.get("adapter") == "seal":
+        check_adapter(cfg, block)
+        check_fsdp(cfg)
+        check_deepspeed(cfg)
+    check_context_parallel(cfg, block)
+    check_optimisation(cfg)
+    check_sequences(cfg, block)
+    return block
+
+
+def check_keys(cfg: dict[str, Any]) -> None:
+    """Raise on keys unknown to Axolotl, which it would drop silently.
+
+    Args:
+        cfg: the recipe. Where it names the file it was read from, the file is checked, which has no command line
+            overrides and none of Axolotl's defaults.
+
+    Raises:
+        ValueError: a key of the recipe or of a chat dataset is unknown.
+    """
+    from axolotl.integrations.base import PluginManager
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+    from axolotl.utils.schemas.datasets import SFTDataset
+
+    if file := cfg.get("axolotl_config_path"):
+        cfg = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    schemas = [AxolotlInputConfig, SealArgs]
+    for name in PluginManager.get_instance().get_input_args():
+        module, _, schema = name.rpartition(".")
+        schemas.append(getattr(import_module(module), schema))
+    names = {name for schema in schemas for name in schema.model_fields}
+    names |= {field.alias for schema in schemas for field in schema.model_fields.values() if field.alias}
+    mappings = [("", cfg, names)]
+    for number, dataset in enumerate(cfg.get("datasets") or []):
+        if isinstance(dataset, dict) and dataset.get("type") == "chat_template":
+            mappings.append((f"datasets.{number}.", dataset, set(SFTDataset.model_fields)))
+    for prefix, mapping, valid in mappings:
+        for key in mapping:
+            if key not in valid:
+                close = difflib.get_close_matches(str(key), valid, n=1)
+                hint = f"; is {prefix}{close[0]} meant?" if close else ": remove it"
+                raise ValueError(f"{prefix}{key}: Axolotl has no such setting{hint}")
+
+
+def check_paths(cfg: dict[str, Any]) -> None:
+    """Raise if the output folder is not writable or the checkpoint to resume from does not exist.
+
+    Raises:
+        ValueError: see above.
+    """
+    if folder := cfg.get("output_dir"):
+        check_output(Path(folder) / "adapter_config.json")
+    checkpoint = cfg.get("resume_from_checkpoint")
+    if isinstance(checkpoint, str) and not (Path(checkpoint) / "trainer_state.json").is_file():
+        raise ValueError(
+            f"resume_from_checkpoint: found {checkpoint!r}, expected a folder that training saved, such as "
+            f"{Path(cfg.get('output_dir') or 'outputs') / 'checkpoint-25'}"
+        )
+
+
+def check_adapter(cfg: dict[str, Any], block: SealBlock) -> None:
+    """Raise on settings that SEAL needs and that have other values.
+
+    Raises:
+        ValueError: no granularity, weight decay, or Axolotl's own merge method, which supports LoRA only.
+    """
+    if block.granularity is None:
+        raise ValueError("seal.granularity: missing: add `granularity: head` (SEAL-H) or `channel` (SEAL-C)")
+    if cfg.get("weight_decay"):
+        raise ValueError(
+            f"weight_decay: found {cfg['weight_decay']}, which would pull the scales to 0: set `weight_decay: 0`"
+        )
+    if cfg.get("merge_method") != "legacy":
+        raise ValueError("merge_method: set `merge_method: legacy`; Axolotl's default method supports LoRA only")
+
+
+def check_fsdp(cfg: dict[str, Any]) -> None:
+    """Raise on FSDP settings under which scales are flattened into weights or rounded.
+
+    bfloat16 values near 1 are 2^-8 to 2^-7 apart, about the size of a training step.
+
+    Raises:
+        ValueError: FSDP version 1 or mixed precision.
+    """
+    if not (fsdp := cfg.get("fsdp_config")):
+        return
+    version = cfg.get("fsdp_version") or fsdp.get("fsdp_version") or fsdp.get("version")
+    if str(version) != "2":
+        raise ValueError(f"fsdp_version: found {version}, which flattens scales into weights: set `fsdp_version: 2`")
+    if cfg.get("bf16") or cfg.get("fp16") or fsdp.get("mixed_precision_policy"):
+        raise ValueError(
+            "fsdp_config: mixed precision rounds the scales at every step: set `bf16: false` and `bfloat16: true`, "
+            "which keeps scales in float32 beside weights in bfloat16, and no mixed_precision_policy"
+        )
+
+
+def check_deepspeed(cfg: dict[str, Any]) -> None:
+    """Raise on DeepSpeed settings that round the scales, or that break recomputation under ZeRO-3.
+
+    Raises:
+        ValueError: 16 bit training, or non-reentrant checkpointing with ZeRO-3.
+    """
+    if not (deepspeed := cfg.get("deepspeed")):
+        return
+    settings = deepspeed if isinstance(deepspeed, dict) else load_json(Path(deepspeed))
+    for dtype in ("bf16", "fp16"):
+        enabled = (settings.get(dtype) or {}).get("enabled", False)
+        if enabled is True or (enabled == "auto" and cfg.get(dtype)):
+            raise ValueError(
+                f"deepspeed: {dtype}.enabled rounds the scales to 16 bits: set it false there, and `{dtype}: false` "
+                "in the recipe"
+            )
+    stage = (settings.get("zero_optimization") or {}).get("stage", 0)
+    # Axolotl's default is reentrant.
+    reentrant = (cfg.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant", True)
+    if stage == 3 and cfg.get("gradient_checkpointing") and not reentrant:
+        raise ValueError(
+            "gradient_checkpointing_kwargs: non-reentrant recomputation runs after ZeRO-3 has freed the weights: "
+            "set `use_reentrant: true`"
+        )
+
+
+def check_context_parallel(cfg: dict[str, Any], block: SealBlock) -> None:
+    """Raise on settings that do not work with samples shared by several processes.
+
+    Raises:
+        ValueError: Axolotl's own context parallelism, or a setting that ``seal.context_parallel`` does not support.
+    """
+    for key in ("context_parallel_size", "sequence_parallel_degree"):
+        if (size := cfg.get(key) or 1) > 1:
+            raise ValueError(
+                f"{key}: found {size}, under which ranks without answer tokens have a NaN loss: set "
+                f"`seal: context_parallel: {size}` instead"
+            )
+    if block.context_parallel > 1:
+        defaults = {"micro_batch_size": 1, "val_set_size": 0, "test_datasets": [], "tensor_parallel_size": 1}
+        for key, default in defaults.items():
+            if (value := cfg.get(key)) not in (None, default):
+                raise ValueError(
+                    f"{key}: found {value!r}, but seal.context_parallel shards one training sample at a time across "
+                    "processes: remove it"
+                )
+
+
+def check_optimisation(cfg: dict[str, Any]) -> None:
+    """Raise on a learning rate, batch size or number of epochs that is not positive, and on a missing seed.
+
+    Raises:
+        ValueError: see above.
+    """
+    try:
+        rate = float(cfg.get("learning_rate", "missing"))
+    except (TypeError, ValueError):
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise ValueError(
+            f"learning_rate: found {cfg.get('learning_rate')!r}, expected a number above 0; the paper's are 5e-3 to "
+            "5e-2"
+        )
+    for key in ("num_epochs", "micro_batch_size", "gradient_accumulation_steps"):
+        if (number := cfg.get(key)) is not None and not (isinstance(number, (int, float)) and number > 0):
+            raise ValueError(f"{key}: found {number!r}, expected a number above 0")
+    if cfg.get("seed") is None:
+        raise ValueError("seed: missing: without a seed every run shuffles the samples differently; add `seed: 42`")
+
+
+def check_sequences(cfg: dict[str, Any], block: SealBlock) -> None:
+    """Raise on settings under which samples are dropped, truncated, packed or padded.
+
+    Raises:
+        ValueError: see above.
+    """
+    if cfg.get("excess_length_strategy") != "raise":
+        raise ValueError(
+            f"excess_length_strategy: found {cfg.get('excess_length_strategy')!r}, under which samples longer than "
+            "sequence_len are dropped, or truncated without their answer: set `excess_length_strategy: raise`"
+        )
+    length = cfg.get("sequence_len")
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise ValueError(f"sequence_len: found {length!r}, expected a number of tokens")
+    if cfg.get("sample_packing"):
+        raise ValueError("sample_packing: found true, which reduces the number of steps: set it false")
+    if cfg.get("pad_to_sequence_len"):
+        raise ValueError("pad_to_sequence_len: found true, which pads every sample to sequence_len: set it false")
+    flash = "flash" in str(cfg.get("attn_implementation")) or cfg.get("flash_attention")
+    if cfg.get("pad_to_multiple_of") != 1 and not (flash and block.context_parallel == 1):
+        raise ValueError(
+            "pad_to_multiple_of: padding makes attention allocate a mask of sequence_len x sequence_len "
+            "(1 GiB at 32K): set `pad_to_multiple_of: 1`"
+        )

@@ -9,7 +9,7 @@ from datasets import Dataset
 from paths import FIXTURES, TINY
 
 from axolotl_plugins.seal.load import load
-from eval import prefix
+from eval import generation
 from eval.known import LONGBENCH, run_known
 from eval.run import Harness
 
@@ -32,18 +32,18 @@ def longbench(tmp_path):
 def test_longbench_is_cut_in_the_middle_and_says_so(longbench, monkeypatch):
     asked, budgets = [], set()
     loaded = load(TINY)
-    answer_all, answer = Harness.answer_all, prefix.answer
+    answer_all, generate = Harness.answer_all, generation.generate_answers
 
     def ask(harness, requests, quiet):
         asked.extend(harness.tok_encode(request.args[0]) for request in requests)
         answer_all(harness, requests, quiet)
 
-    def share(model, ids, budget, *rest):
-        budgets.add(budget)
-        return answer(model, ids, budget, *rest)
+    def record_budget(model, prompts, **settings):
+        budgets.add(settings["max_new_tokens"])
+        return generate(model, prompts, **settings)
 
     monkeypatch.setattr(Harness, "answer_all", ask)
-    monkeypatch.setattr("eval.run.answer", share)
+    monkeypatch.setattr("eval.run.generate_answers", record_budget)
     result = run_known(loaded, "longbench", data=str(longbench))
     assert [row["name"] for row in result["sets"]] == list(LONGBENCH)
     assert all((row["count"], row["cut"]) == (2, 1) for row in result["sets"])

@@ -182,6 +182,10 @@ def test_answers_end_where_the_chat_template_ends_a_turn(tmp_path):
         ("{% for m in messages %}<|user|>{{ m.content }}</s>\n{% endfor %}", "</s>"),
         ("{% for m in messages %}### {{ m.role }}: {{ m.content }}\n\n{% endfor %}### end", None),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", None),
+        (
+            "<s>{% for m in messages %}{% for part in m.content if part.text %}{{ part.text }}{% endfor %}{% endfor %}",
+            None,
+        ),
     ],
 )
 def test_the_end_of_a_turn_is_read_from_a_rendered_chat(template, end):

@@ -1,4 +1,4 @@
-"""How long all tasks take: ``python -m data_gen.bench``, with the tokenizer of Mistral's first models."""
+"""Time the generation of every task: ``python -m data_gen.bench``, with the tokenizer of Mistral's first models."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_gen.console import quiet_libraries
-from data_gen.niah import prose
+from axolotl_plugins.common.console import quiet_libraries
+from data_gen.tasks import TASKS
+from data_gen.tasks.niah import prose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TASKS = ("line", "niah", "vt", "cwe", "fwe", "longbench")
 # Of Mistral-7B-Instruct-v0.2, for one question and its answer.
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
@@ -30,7 +30,7 @@ TEMPLATE = (
 
 
 def mistral_tokenizer() -> PreTrainedTokenizerBase:
-    """The fast tokenizer with the 32,000 pieces of Mistral-7B-Instruct-v0.2, which mistral_common brings with it."""
+    """Build the fast tokenizer with the 32,000 pieces of Mistral-7B-Instruct-v0.2, which mistral_common contains."""
     import mistral_common
     from sentencepiece import SentencePieceProcessor
     from transformers import LlamaTokenizer
@@ -38,14 +38,14 @@ def mistral_tokenizer() -> PreTrainedTokenizerBase:
 
     file = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
     pieces = SentencePieceProcessor(model_file=str(file))
-    vocabulary = {pieces.id_to_piece(place): place for place in range(len(pieces))}
+    vocabulary = {pieces.id_to_piece(piece): piece for piece in range(len(pieces))}
     tokenizer = LlamaTokenizer(vocab=vocabulary, merges=generate_merges(vocabulary), legacy=True)
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
 def write_passages(file: Path, tokens: int, rows: int) -> None:
-    """Samples in LongBench's form, of generated prose, of about ``tokens`` to twice as many."""
+    """Write samples in LongBench's format, of generated prose, of ``tokens`` to twice as many tokens."""
     with file.open("w", encoding="utf-8") as out:
         for row in range(rows):
             sentences = int(tokens / 16 * (1 + row / rows))  # of 16 tokens each
@@ -56,7 +56,7 @@ def write_passages(file: Path, tokens: int, rows: int) -> None:
 
 
 def prepare(folder: Path, tokens: int, samples: int) -> None:
-    """Write what the tasks need."""
+    """Write the tokenizer and the passages that the tasks read."""
     quiet_libraries()
     mistral_tokenizer().save_pretrained(folder / "tokenizer")
     write_passages(folder / "triviaqa_e.jsonl", tokens, samples)
@@ -66,38 +66,41 @@ def measure(command: list[str]) -> tuple[float, float, float]:
     """Run a command.
 
     Returns:
-        Seconds that passed, seconds of the processor, and largest resident memory in MiB.
+        Wall time and CPU time in seconds, and peak resident memory in MiB.
+
+    Raises:
+        ValueError: the command failed.
     """
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
-    passed = time.perf_counter() - start
+    wall = time.perf_counter() - start
     if status:
         raise ValueError(f"{' '.join(command)}: failed")
-    return passed, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+    return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write all tasks' samples into a folder that is thrown away, and print what each took as a table."""
+    """Write samples of every task into a temporary folder, and print the time and memory of each as a table."""
     parser = argparse.ArgumentParser(prog="python -m data_gen.bench", description=__doc__)
     parser.add_argument("--tokens", type=int, default=31_000, help="longest sample")
-    parser.add_argument("--samples", type=int, default=50, help="of every task")
+    parser.add_argument("--samples", type=int, default=50, help="of each task")
     options = parser.parse_args(arguments)
-    print("| task | seconds | of the processor | peak memory (MiB) |\n|---|---:|---:|---:|")
+    print("| task | seconds | CPU seconds | peak memory (MiB) |\n|---|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        # Elsewhere, because a process begins with the memory of the one that starts it.
-        beside = multiprocessing.get_context("spawn").Process(
+        # In another process: the peak memory of a child is at least that of its parent when it forks.
+        preparation = multiprocessing.get_context("spawn").Process(
             target=prepare, args=(folder, options.tokens, options.samples)
         )
-        beside.start()
-        beside.join()
+        preparation.start()
+        preparation.join()
         for task in TASKS:
             command = [sys.executable, "-m", "data_gen", task, "--tokenizer", str(folder / "tokenizer")]
             command += ["--tokens", str(options.tokens), "--samples", str(options.samples)]
             command += ["--data", str(folder / "triviaqa_e.jsonl")] if task == "longbench" else []
-            passed, processor, memory = measure([*command, "--out", str(folder / f"{task}.jsonl")])
-            print(f"| `{task}` | {passed:.1f} | {processor:.1f} | {memory:.0f} |", flush=True)
+            wall, processor, memory = measure([*command, "--out", str(folder / f"{task}.jsonl")])
+            print(f"| `{task}` | {wall:.1f} | {processor:.1f} | {memory:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

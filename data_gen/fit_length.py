@@ -1,26 +1,26 @@
-"""How much of something fits into a length."""
+"""Find the largest sample that fits into a length."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# Interpolation finds the size of near-linear text in a few trials; from here on halving bounds their number.
+# Interpolation finds the size of near-linear text in a few trials; after so many, bisection bounds their number.
 INTERPOLATIONS = 12
-# A step goes at most to so many times the largest size that is known to fit.
+# Extrapolate at most to so many times the largest size known to fit.
 FARTHEST = 100
 
 
 @dataclass(frozen=True)
 class LengthBudget:
-    """The length that one sample has to keep.
+    """The length limit of a sample, with functions that measure against it.
 
     Attributes:
         tokens: longest chat, template and answer included.
-        count: length in tokens of the chat that a prompt and an assistant's text make.
-        accept: whether an answer belongs to the split that is drawn.
-        encode: a text's token ids, without special tokens.
-        decode: the text of token ids.
+        count: length in tokens of the chat of a prompt and an answer.
+        accept: whether an answer belongs to the split.
+        encode: token ids of a text, without special tokens.
+        decode: text of token ids.
     """
 
     tokens: int
@@ -31,15 +31,15 @@ class LengthBudget:
 
 
 def largest(length: Callable[[int], int], limit: int, *, first: int = 1, what: str) -> int:
-    """The largest ``n >= first`` whose length keeps the limit, ``n + 1`` exceeding it.
+    """Return the largest ``n >= first`` whose length is within the limit, by interpolation, then bisection.
 
-    Few trials where lengths grow about linearly, which text does; O(log n) in any case.
+    Takes few trials if lengths grow almost linearly, as those of text; O(log n) otherwise.
 
     Args:
-        length: tokens of a sample of size n; grows with n.
+        length: tokens of a sample of size n; increases with n.
         limit: in tokens.
-        first: smallest size that makes sense.
-        what: names the sample in the error.
+        first: smallest valid size.
+        what: names the sample in error messages.
 
     Raises:
         ValueError: not even ``first`` fits.
@@ -49,10 +49,10 @@ def largest(length: Callable[[int], int], limit: int, *, first: int = 1, what: s
         raise ValueError(f"tokens: {limit} is too short for {what}, whose shortest sample has {low_length} here")
     trial, high, trials = low + 16, None, 0
     while high is None or high - low > 1:
-        found = length(trial)
-        slope = max((found - low_length) / (trial - low), 1e-9)
-        if found <= limit:
-            low, low_length = trial, found
+        trial_length = length(trial)
+        slope = max((trial_length - low_length) / (trial - low), 1e-9)
+        if trial_length <= limit:
+            low, low_length = trial, trial_length
         else:
             high = trial
         trials += 1

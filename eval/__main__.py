@@ -9,10 +9,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from data_gen.console import quiet_libraries, stop
-from data_gen.console import run as run_app
+from axolotl_plugins.common.console import quiet_libraries, stop
+from axolotl_plugins.common.console import run as run_app
+from axolotl_plugins.common.io import load_yaml, write_text
 from data_gen.dataset import remark
-from data_gen.io import load_yaml, write_text
+from data_gen.tasks import tasks_of, tasks_with
+from eval.metrics import METRICS
 from eval.probe.cli import adapters_named, numbers
 from eval.probe.cli import app as probe
 from eval.result_cache import check_replaced, journal_file, result_file, result_name
@@ -26,18 +28,16 @@ def main() -> None:
     """Score models on the tasks they are tuned for."""
 
 
-SEAL_TASKS = ("line", "niah", "vt", "cwe", "fwe")
+SEAL_TASKS = tuple(METRICS)
 LM_EVAL_TASKS = ("longbench", "mmlu")
 # Options that only some tasks know.
 OPTIONS = {
-    "cases": ("line",),
-    "haystack": ("niah",),
-    "depths": ("niah",),
+    **{option: tasks_with(option) for option in ("cases", "haystack", "depths")},
     "data": LM_EVAL_TASKS,
     "lengths": SEAL_TASKS,
     "shots": SEAL_TASKS,
 }
-GROUPS = {"ruler": ("vt", "cwe", "fwe"), "all": (*SEAL_TASKS, *LM_EVAL_TASKS)}
+GROUPS = {"ruler": tasks_of("ruler"), "all": (*SEAL_TASKS, *LM_EVAL_TASKS)}
 
 
 def tasks_named(task: str, given: dict[str, Any]) -> tuple[str, ...]:
@@ -202,8 +202,9 @@ def run(
                     asked = {
                         "lengths": None if cases else wanted or ours.default_lengths(loaded.window),
                         "samples": min([samples or 50, *most]), "seed": seed, "shots": shots,
-                        "shot_tokens": shot_tokens, "haystack": haystack if name == "niah" else None,
-                        "depths": depths if name == "niah" else None, "cases": cases if name == "line" else None,
+                        "shot_tokens": shot_tokens, "haystack": haystack if name in OPTIONS["haystack"] else None,
+                        "depths": depths if name in OPTIONS["depths"] else None,
+                        "cases": cases if name in OPTIONS["cases"] else None,
                     }  # fmt: skip
                 check_replaced(path, asked)
                 if name in LM_EVAL_TASKS:

@@ -10,9 +10,9 @@ from datasets import Dataset
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager, get_task_dict
 
+from axolotl_plugins.common.console import first_line
+from axolotl_plugins.common.tokenizer import as_messages, count_tokens
 from axolotl_plugins.seal.model_loading import LoadedModel
-from data_gen.console import first_line
-from data_gen.dataset import as_messages, count_tokens
 from eval.run import harness_for
 from eval.vllm_backend import Served
 

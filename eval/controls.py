@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from axolotl_plugins.common.tokenizer import Messages
 from axolotl_plugins.seal.layer import SealLayer
-from data_gen.dataset import Messages
 
 
 def seal_layers(model: nn.Module) -> list[SealLayer]:

@@ -14,14 +14,12 @@ import numpy as np
 import yaml
 from jinja2 import Environment, FileSystemLoader
 
-from data_gen.io import check_output, load_json, write_text
+from axolotl_plugins.common.io import check_output, load_json, write_text
+from data_gen.tasks import TaskAttribute
 from eval.plots import draw_accuracy, draw_grid, draw_scales
 
 HERE = Path(__file__).parent
-TITLES = {
-    "line": "Line retrieval", "niah": "Needle in a haystack", "vt": "Variable tracking", "cwe": "Common words",
-    "fwe": "Frequent words", "longbench": "LongBench document QA", "mmlu": "MMLU",
-}  # fmt: skip
+TITLES = TaskAttribute("title", mmlu="MMLU")
 WRONG_SHOWN = 5
 LONGCHAT = "lmsys/longchat-7b-v1.5-32k"  # the one base model of Table 6 and of the paper's MMLU
 

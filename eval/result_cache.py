@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_gen.io import check_output, load_json
+from axolotl_plugins.common.io import check_output, load_json
 
 
 def result_name(model: str) -> str:

@@ -9,21 +9,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lm_eval import simple_evaluate
+from lm_eval import evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import postprocess_generated_text
-from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
+from axolotl_plugins.common.io import write_text
 from axolotl_plugins.seal.model_loading import LoadedModel
 from axolotl_plugins.seal.provenance import text_hash
-from data_gen.dataset import Request, Split
-from data_gen.io import write_text
+from data_gen.dataset import Request
+from data_gen.tasks import Split
 from eval.generation import generate_answers, stop_ids
+from eval.lm_eval_task import lm_eval_task
 from eval.metrics import METRICS, wilson
 from eval.result_cache import Journal
-from eval.scoring import TASK_FOLDER
 
 # What a result keeps of a sample.
 KEPT = ("length", "index", "tokens", "depth", "line", "key", "haystack_repeats", "references")
@@ -251,21 +251,16 @@ def generate_responses(
     Args:
         loaded: the model.
         task: one of ``METRICS``.
-        metadata: arguments of ``eval.tasks.documents.documents``.
+        metadata: arguments of ``eval.lm_eval_task.documents``.
         batch_size: prompts decoded together; None takes what memory allows.
         journal: see ``run``.
         allow_contamination: see ``run``.
     """
     name = f"seal_{task}"
-    manager = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False, metadata=metadata)
-    assert name in manager.all_tasks, f"lm-eval cannot read {TASK_FOLDER}/{name}.yaml"
     harness = harness_for(loaded, batch_size, journal)
     trained_on = loaded.trained_on or frozenset()
     harness.refused = frozenset() if allow_contamination else trained_on
-    results = simple_evaluate(
-        model=harness, tasks=[name], apply_chat_template=True, task_manager=manager, bootstrap_iters=0,
-        log_samples=True, metadata=metadata,
-    )  # fmt: skip
+    results = evaluate(harness, {name: lm_eval_task(task, **metadata)}, apply_chat_template=True, bootstrap_iters=0)
     return [
         {
             **{key: row["doc"][key] for key in KEPT if key in row["doc"]},

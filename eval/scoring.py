@@ -1,13 +1,10 @@
-"""Answer and score samples without lm-eval: prompts, budgets and metrics are those of the lm-eval tasks."""
+"""Answer and score samples without lm-eval, with the prompts, budgets and metrics of the lm-eval tasks."""
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from data_gen.tasks import TASKS
 from eval.generation import generate_answers, stop_ids
 from eval.metrics import METRICS
 
@@ -17,26 +14,23 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TASK_FOLDER = Path(__file__).parent / "tasks"
 
-
-@functools.cache
 def generation_settings(task: str) -> dict[str, Any]:
     """Return a task's ``max_gen_toks`` (longest answer in tokens) and ``until`` (texts that end an answer)."""
-    return yaml.safe_load((TASK_FOLDER / f"seal_{task}.yaml").read_text())["generation_kwargs"]
+    return {"max_gen_toks": TASKS[task].max_new_tokens, "until": list(TASKS[task].stop)}
 
 
 def answer_budget(task: str) -> int:
-    """Return the longest answer of a task in tokens, as the task's original program sets it."""
+    """Return a task's longest answer in tokens, as in the original program."""
     return generation_settings(task)["max_gen_toks"]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, sample: dict[str, Any], shown: str = "") -> list[int]:
-    """Render a sample as the token ids that a model continues.
+    """Return the token ids of a sample's prompt.
 
     Args:
         tokenizer: with a chat template.
-        sample: its ``messages`` begin with the user's turn; ``prefix`` is how the assistant's turn begins.
+        sample: its ``messages`` begin with the user's turn; ``prefix``, if any, begins the assistant's turn.
         shown: worked examples, put before the prompt in the same turn.
     """
     content = shown + sample["messages"][0]["content"]
@@ -46,7 +40,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, sample: dict[str, Any], shown
 
 
 def truncate_at(text: str, until: list[str]) -> str:
-    """Return a text up to the first of the strings that end it."""
+    """Truncate a text at the first of the strings that end it."""
     for ending in until:
         text = text.split(ending)[0]
     return text
@@ -62,16 +56,16 @@ def score_samples(
         model: in evaluation mode.
         tokenizer: with a chat template.
         task: a key of ``METRICS``.
-        samples: as ``data_gen.dataset`` draws them; ``length`` says which they belong to.
+        samples: as ``data_gen.dataset`` draws them, with the nominal ``length``.
         batch_size: see ``generate_answers``.
         shown: see ``prompt_ids``.
-        on_answer: called with the index of every sample that is answered.
+        on_answer: called with the index of each answered sample.
 
     Returns:
         For every sample ``length``, ``index``, ``tokens``, ``response`` and ``score`` (in [0, 1]).
 
     Raises:
-        ValueError: a prompt with its answer does not fit into the model's window.
+        ValueError: a prompt with its answer exceeds the model's window.
     """
     settings = generation_settings(task)
     budget, until = settings["max_gen_toks"], settings["until"]

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from data_gen.console import first_line, quiet_libraries, stop
-from data_gen.console import run as run_app
-from data_gen.io import check_output, load_yaml, write_text
+from axolotl_plugins.common.console import first_line, quiet_libraries, stop
+from axolotl_plugins.common.console import run as run_app
+from axolotl_plugins.common.io import check_output, load_yaml, write_text
 from recipes.estimate import (
     CARD_SHARE,
     CARDS,
@@ -128,8 +128,9 @@ def recipe_for(
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from axolotl_plugins.common.tokenizer import load_tokenizer
     from axolotl_plugins.seal import find_attention_outputs
-    from data_gen.dataset import Request, load_tokenizer
+    from data_gen.dataset import Request
 
     for what, value, known in (("task", task, TASKS), ("method", method, METHODS)):
         if value not in known:

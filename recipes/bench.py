@@ -29,9 +29,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from axolotl_plugins.common.console import first_line, out_of_memory, quiet_libraries, stop
+from axolotl_plugins.common.io import load_json, write_text
 from axolotl_plugins.seal.tune import answer_loss
-from data_gen.console import first_line, out_of_memory, quiet_libraries, stop
-from data_gen.io import load_json, write_text
 from recipes.estimate import Shape, training_flop
 from recipes.machine import machine
 from recipes.matrix import peft_config, read_matrix

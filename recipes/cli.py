@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
-from data_gen.console import quiet_libraries, stop
-from data_gen.console import run as run_app
+from axolotl_plugins.common.console import quiet_libraries, stop
+from axolotl_plugins.common.console import run as run_app
 
 if TYPE_CHECKING:
     from click import Command, Context

@@ -14,11 +14,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from axolotl_plugins.common.console import quiet_libraries, stop
+from axolotl_plugins.common.console import run as run_app
+from axolotl_plugins.common.io import load_json, write_text
 from axolotl_plugins.seal.scales import saved_scales
-from data_gen.console import quiet_libraries, stop
-from data_gen.console import run as run_app
-from data_gen.io import load_json, write_text
-from data_gen.line_retrieval import QUESTION
+from data_gen.tasks.line_retrieval import QUESTION
 from eval.result_cache import result_file, result_name
 from recipes.machine import machine
 

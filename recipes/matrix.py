@@ -10,21 +10,15 @@ from typing import Any, Literal
 
 import yaml
 
+from data_gen.tasks import TaskAttribute, tasks_of
 from recipes.estimate import CPU_FLOPS, GOOD_SHARE, PAPER_SHARE, Shape, needs_checkpointing, recipe_cost
 
 FOLDER = Path(__file__).parent
 METHODS = {"sealh": "SEAL-H", "sealc": "SEAL-C", "seall": "SEAL-L (LoRA)", "seald": "SEAL-D (DoRA)"}
-TASKS = {
-    "line": "line retrieval",
-    "niah": "needle in a haystack",
-    "vt": "RULER's variable tracking",
-    "cwe": "RULER's common words",
-    "fwe": "RULER's frequent words",
-    "longbench": "LongBench document QA, tuned on TriviaQA",
-}
+TASKS = TaskAttribute("description")
 # Of tasks, at equal shares of the samples; the demo has lengths, samples and rates of its own.
 MIXTURES = {"multi": ("line", "niah", "vt", "cwe", "fwe"), "demo": ("line",)}
-RULER = ("vt", "cwe", "fwe")
+RULER = tasks_of("ruler")
 ESSAYS = "essays # from the hub; or a folder of text files, or prose, which is built in"
 SHORTEST_RULER = 8000  # tokens; lengths are drawn from here to the model's longest (appendix B.3)
 
@@ -35,7 +29,7 @@ def rate(rates: dict[str, dict[str, float]], model: str, task: str, method: str)
     Raises:
         ValueError: there is none.
     """
-    of_task = rates[task]
+    of_task = rates.get(task, {})
     if (found := of_task.get(f"{model} {method}", of_task.get(method))) is None:
         raise ValueError(f"matrix.yml: no rate for {task}, {model}, {method}")
     return found

@@ -15,8 +15,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from data_gen.console import first_line
-from data_gen.io import check_output, file_hash, load_json, write_text, written_whole
+from axolotl_plugins.common.console import first_line
+from axolotl_plugins.common.io import check_output, file_hash, load_json, write_text, written_whole
 
 MODEL = Path("models/smollm2-135m")
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"

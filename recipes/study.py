@@ -24,10 +24,11 @@ from typing import Annotated, Any
 
 import typer
 
-from data_gen.console import first_line, quiet_libraries, stop
-from data_gen.console import run as run_app
-from data_gen.dataset import Request, load_tokenizer
-from data_gen.io import file_hash, load_json
+from axolotl_plugins.common.console import first_line, quiet_libraries, stop
+from axolotl_plugins.common.console import run as run_app
+from axolotl_plugins.common.io import file_hash, load_json
+from axolotl_plugins.common.tokenizer import load_tokenizer
+from data_gen.dataset import Request
 from recipes.study_cells import (
     METHODS,
     TASKS,

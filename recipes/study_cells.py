@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from data_gen.dataset import Messages, Request, count_tokens, generate, load_tokenizer
-from data_gen.io import load_json, read_rows, write_text, written_whole
+from axolotl_plugins.common.io import load_json, read_rows, write_text, written_whole
+from axolotl_plugins.common.tokenizer import Messages, count_tokens, load_tokenizer
+from data_gen.dataset import Request, generate
 
 if TYPE_CHECKING:
     import torch

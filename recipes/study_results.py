@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from data_gen.io import load_json, write_text
+from axolotl_plugins.common.io import load_json, write_text
 from eval.metrics import wilson
 from recipes.matrix import TASKS as TITLES
 from recipes.study_cells import CONTROLS, METHODS, TASKS, Cell, choose_rate, mean_score

@@ -28,11 +28,11 @@ from paths import TINY, TINY_SEALC
 from peft import get_peft_model
 from tqdm import tqdm
 
+from axolotl_plugins.common.console import run
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.__main__ import app as seal
 from axolotl_plugins.seal.model_loading import load
 from data_gen.__main__ import app as data_gen
-from data_gen.console import run
 from eval.__main__ import app as evaluate
 
 TIMES = (b'"seconds": ',)  # lines of results that tell how long something took, which no two runs agree on

@@ -245,7 +245,7 @@ def test_data_that_does_not_match_its_recipe_is_refused(trained, tmp_path):
     recipe = write_recipe(tmp_path)
     recipe["seal"]["data"]["samples"] = 9
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
-    assert "samples 8, but 9 is asked for" in refusal(launch(tmp_path))
+    assert "samples 8, but 9 is requested" in refusal(launch(tmp_path))
 
 
 def test_a_base_that_lacks_tokens_is_refused(tmp_path):

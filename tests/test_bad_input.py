@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from test_axolotl import write_recipe
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from axolotl_plugins.common.console import run
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.__main__ import app as seal
 from data_gen.__main__ import app as data_gen
-from data_gen.console import run
 from eval.__main__ import app as evaluate
 from recipes.__main__ import app as recipes
 
@@ -180,7 +180,7 @@ CASES = [
     ("data_gen", "line --tokens 400 --out {tmp}/o.jsonl", "tokenizer: missing: name the model"),
     ("data_gen", LINE + "--tokenizer {tmp}/no", "tokenizer: cannot load '.*/no' as a folder or hub id"),
     ("data_gen", LINE + "--tokenizer {model}/no_template", "has no chat template: name one with --chat-template"),
-    ("data_gen", LINE + "--tokenizer {model}/bad_template", "chat-template: that of .* writes no chat"),
+    ("data_gen", LINE + "--tokenizer {model}/bad_template", "chat-template: .* has an invalid one"),
     ("data_gen", LINE + "--chat-template {tmp}/no.jinja", "chat-template: cannot read .*/no.jinja"),
     ("data_gen", LINE + "--chat-template {file}/folder", "chat-template: cannot read .*/folder"),
     ("data_gen", NIAH + "--haystack {file}/no", "haystack: no \\*.txt in '.*/no'"),
@@ -363,7 +363,7 @@ def test_a_process_exits_with_status_1(program, tmp_path):
 
 
 def test_an_interrupt_is_one_line(capsys):
-    from data_gen.console import INTERRUPTED
+    from axolotl_plugins.common.console import INTERRUPTED
 
     app = typer.Typer()
 
@@ -401,7 +401,7 @@ RECIPES = [
     ({"datasets": [{"path": "folder"}]}, "folder: is a folder"),
     ({"num_epochs": 0}, "num_epochs: found 0, expected a number above 0"),
     ({"micro_batch_size": 0}, "micro_batch_size: found 0"),
-    ({"output_dir": "recipe.yml"}, "recipe.yml is a file: name another place"),
+    ({"output_dir": "recipe.yml"}, "recipe.yml is a file: name another path"),
     ({"resume_from_checkpoint": "folder"}, "resume_from_checkpoint: found 'folder', expected a folder that training"),
 ]  # fmt: skip
 ROWS = [

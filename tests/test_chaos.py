@@ -15,9 +15,10 @@ import pytest
 from chaos import Stage, torment
 from paths import ROOT, TINY
 
+from axolotl_plugins.common.io import check_output
+from axolotl_plugins.common.tokenizer import load_tokenizer
 from axolotl_plugins.seal.model_loading import load
-from data_gen.dataset import Request, load_tokenizer, write
-from data_gen.io import check_output
+from data_gen.dataset import Request, write
 from eval.run import Responses, run
 
 
@@ -43,7 +44,7 @@ STARVED = """
 import resource, sys
 from pathlib import Path
 import eval.probe.head_importance, eval.run
-from data_gen.console import run
+from axolotl_plugins.common.console import run
 from eval.__main__ import app as evaluate
 
 pages = int(Path("/proc/self/statm").read_text().split()[0])

@@ -1,7 +1,8 @@
-"""Line retrieval data: LongEval's text, exact lengths, equal bytes, splits that cannot meet."""
+"""Line retrieval data: LongEval's text, exact lengths, reproducible bytes, disjoint splits; manifests."""
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import os
@@ -13,22 +14,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from paths import TINY
+from paths import ROOT, TINY
 from transformers import AutoTokenizer
 
-from data_gen import line_retrieval
-from data_gen.dataset import (
-    Request,
-    count_tokens,
-    draw,
-    generate,
-    in_split,
-    load_tokenizer,
-    manifest_path,
-    write,
-)
+from axolotl_plugins.common.io import read_rows
+from axolotl_plugins.common.tokenizer import count_tokens, load_tokenizer
+from data_gen.dataset import Request, draw, generate, in_split, manifest_path, write
 from data_gen.fit_length import largest
-from data_gen.io import read_rows
+from data_gen.tasks import line_retrieval
 
 
 @pytest.fixture(scope="module")
@@ -73,18 +66,18 @@ def test_rendering_reproduces_longevals_own_cases():
 @pytest.mark.parametrize("tokens", [235, 300, 999, 1900, 8000])
 def test_length_is_never_over_and_at_most_a_line_short(tokenizer, tokens):
     for sample in generate(Request("line", str(tokens), samples=8), tokenizer):
-        found = count_tokens(tokenizer, sample["messages"])
-        assert found == sample["tokens"] <= tokens
+        length = count_tokens(tokenizer, sample["messages"])
+        assert length == sample["tokens"] <= tokens
         prompt = sample["messages"][0]["content"]
         longest_line = line_retrieval.LINE.format(key="absolute-contact lens", number=50000)
-        assert tokens - found < len(tokenizer(longest_line)["input_ids"])
+        assert tokens - length < len(tokenizer(longest_line)["input_ids"])
         assert prompt.count("\nline ") == sample["lines"]
         assert f"line {sample['key']}: REGISTER_CONTENT is <{sample['number']}>\n" in prompt
 
 
 def test_lengths_of_a_range_spread_over_it(tokenizer):
-    found = [sample["tokens"] for sample in generate(Request("line", "300:1900", samples=30), tokenizer)]
-    assert min(found) < 700 and max(found) > 1500 and max(found) <= 1900
+    lengths = [sample["tokens"] for sample in generate(Request("line", "300:1900", samples=30), tokenizer)]
+    assert min(lengths) < 700 and max(lengths) > 1500 and max(lengths) <= 1900
 
 
 def test_numbers_and_positions_spread(tokenizer):
@@ -105,16 +98,16 @@ def test_a_sample_depends_on_its_index_alone(tokenizer):
 
 
 def test_splits_never_meet():
-    """By construction: a bit of the answer's hash decides the split. Over 10,000 draws of a tiny task as well."""
+    """A bit of the answer's hash decides the split; 10,000 draws of a tiny task agree."""
     answers = {"train": set(), "test": set()}
-    for split, found in answers.items():
+    for split, split_answers in answers.items():
         for index in range(10_000):
             rng = random.Random(f"{split}{index}")
             record = line_retrieval.Record(rng, lambda answer, split=split: in_split(split, answer))
             drawn = line_retrieval.render(record.first(1), 0)
-            found.add(drawn["answer"])
+            split_answers.add(drawn["answer"])
     assert len(answers["train"]) > 9_900 and not answers["train"] & answers["test"]
-    # The rule itself separates any answers, however few there are to draw from.
+    # The rule separates any answers, however few can be drawn.
     answers = [str(number) for number in range(1000)]
     assert all(in_split("train", answer) != in_split("test", answer) for answer in answers)
     assert 400 < sum(in_split("train", answer) for answer in answers) < 600
@@ -130,7 +123,7 @@ def test_more_lines_than_adjectives():
 @pytest.mark.parametrize("answer", [1, 2, 3, 17, 100, 1023])
 @pytest.mark.parametrize("bend", [1.0, 0.5, 2.0, 3.0])
 def test_largest_is_the_largest_and_takes_few_trials(answer, bend):
-    """Also where lengths grow unlike a line, and in steps."""
+    """Also if lengths grow nonlinearly or in steps."""
     trials = []
 
     def length(n):
@@ -143,7 +136,7 @@ def test_largest_is_the_largest_and_takes_few_trials(answer, bend):
     assert largest(lambda n: 100 + 20 * n, 100 + 20 * answer + 3, what="it") == answer
 
 
-def test_largest_says_when_nothing_fits():
+def test_largest_raises_if_nothing_fits():
     with pytest.raises(ValueError, match="9 is too short for it, whose shortest sample has 10"):
         largest(lambda n: 9 + n, 9, what="it")
 
@@ -152,27 +145,27 @@ def test_same_command_same_bytes_and_nothing_done_twice(tmp_path):
     arguments = ["line", "--tokenizer", str(TINY), "--tokens", "400", "--samples", "4", "--out"]
     for name in ("one.jsonl", "two.jsonl"):
         assert data_gen(*arguments, name, cwd=tmp_path).returncode == 0
-    one, two = (tmp_path / name for name in ("one.jsonl", "two.jsonl"))
-    assert one.read_bytes() == two.read_bytes()
-    stamp = one.stat().st_mtime_ns
+    first, second = (tmp_path / name for name in ("one.jsonl", "two.jsonl"))
+    assert first.read_bytes() == second.read_bytes()
+    modified = first.stat().st_mtime_ns
     again = data_gen(*arguments, "one.jsonl", cwd=tmp_path)
     assert again.returncode == 0 and "already there" in again.stdout
-    assert one.stat().st_mtime_ns == stamp
+    assert first.stat().st_mtime_ns == modified
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "one.jsonl", "one.jsonl.manifest.json", "two.jsonl", "two.jsonl.manifest.json"
     ]  # fmt: skip
 
-    # The manifest holds the command, which from nothing gives the same again.
-    manifest = manifest_path(one).read_bytes()
+    # The manifest's command reproduces both files.
+    manifest = manifest_path(first).read_bytes()
     command = shlex.split(json.loads(manifest)["command"])
     assert command[:3] == ["python", "-m", "data_gen"]
-    one.unlink()
-    manifest_path(one).unlink()
+    first.unlink()
+    manifest_path(first).unlink()
     assert data_gen(*command[3:], cwd=tmp_path).returncode == 0
-    assert one.read_bytes() == two.read_bytes() and manifest_path(one).read_bytes() == manifest
+    assert first.read_bytes() == second.read_bytes() and manifest_path(first).read_bytes() == manifest
 
 
-def test_a_file_cut_off_before_its_manifest_is_completed(tmp_path, tokenizer):
+def test_a_file_without_its_manifest_is_completed(tmp_path, tokenizer):
     request, out = Request("line", "400", samples=3), tmp_path / "x.jsonl"
     write(request, tokenizer, out)
     wanted = out.read_bytes(), manifest_path(out).read_bytes()
@@ -184,12 +177,12 @@ def test_a_file_cut_off_before_its_manifest_is_completed(tmp_path, tokenizer):
 def test_a_file_that_is_not_what_is_asked_for_is_an_error(tmp_path, tokenizer):
     out = tmp_path / "x.jsonl"
     write(Request("line", "400", samples=3), tokenizer, out)
-    with pytest.raises(ValueError, match="samples 3, but 4 is asked for"):
+    with pytest.raises(ValueError, match="samples 3, but 4 is requested"):
         write(Request("line", "400", samples=4), tokenizer, out)
     with pytest.raises(ValueError, match="seed 0, but 1"):
         write(Request("line", "400", samples=3, seed=1), tokenizer, out)
     out.write_text(out.read_text().replace("REGISTER", "register", 1))
-    with pytest.raises(ValueError, match="was changed after it was made"):
+    with pytest.raises(ValueError, match="was modified after it was written"):
         write(Request("line", "400", samples=3), tokenizer, out)
     manifest_path(out).unlink()
     with pytest.raises(ValueError, match="other data"):
@@ -197,7 +190,7 @@ def test_a_file_that_is_not_what_is_asked_for_is_an_error(tmp_path, tokenizer):
 
 
 def test_lines_end_at_line_breaks_alone(tmp_path):
-    """JSON leaves the separators of Unicode as they are; they part no rows."""
+    """JSON does not escape Unicode's line separators; they do not separate rows."""
     rows = [{"text": f"a{sign}b"} for sign in ("\u2028", "\u2029", "\u0085", "\x0b")]
     file = tmp_path / "d.jsonl"
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -219,3 +212,24 @@ def test_samples_are_drawn_once_in_a_process(tokenizer):
     assert draw(request, other) is first
     other.chat_template += " "  # other tokens
     assert draw(request, other) is not first
+
+
+def imported(package: Path) -> set[str]:
+    """Names of all modules that a package's files import, at any depth of their code."""
+    names = set()
+    for node in (node for file in package.rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+    return names
+
+
+def test_imports_run_one_way():
+    """What all packages share imports none of them, and data generation nothing but that."""
+    own = re.compile(r"(axolotl_plugins|data_gen|eval|recipes)\b")
+    shared = {name for name in imported(ROOT / "axolotl_plugins" / "common") if own.match(name)}
+    assert shared and all(name.startswith("axolotl_plugins.common.") for name in shared)
+    allowed = ("data_gen.", "axolotl_plugins.common.")
+    assert all(name.startswith(allowed) for name in imported(ROOT / "data_gen") if own.match(name))
+    assert len((ROOT / "axolotl_plugins" / "__init__.py").read_text().splitlines()) == 1  # a docstring alone

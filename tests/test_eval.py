@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.model_loading import load, load_each
-from data_gen import niah
 from data_gen.dataset import Request, generate
-from eval.metrics import METRICS, last_integer, wilson
+from data_gen.tasks import niah
+from data_gen.tasks.line_retrieval import last_integer
+from eval.metrics import METRICS, wilson
 from eval.result_cache import result_name
 from eval.run import Harness, Responses, default_lengths, run, summaries
 
@@ -172,7 +173,7 @@ def other_shapes(folder: Path) -> str:
 
 
 def test_a_result_is_not_lost_to_one_of_other_samples(tmp_path):
-    from data_gen.console import run as run_app
+    from axolotl_plugins.common.console import run as run_app
     from eval.__main__ import app
 
     def score(samples: int) -> None:
@@ -223,16 +224,12 @@ def test_prompt_ids_are_the_first_of_the_training_ids(task):
     """Also where the prompt goes on into the assistant's turn."""
     from dataclasses import asdict
 
-    from lm_eval.tasks import TaskManager, get_task_dict
-
-    from eval.run import TASK_FOLDER
+    from eval.lm_eval_task import lm_eval_task
 
     loaded = load(TINY)
     harness = Harness(pretrained=loaded.model, tokenizer=loaded.tokenizer, add_bos_token=False)
     request = Request(task, "1500", samples=2)
-    metadata = {"tokenizer": str(TINY), "requests": [asdict(request)], "examples": None}
-    manager = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False, metadata=metadata)
-    lm_task = get_task_dict([f"seal_{task}"], manager)[f"seal_{task}"]
+    lm_task = lm_eval_task(task, tokenizer=str(TINY), requests=[asdict(request)])
     lm_task.build_all_requests(
         apply_chat_template=True, chat_template=harness.apply_chat_template, tokenizer_name=harness.tokenizer_name
     )
@@ -252,7 +249,7 @@ def test_an_example_with_its_answer_comes_before_the_prompt():
     assert shown["shots"] == 1 and [row["references"] for row in shown["responses"]] == [
         row["references"] for row in plain["responses"]
     ]
-    from eval.tasks.documents import documents, prompt
+    from eval.lm_eval_task import documents, prompt
 
     requests = [{"task": "line", "tokens": "300", "samples": 2, "split": "test"}]
     example = {"task": "line", "tokens": "300", "samples": 1}

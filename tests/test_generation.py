@@ -18,8 +18,8 @@ from paths import TINY
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from axolotl_plugins.seal.model_loading import LoadedModel, load
-from data_gen import line_retrieval
 from data_gen.dataset import Request, generate
+from data_gen.tasks import line_retrieval
 from eval.generation import (
     can_join_caches,
     common_prefix,

@@ -17,13 +17,13 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from axolotl_plugins.common.io import file_hash
 from axolotl_plugins.seal import SealConfig, provenance
 from axolotl_plugins.seal.export import export_ia3
 from axolotl_plugins.seal.layer import scale_columns
 from axolotl_plugins.seal.merge import RECORD, merge, merged_tensors, verify
 from axolotl_plugins.seal.model_loading import load
 from axolotl_plugins.seal.provenance import seen_texts
-from data_gen.io import file_hash
 
 
 def tuned(name, grain, dtype=torch.float32):

@@ -12,8 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from data_gen import niah
 from data_gen.needles import PROMPT, collect, parse
+from data_gen.tasks import niah
 
 NEEDLE = "The {} thing you hear on opening the drawer is the clatter of seven brass keys on a ring."
 QUESTION = "What is the {} thing you hear on opening the drawer?"
@@ -46,7 +46,7 @@ def server():
                 self.end_headers()
                 self.wfile.write(payload)
             except OSError:
-                pass  # the client has gone, as it should when it is kept waiting
+                pass  # the client timed out, as it should
 
         def log_message(self, *_):
             pass
@@ -63,10 +63,10 @@ def ask(server, count, **options):
     return collect(count, server.url, "m", "sk-secret", **{"timeout": 2.0, "tries": 3, "pause": 0.01, **options})
 
 
-def test_asks_in_the_papers_words_until_there_are_enough_different_ones(server):
+def test_collects_different_needles_with_the_papers_prompt(server):
     server.answers = [pairs(1, 2), pairs(2, 2, 3), pairs(4, 5)]
-    found = ask(server, 4)
-    assert [pair["needle"] for pair in found] == [NEEDLE.format(n) for n in (1, 2, 3, 4)]
+    needles = ask(server, 4)
+    assert [pair["needle"] for pair in needles] == [NEEDLE.format(n) for n in (1, 2, 3, 4)]
     path, body, key = server.seen[0]
     assert (path, body["model"], key) == ("/v1/chat/completions", "m", "Bearer sk-secret") and len(server.seen) == 3
     assert body["messages"] == [{"role": "user", "content": PROMPT}]
@@ -76,7 +76,7 @@ def test_asks_in_the_papers_words_until_there_are_enough_different_ones(server):
 @pytest.mark.parametrize(
     "bad", [503, 429, b"<html>", b"{}", b'{"choices": []}', b'{"choices": [{"message": {"content": null}}]}', 1.0]
 )
-def test_what_may_pass_is_tried_again(server, bad):
+def test_transient_failures_are_retried(server, bad):
     server.answers = [bad, pairs(1)]
     assert len(ask(server, 1, timeout=0.3)) == 1 and len(server.seen) == 2
 
@@ -111,13 +111,13 @@ def test_failure_is_one_line_without_the_key(server, answers, message):
         "",
     ],
 )
-def test_unfit_pairs_are_left_out(text):
+def test_invalid_pairs_are_dropped(text):
     assert parse(text) == []
 
 
 def test_pairs_are_found_in_prose_code_blocks_and_without_braces():
-    one = f'1. "needle": "{NEEDLE.format(1)}", "question": "{QUESTION.format(1)}"'
-    assert len(parse(f"Here you are:\n```json\n{pairs(2)}\n```\n{one}\nAnything else?")) == 2
+    bare = f'1. "needle": "{NEEDLE.format(1)}", "question": "{QUESTION.format(1)}"'
+    assert len(parse(f"Here you are:\n```json\n{pairs(2)}\n```\n{bare}\nAnything else?")) == 2
 
 
 def test_command_writes_needles_that_niah_takes(server, tmp_path):

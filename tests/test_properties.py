@@ -1,4 +1,4 @@
-"""What holds for any input: generators, scorers, manifests, journals, records of training data."""
+"""Properties of any input: generators, metrics, manifests, journals, records of training data."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from paths import TINY
 from transformers import AutoTokenizer
 
+from axolotl_plugins.common.tokenizer import count_tokens
 from axolotl_plugins.seal.provenance import text_hash, texts
-from data_gen.dataset import Request, check, count_tokens, describe, generate, in_split, write
-from eval.metrics import METRICS, last_integer, wilson
+from data_gen.dataset import Request, check, describe, generate, in_split, write
+from data_gen.tasks.line_retrieval import last_integer
+from eval.metrics import METRICS, wilson
 from eval.result_cache import Journal
 
 TOKENIZER = AutoTokenizer.from_pretrained(TINY)
@@ -36,9 +38,9 @@ REQUESTS = st.builds(
 @settings(max_examples=25)
 @given(REQUESTS)
 def test_samples_keep_length_split_and_answer(request):
-    drawn = list(generate(request, TOKENIZER))
-    assert drawn == list(generate(request, TOKENIZER)) and len(drawn) == request.samples
-    for sample in drawn:
+    samples = list(generate(request, TOKENIZER))
+    assert samples == list(generate(request, TOKENIZER)) and len(samples) == request.samples
+    for sample in samples:
         prompt, answer = (message["content"] for message in sample["messages"])
         assert count_tokens(TOKENIZER, sample["messages"]) == sample["tokens"] <= int(request.tokens)
         assert json.loads(json.dumps(sample)) == sample
@@ -80,10 +82,10 @@ def test_a_manifest_notices_any_change(seed, data):
         wanted = describe(request, TOKENIZER)
         check(out, wanted)
         content = bytearray(out.read_bytes())
-        place = data.draw(st.integers(0, len(content) - 1))
-        content[place] ^= data.draw(st.integers(1, 255))
+        offset = data.draw(st.integers(0, len(content) - 1))
+        content[offset] ^= data.draw(st.integers(1, 255))
         out.write_bytes(content)
-        with pytest.raises(ValueError, match="was changed after it was made"):
+        with pytest.raises(ValueError, match="was modified after it was written"):
             check(out, wanted)
         key = data.draw(st.sampled_from(sorted(wanted)))
         with pytest.raises(ValueError, match=f"was made with {key} "):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from paths import ROOT, TINY
 
-from data_gen.io import write_text
+from axolotl_plugins.common.io import write_text
 from recipes import study_results
 from recipes.study_cells import (
     RATES,
@@ -241,7 +241,7 @@ def test_a_loss_that_is_not_finite_fails_the_cell_alone(finished):
 
 
 def test_broken_samples_are_named(finished, tmp_path):
-    from data_gen.dataset import load_tokenizer
+    from axolotl_plugins.common.tokenizer import load_tokenizer
 
     settings = Settings(**json.loads((finished / "settings.json").read_text()))
     (wanted, *_) = data_requests(settings, plan(["line"], ["base"], [0]))
@@ -259,8 +259,8 @@ def test_general_ability_is_that_of_plain_arithmetic():
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from axolotl_plugins.common.tokenizer import load_tokenizer
     from axolotl_plugins.seal import SealConfig
-    from data_gen.dataset import load_tokenizer
     from eval.controls import seal_layers
     from eval.general import general_ability
 

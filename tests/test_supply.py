@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from paths import ROOT
 
-from data_gen.io import load_json
+from axolotl_plugins.common.io import load_json
 
 PACKAGES = ("axolotl_plugins", "data_gen", "eval", "recipes")
 SOURCES = sorted(file for name in PACKAGES for file in (ROOT / name).rglob("*.py"))

@@ -1,7 +1,9 @@
-"""Needles and RULER's tasks: the originals' text, exact lengths, splits that cannot meet; LongBench's truncation."""
+"""Needles and RULER's tasks: the originals' text, exact lengths, disjoint splits, bytes; LongBench's truncation."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import re
 from collections import Counter
@@ -10,8 +12,10 @@ import pytest
 from paths import FIXTURES, TINY
 from transformers import AutoTokenizer
 
-from data_gen import bench, longbench, niah, ruler
-from data_gen.dataset import Request, count_tokens, generate, in_split, load_tokenizer, remark, write
+from axolotl_plugins.common.tokenizer import count_tokens, load_tokenizer
+from data_gen import bench
+from data_gen.dataset import Request, generate, in_split, remark, write
+from data_gen.tasks import TASKS, cwe, fwe, longbench, niah, register, vt
 
 # Samples that NVIDIA's own programs wrote for 1,500 tokens.
 ORIGINALS = [json.loads(row) for row in (FIXTURES / "ruler.jsonl").read_text().splitlines()]
@@ -30,10 +34,10 @@ def parse_chain(text):
     """Names, value, positions and number of noises of one variable tracking prompt."""
     names, positions, noises, value = [], [], 0, None
     for sentence in text.split("\n\n", 1)[1].split("\nQuestion:")[0].split("\n"):
-        if found := re.match(r"VAR (\w+) = (.*)", sentence):
-            names.append(found[1])
+        if match := re.match(r"VAR (\w+) = (.*)", sentence):
+            names.append(match[1])
             positions.append(noises)
-            value = value or found[2].strip()
+            value = value or match[2].strip()
         else:
             noises += 1
     return names, value, positions, noises
@@ -41,9 +45,9 @@ def parse_chain(text):
 
 @pytest.mark.parametrize("row", originals("vt"))
 def test_variable_tracking_is_nvidias_byte_for_byte(row):
-    example, main = row["input"].split(ruler.VT_PROMPT.split("\n")[0])[1:]
-    prompt, prefix = ruler.vt_input(*parse_chain(main))
-    assert ruler.vt_example(*parse_chain(example)) + "\n" + prompt == row["input"]
+    example, main = row["input"].split(vt.PROMPT.split("\n")[0])[1:]
+    prompt, prefix = vt.render(*parse_chain(main))
+    assert vt.render_example(*parse_chain(example)) + "\n" + prompt == row["input"]
     assert prefix == row["answer_prefix"] and parse_chain(main)[0] == row["outputs"]
 
 
@@ -53,23 +57,27 @@ def entries(text):
 
 @pytest.mark.parametrize("row", originals("cwe"))
 def test_common_words_are_nvidias_byte_for_byte(row):
-    example, main = row["input"].split("\n" + ruler.CWE_PROMPT.split("\n")[0])
-    shown, answer, words = entries(example.split("\n")[1]), entries(example.split("list are: ")[1]), entries(main)
-    rebuilt = ruler.cwe_example(shown, answer) + "\n" + ruler.CWE_PROMPT.format(context=ruler.numbered(words))
-    assert rebuilt == row["input"] and row["answer_prefix"] == ruler.CWE_PREFIX
-    (common, other), (count, example_common, example_other) = ruler.CWE_SHORT
+    example, main = row["input"].split("\n" + cwe.PROMPT.split("\n")[0])
+    example_words, answer, words = (
+        entries(example.split("\n")[1]),
+        entries(example.split("list are: ")[1]),
+        entries(main),
+    )
+    rebuilt = cwe.render_example(example_words, answer) + "\n" + cwe.PROMPT.format(context=cwe.numbered(words))
+    assert rebuilt == row["input"] and row["answer_prefix"] == cwe.PREFIX
+    (common, other), (count, example_common, example_other) = cwe.SHORT
     assert set(Counter(words).values()) == {common, other}
     assert all(Counter(words)[word] == common for word in row["outputs"])
-    assert set(Counter(shown).values()) == {example_common, example_other} and len(set(shown)) == count
+    assert set(Counter(example_words).values()) == {example_common, example_other} and len(set(example_words)) == count
 
 
 @pytest.mark.parametrize("row", originals("fwe"))
 def test_frequent_words_are_nvidias_byte_for_byte(row):
-    body = row["input"][len(ruler.FWE_PROMPT.split("{context}")[0]) :].split("\nQuestion")[0]
-    assert ruler.FWE_PROMPT.format(context=body) == row["input"] and row["answer_prefix"] == ruler.FWE_PREFIX
+    body = row["input"][len(fwe.PROMPT.split("{context}")[0]) :].split("\nQuestion")[0]
+    assert fwe.PROMPT.format(context=body) == row["input"] and row["answer_prefix"] == fwe.PREFIX
     counts = Counter(body.split(" "))
-    size = (row["tokens"] - ruler.BUDGET["fwe"]) // 50
-    possible = [[n for n in ruler.frequencies(total, size) if n] for total in range(1, 3000)]
+    size = (row["tokens"] - fwe.MAX_NEW_TOKENS) // 50
+    possible = [[n for n in fwe.frequencies(total, size) if n] for total in range(1, 3000)]
     assert [n for _, n in counts.most_common()] in possible
     assert [word for word, _ in counts.most_common(4)] == ["...", *row["outputs"]]
 
@@ -83,8 +91,8 @@ def mistral(tmp_path_factory):
     return load_tokenizer(str(folder)), folder / "passages.jsonl"
 
 
-@pytest.mark.parametrize("task", bench.TASKS)
-def test_every_task_is_made_with_mistrals_tokenizer(task, mistral):
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_is_drawn_with_mistrals_tokenizer(task, mistral):
     tokenizer, passages = mistral
     assert len(tokenizer) == 32_000 and tokenizer.is_fast
     data = str(passages) if task == "longbench" else None
@@ -98,7 +106,7 @@ def test_every_task_is_made_with_mistrals_tokenizer(task, mistral):
 def test_bench_prints_a_row_for_every_task(capsys):
     bench.main(["--tokens", "3000", "--samples", "1"])
     rows = capsys.readouterr().out.splitlines()
-    assert [row.split("`")[1] for row in rows[2:]] == list(bench.TASKS)
+    assert [row.split("`")[1] for row in rows[2:]] == list(TASKS)
 
 
 @pytest.mark.parametrize("task", ["niah", "vt", "cwe", "fwe"])
@@ -111,27 +119,30 @@ def test_samples_keep_their_length_and_their_split(tokenizer, task, tokens):
         for sample in samples:
             prompt, answer = (message["content"] for message in sample["messages"])
             assert sample["tokens"] == count_tokens(tokenizer, sample["messages"]) <= tokens
-            assert tokens - sample["tokens"] < ruler.BUDGET.get(task, 20) + 0.04 * tokens
-            if task in ruler.BUDGET:
-                assert answer.startswith(sample["prefix"]) and sample["budget"] == ruler.BUDGET[task]
+            assert tokens - sample["tokens"] < (TASKS[task].max_new_tokens if TASKS[task].group else 20) + 0.04 * tokens
+            if TASKS[task].group == "ruler":
+                assert answer.startswith(sample["prefix"]) and sample["budget"] == TASKS[task].max_new_tokens
                 assert all(reference in answer for reference in sample["references"])
-                begun = [{"role": "user", "content": prompt}, {"role": "assistant", "content": sample["prefix"]}]
-                room = count_tokens(tokenizer, begun) - 1 + sample["budget"]  # the end of the turn is not begun
-                assert room <= tokens
+                prefilled = [{"role": "user", "content": prompt}, {"role": "assistant", "content": sample["prefix"]}]
+                total = count_tokens(tokenizer, prefilled) - 1 + sample["budget"]  # less the end of the turn
+                assert total <= tokens
     assert not answers["train"] & answers["test"]
 
 
 def test_answers_of_ruler_are_what_the_text_says(tokenizer):
-    vt = next(generate(Request("vt", "1500", samples=1), tokenizer))
-    names, value, _, _ = parse_chain(vt["messages"][0]["content"].split(ruler.VT_PROMPT.split("\n")[0])[-1])
-    assert names == vt["references"] and value == vt["value"]
-    cwe = next(generate(Request("cwe", "8000", samples=1), tokenizer))
-    text = cwe["messages"][0]["content"].split("\nQuestion")[1].split("most often.\n")[-1]
+    chain = next(generate(Request("vt", "1500", samples=1), tokenizer))
+    names, value, _, _ = parse_chain(chain["messages"][0]["content"].split(vt.PROMPT.split("\n")[0])[-1])
+    assert names == chain["references"] and value == chain["value"]
+    common = next(generate(Request("cwe", "8000", samples=1), tokenizer))
+    text = common["messages"][0]["content"].split("\nQuestion")[1].split("most often.\n")[-1]
     counts = Counter(entries(text))
-    assert {word for word, n in counts.items() if n == 30} == set(cwe["references"]) and set(counts.values()) == {3, 30}
-    fwe = next(generate(Request("fwe", "5000", samples=1), tokenizer))
-    counts = Counter(re.findall(r"\b[a-z]{6}\b", fwe["messages"][0]["content"].split("words. ")[1].split("\n")[0]))
-    assert [word for word, _ in counts.most_common(3)] == fwe["references"]
+    assert {word for word, n in counts.items() if n == 30} == set(common["references"]) and set(counts.values()) == {
+        3,
+        30,
+    }
+    frequent = next(generate(Request("fwe", "5000", samples=1), tokenizer))
+    counts = Counter(re.findall(r"\b[a-z]{6}\b", frequent["messages"][0]["content"].split("words. ")[1].split("\n")[0]))
+    assert [word for word, _ in counts.most_common(3)] == frequent["references"]
 
 
 def test_needle_prompt_is_the_originals():
@@ -153,7 +164,7 @@ def test_needle_stands_at_a_sentence_end(depth, expected):
     assert niah.insert("One 1.5. Two b. Three.", "N", depth) == expected
 
 
-def test_needle_grid_walks_through_the_depths_in_one_haystack(tokenizer):
+def test_test_needles_step_through_the_depths_in_one_haystack(tokenizer):
     grid = [list(generate(Request("niah", n, samples=12, split="test"), tokenizer)) for n in ("600", "900")]
     for row in grid:
         assert [s["depth"] for s in row[:10]] == [0, 11, 22, 33, 44, 56, 67, 78, 89, 100] and row[10]["depth"] == 0
@@ -168,15 +179,15 @@ def test_needle_grid_walks_through_the_depths_in_one_haystack(tokenizer):
 
 def test_training_needles_are_the_papers_and_never_the_test_needle(tmp_path, tokenizer):
     assert len(niah.needles(niah.NEEDLES)) == 10
-    drawn = {s["answer"] for s in generate(Request("niah", "700", samples=40), tokenizer)}
-    assert len(drawn) >= 8 and drawn <= {pair["needle"] for pair in niah.needles(niah.NEEDLES)}
+    answers = {s["answer"] for s in generate(Request("niah", "700", samples=40), tokenizer)}
+    assert len(answers) >= 8 and answers <= {pair["needle"] for pair in niah.needles(niah.NEEDLES)}
     bad = tmp_path / "needles.jsonl"
     bad.write_text(json.dumps({**niah.TEST_NEEDLE, "needle": niah.TEST_NEEDLE["needle"].upper()}) + "\n")
     with pytest.raises(ValueError, match=r"needles.jsonl, line 1: this is the test needle"):
         next(generate(Request("niah", "700", samples=1, needles=str(bad)), tokenizer))
 
 
-def test_haystack_of_a_folder_repeats_and_says_so(tmp_path, tokenizer):
+def test_haystack_of_a_folder_repeats_with_a_warning(tmp_path, tokenizer):
     (tmp_path / "b.txt").write_text("Second essay here. It ends.")
     (tmp_path / "a.txt").write_text("First essay here. It goes on.\n")
     (tmp_path / "c.md").write_text("not read")
@@ -184,10 +195,10 @@ def test_haystack_of_a_folder_repeats_and_says_so(tmp_path, tokenizer):
     text = sample["messages"][0]["content"]
     assert text.count("First essay here.") > 3 and text.index("First essay") < text.index("Second essay")
     assert sample["haystack_repeats"] >= 3 and "not read" not in text
-    for name, haystack, said in (("a", str(tmp_path), "it begins again up to"), ("b", None, "")):
+    for name, haystack, warning in (("a", str(tmp_path), "it is repeated up to"), ("b", None, "")):
         write(Request("niah", "600", samples=2, haystack=haystack), tokenizer, tmp_path / name)
         remarked = remark(map(json.loads, (tmp_path / name).read_text().splitlines()))
-        assert said in remarked and bool(remarked) == bool(said)
+        assert warning in remarked and bool(remarked) == bool(warning)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +212,7 @@ def test_haystacks_that_cannot_be_read(content, message, tmp_path, tokenizer):
         next(generate(Request("niah", "600", samples=1, haystack=str(tmp_path)), tokenizer))
 
 
-def test_longbench_takes_the_longest_and_cuts_the_middle(tmp_path, tokenizer):
+def test_longbench_takes_the_longest_and_truncates_the_middle(tmp_path, tokenizer):
     rows = [
         {"input": f"Question {i}?", "context": " ".join(f"w{i}x{n}" for n in range(60 * i)), "answers": [f"a{i}", "b"],
          "length": 60 * i}
@@ -224,7 +235,7 @@ def test_longbench_takes_the_longest_and_cuts_the_middle(tmp_path, tokenizer):
                 tokenizer.decode(full[-half + 2 :])
             )
             assert sample["full_tokens"] > 900 >= sample["tokens"] > 890
-    with pytest.raises(ValueError, match="has 5 rows, sample 6 is asked for"):
+    with pytest.raises(ValueError, match="has 5 rows, sample 6 is requested"):
         list(generate(Request("longbench", "900", samples=6, data=str(data)), tokenizer))
     data.write_text(data.read_text() + "{oops\n")
     longbench.longest.cache_clear()
@@ -253,3 +264,57 @@ def test_a_length_that_is_too_short_is_one_clear_error(task, tokenizer):
 
 def test_splits_of_names_halve_them():
     assert 400 < sum(in_split("train", f"A{n} B C D E") for n in range(1000)) < 600
+
+
+# SHA-256, shortened, of three samples each; generated data must not change.
+REQUESTS = {
+    "line": {"tokens": "300:900"}, "line lines": {"lines": 20}, "line test": {"tokens": 600, "split": "test"},
+    "niah": {"tokens": 900}, "niah test": {"tokens": 900, "split": "test", "depths": 3},
+    "vt": {"tokens": 1500}, "vt test": {"tokens": 1500, "split": "test"},
+    "cwe": {"tokens": 2600}, "cwe test": {"tokens": 7000, "split": "test"},
+    "fwe": {"tokens": 2500}, "fwe test": {"tokens": "1500:2500", "split": "test"},
+    "longbench": {"tokens": 3000},
+}  # fmt: skip
+HASHES = {
+    "line": "625fe9b49c411073",
+    "line lines": "11ee58c015ab00bc",
+    "line test": "159ea354e3e536b0",
+    "niah": "3cb0233f9cdda602",
+    "niah test": "47daed4546200f27",
+    "vt": "41e15a1d11e22189",
+    "vt test": "9cd2ded3a7329f6d",
+    "cwe": "067c2c164c3e96f3",
+    "cwe test": "ffa97163761a9809",
+    "fwe": "cf8ce18071cbff5f",
+    "fwe test": "da6e200c2ce93386",
+    "longbench": "4d29b46df7061879",
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_bytes_of_samples_never_change(name, tokenizer, tmp_path):
+    task, options = name.split()[0], dict(REQUESTS[name])
+    if task == "longbench":
+        options["data"] = str(tmp_path / "passages.jsonl")
+        bench.write_passages(tmp_path / "passages.jsonl", 3000, 4)
+    rows = list(generate(Request(task, samples=3, seed=5, **options), tokenizer))
+    assert hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()[:16] == HASHES[name]
+
+
+def test_bytes_are_recorded_for_every_task():
+    assert {name.split()[0] for name in REQUESTS} == set(TASKS) and set(HASHES) == set(REQUESTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "vt"}, "'vt' is registered already"),
+        ({"name": "new", "options": ("line",)}, "unknown option 'line'"),
+        ({"name": "new", "max_new_tokens": None}, "needs max_new_tokens"),
+        ({"name": "new", "splits": ("train",)}, "needs max_new_tokens and a test split"),
+    ],
+)
+def test_incomplete_tasks_are_not_registered(change, message):
+    with pytest.raises(ValueError, match=message):
+        register(dataclasses.replace(TASKS["vt"], **change))
+    assert "new" not in TASKS

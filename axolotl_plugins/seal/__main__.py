@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import typer
 from safetensors import SafetensorError
 
-from data_gen.console import quiet_libraries, stop
-from data_gen.console import run as run_app
+from axolotl_plugins.common.console import quiet_libraries, stop
+from axolotl_plugins.common.console import run as run_app
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -82,7 +82,7 @@ def push(
 ) -> None:
     """Write a model card (method, data, scores and the paper's) into an adapter's folder, and upload the folder."""
     quiet_libraries()
-    from data_gen.io import write_text
+    from axolotl_plugins.common.io import write_text
 
     from .model_card import card
     from .model_card import push as upload

@@ -9,7 +9,7 @@ from peft import IA3Config
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from data_gen.io import check_output, written_whole
+from axolotl_plugins.common.io import check_output, written_whole
 
 from . import provenance
 from .config import SealConfig

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from data_gen.console import first_line
-from data_gen.io import check_output, file_hash, load_json, written_whole
+from axolotl_plugins.common.console import first_line
+from axolotl_plugins.common.io import check_output, file_hash, load_json, written_whole
 
 from . import provenance
 from .layer import SealLayer, scale_columns

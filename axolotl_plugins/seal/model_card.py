@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data_gen.io import load_json, write_text
+from axolotl_plugins.common.io import load_json, write_text
 from eval.report import TITLES, paper_scores, paper_value, read_results
 
 from . import provenance

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 import axolotl_plugins.self_extend  # noqa: F401 - registers its RoPE type
-from data_gen.console import first_line
-from data_gen.dataset import check_template, load_tokenizer, read_template
-from data_gen.io import load_json
+from axolotl_plugins.common.console import first_line
+from axolotl_plugins.common.io import load_json
+from axolotl_plugins.common.tokenizer import check_template, load_tokenizer, read_template
 
 from .provenance import seen_texts
 

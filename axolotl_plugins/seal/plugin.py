@@ -12,9 +12,10 @@ from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from data_gen.console import first_line, in_rust, out_of_memory, stop
-from data_gen.dataset import Request, load_tokenizer, remark, write
-from data_gen.io import check_output, read_rows, write_text
+from axolotl_plugins.common.console import first_line, in_rust, out_of_memory, stop
+from axolotl_plugins.common.io import check_output, read_rows, write_text
+from axolotl_plugins.common.tokenizer import load_tokenizer
+from data_gen.dataset import Request, remark, write
 
 from . import provenance
 from .args import SealBlock, parse_block

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_gen.console import first_line
+from axolotl_plugins.common.console import first_line
+from axolotl_plugins.common.io import file_hash, load_json, read_rows, write_text
 from data_gen.dataset import manifest_path
-from data_gen.io import file_hash, load_json, read_rows, write_text
 
 FILE = "training_data.json"
 

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 
-from data_gen.console import stop
+from axolotl_plugins.common.console import stop
 
 from . import provenance
 from .answer_logits import answers_only, next_labels, no_embedding_gradients

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from data_gen.io import check_output, load_json
+from axolotl_plugins.common.io import check_output, load_json
 
 from .args import SealArgs, SealBlock, parse_block
 

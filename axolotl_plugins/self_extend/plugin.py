@@ -6,7 +6,7 @@ from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 
-from data_gen.console import stop
+from axolotl_plugins.common.console import stop
 
 from .attention import NAME
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from data_gen.console import quiet_libraries, stop
-from data_gen.io import check_output, load_json, write_text
+from axolotl_plugins.common.console import quiet_libraries, stop
+from axolotl_plugins.common.io import check_output, load_json, write_text
 from eval.result_cache import journal_file
 
 if TYPE_CHECKING:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from axolotl_plugins.common.tokenizer import Messages
 from axolotl_plugins.seal.model_loading import LoadedModel
 from axolotl_plugins.seal.tune import encode
-from data_gen.dataset import Messages, Request, generate
+from data_gen.dataset import Request, generate
 from eval.generation import generate_answers, stop_ids
 from eval.probe.head_importance import PROBE_SEED
 from eval.probe.hooks import blocks, first, hidden_of, hooks

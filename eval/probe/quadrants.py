@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from axolotl_plugins.common.io import written_whole
 from axolotl_plugins.seal.model_loading import LoadedModel
-from data_gen.io import written_whole
 from eval.probe.head_importance import quadrants
 from eval.probe.hooks import blocks, wrapped
 

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from axolotl_plugins.common.io import load_yaml
+from axolotl_plugins.common.tokenizer import Messages
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.args import parse_block
 from axolotl_plugins.seal.model_loading import LoadedModel, load, with_adapter
 from axolotl_plugins.seal.tune import tune
-from data_gen.dataset import Messages, Request, generate
-from data_gen.io import load_yaml
+from data_gen.dataset import Request, generate
 from eval.controls import seal_layers, shuffle_heads, wrong_answers, wrong_facts
 from eval.probe.head_importance import PROBE_SEED
 from eval.result_cache import Journal

@@ -1,4 +1,4 @@
-"""Line retrieval: LongEval's record of lines, one of which is asked for (paper section 4.1a and B.1).
+"""Line retrieval: LongEval's record of lines, with a question for one of them (paper section 4.1a and B.1).
 
 The wording is LongEval's (DachengLi1/LongChat, ``longeval/utils.py``, option ``LRT-NL``), the answer is the
 paper's (appendix B.1). Keys are ``adjective-noun`` pairs of the wonderwords lists, values lie in 1..50000.
@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import functools
 import random
+import re
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_gen.fit_length import LengthBudget, largest
-
-if TYPE_CHECKING:
-    from data_gen.dataset import Request
+from data_gen.tasks.task import Request, Task, register
 
 HEADER = (
     "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
@@ -29,25 +28,36 @@ ANSWER = "The <REGISTER_CONTENT> in line {key} is {number}."
 MAX_NUMBER = 50_000
 
 
+def last_integer(response: str) -> int | None:
+    """Return the last integer of a response, as LongEval parses it (``longeval/utils.py``); None without digits."""
+    integers = re.findall(r"\d+", response)
+    return int(integers[-1]) if integers else None
+
+
+def score(response: str, references: list[str]) -> float:
+    """Return 1 if the last integer of a response is the requested number, else 0."""
+    return float(last_integer(response) == int(references[0]))
+
+
 class Record:
-    """An endless record: the first ``n`` of its lines make a sample of ``n`` lines.
+    """An endless record: its first ``n`` lines are the sample of ``n`` lines.
 
     Attributes:
         lines: ``(key, number)`` pairs drawn so far, keys distinct.
-        position: where in the record the question points, as a fraction in [0, 1).
+        position: of the requested line in the record, as a fraction in [0, 1).
     """
 
     def __init__(self, rng: random.Random, accept: Callable[[str], bool] = lambda answer: True) -> None:
-        """Draw nothing yet; numbers are drawn until ``accept`` takes their line's answer."""
+        """Seed the record; later, numbers are redrawn until ``accept`` is true of the line's answer."""
         self.position = rng.random()
         self.lines: list[tuple[str, int]] = []
-        # Two sources, so that how many lines are drawn at once changes none of them.
+        # Two generators, so that lines do not depend on how many are drawn at once.
         self._keys = draw_keys(random.Random(rng.getrandbits(64)))
         self._numbers = random.Random(rng.getrandbits(64))
         self._accept = accept
 
     def first(self, count: int) -> list[tuple[str, int]]:
-        """The first ``count`` lines."""
+        """Return the first ``count`` lines."""
         while len(self.lines) < count:
             key = next(self._keys)
             while not self._accept(ANSWER.format(key=key, number=(number := self._numbers.randint(1, MAX_NUMBER)))):
@@ -58,19 +68,19 @@ class Record:
 
 @functools.cache
 def words() -> tuple[list[str], list[str]]:
-    """The adjectives and nouns of wonderwords, sorted so that the same seed gives the same keys everywhere."""
+    """Return the adjectives and nouns of wonderwords, sorted so that equal seeds give equal keys everywhere."""
     from wonderwords import RandomWord
 
-    pick = RandomWord()
+    generator = RandomWord()
     adjectives, nouns = (
-        sorted({word.strip() for word in pick.filter(include_categories=[category])})
+        sorted({word.strip() for word in generator.filter(include_categories=[category])})
         for category in ("adjective", "noun")
     )
     return adjectives, nouns
 
 
 def draw_keys(rng: random.Random) -> Iterator[str]:
-    """Distinct keys without end; no adjective and no noun repeats before its list is used, as in LongEval."""
+    """Yield distinct keys; no adjective and no noun repeats before its list is used up, as in LongEval."""
     adjectives, nouns = (list(column) for column in words())
     seen = set()
     while True:
@@ -83,27 +93,27 @@ def draw_keys(rng: random.Random) -> Iterator[str]:
                 yield key
 
 
-def render(lines: list[tuple[str, int]], asked: int) -> dict[str, Any]:
-    """The sample whose record is ``lines``, with a question for the line at position ``asked``.
+def render(lines: list[tuple[str, int]], position: int) -> dict[str, Any]:
+    """Return the sample whose record is ``lines``, with a question for the line at ``position``, from 0.
 
     Returns:
-        ``prompt``, ``answer``, ``references`` (the number), and ``key``, ``number``, ``line`` (0-based position of the
-        asked line), ``lines``.
+        ``prompt``, ``answer``, ``references`` (the number), and ``key``, ``number``, ``line`` (position),
+        ``lines`` (their number).
     """
-    key, number = lines[asked]
+    key, number = lines[position]
     return {
         "prompt": HEADER + "".join(LINE.format(key=k, number=n) for k, n in lines) + CLOSING + QUESTION.format(key=key),
         "answer": ANSWER.format(key=key, number=number),
         "references": [str(number)],
         "key": key,
         "number": number,
-        "line": asked,
+        "line": position,
         "lines": len(lines),
     }
 
 
-def sample(request: Request, rng: random.Random, index: int, room: LengthBudget) -> dict[str, Any]:
-    """One sample of ``request.lines`` lines, or of as many as fit into the room.
+def sample(request: Request, rng: random.Random, index: int, budget: LengthBudget) -> dict[str, Any]:
+    """Draw a sample of ``request.lines`` lines, or of as many as fit into the budget.
 
     Returns:
         See ``render``.
@@ -111,7 +121,7 @@ def sample(request: Request, rng: random.Random, index: int, room: LengthBudget)
     Raises:
         ValueError: not even one line fits.
     """
-    record = Record(rng, room.accept)
+    record = Record(rng, budget.accept)
 
     def of_size(count: int) -> dict[str, Any]:
         return render(record.first(count), int(record.position * count))
@@ -120,7 +130,14 @@ def sample(request: Request, rng: random.Random, index: int, room: LengthBudget)
         return of_size(request.lines)
 
     def length(count: int) -> int:
-        drawn = of_size(count)
-        return room.count(drawn["prompt"], drawn["answer"])
+        candidate = of_size(count)
+        return budget.count(candidate["prompt"], candidate["answer"])
 
-    return of_size(largest(length, room.tokens, what="line retrieval"))
+    return of_size(largest(length, budget.tokens, what="line retrieval"))
+
+
+register(Task(
+    name="line", title="Line retrieval", description="line retrieval", source="LongEval (Li et al. 2023)",
+    sample=sample, shortest=300, metric=score, max_new_tokens=100,  # longeval/utils.py: max_new_tokens=100
+    options=("lines", "cases"),
+))  # fmt: skip

@@ -1,6 +1,6 @@
-"""LongBench's TriviaQA with passages: the 50 longest samples of ``triviaqa_e``, to train on (paper Table 6).
+"""Training samples for LongBench: the 50 longest of TriviaQA with passages, ``triviaqa_e`` (paper Table 6).
 
-Prompt and truncation in the middle are LongBench's (THUDM/LongBench, ``pred.py`` and ``config/dataset2prompt.json``).
+Prompt and truncation in the middle follow LongBench (THUDM/LongBench, ``pred.py`` and ``config/dataset2prompt.json``).
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ import hashlib
 import json
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from data_gen.console import first_line
+from axolotl_plugins.common.console import first_line
+from axolotl_plugins.common.io import read_rows
 from data_gen.fit_length import LengthBudget
-from data_gen.io import read_rows
-
-if TYPE_CHECKING:
-    from data_gen.dataset import Request
+from data_gen.tasks.task import Request, Task, register
 
 PROMPT = (
     "Answer the question based on the given passage. Only give me the answer and do not output any other words. The "
@@ -28,7 +26,7 @@ DATASET = ("Xnhyacinth/LongBench", "triviaqa_e")  # the original's files, withou
 
 @functools.cache
 def longest(data: str | None) -> list[dict[str, Any]]:
-    """All rows, longest first; rows of equal length stay in their order.
+    """Return all rows, longest first; the sort is stable.
 
     Args:
         data: a JSON lines file, or None for the hub.
@@ -41,48 +39,55 @@ def longest(data: str | None) -> list[dict[str, Any]]:
 
         try:
             rows = list(load_dataset(*DATASET, split="test"))
-        except Exception as error:  # the libraries below raise a dozen kinds for one cause
+        except Exception as error:  # datasets raises many types for a failed download
             raise ValueError(f"data: cannot fetch {DATASET[0]} ({first_line(error)}): name a local file") from error
     else:
         rows = [row for _, row in read_rows(Path(data))]
     for number, row in enumerate(rows, 1):
-        # Some copies on the hub call the original's `input` a question.
+        # Some copies on the hub rename the original's `input` to `question`.
         row.setdefault("input", row.get("question"))
         if not (isinstance(row["input"], str) and row.get("context") and row.get("answers") and "length" in row):
             raise ValueError(f"{data or DATASET[0]}, row {number}: expected context, input, answers and length")
     return sorted(rows, key=lambda row: -row["length"])
 
 
-def sample(request: Request, rng: random.Random, index: int, room: LengthBudget) -> dict[str, Any]:
-    """The sample of rank ``index`` by length, cut in the middle where it does not fit, which it says.
+def sample(request: Request, rng: random.Random, index: int, budget: LengthBudget) -> dict[str, Any]:
+    """Return the sample of rank ``index`` by length, truncated in the middle to fit, which ``truncated`` states.
 
     Raises:
-        ValueError: fewer rows than asked for, or a length in which not even the question fits.
+        ValueError: there are fewer rows than samples, or not even the question fits.
     """
     rows = longest(request.data)
     if index >= len(rows):
-        raise ValueError(f"samples: {request.data or DATASET[0]} has {len(rows)} rows, sample {index + 1} is asked for")
+        raise ValueError(f"samples: {request.data or DATASET[0]} has {len(rows)} rows, sample {index + 1} is requested")
     row = rows[index]
     prompt, answer = PROMPT.format(**row), row["answers"][0]
-    full = room.count(prompt, answer)
-    ids = room.encode(prompt)
-    keep = min(len(ids), room.tokens - room.count("", answer))
-    while room.count(prompt, answer) > room.tokens:
-        half = keep // 2
+    full = budget.count(prompt, answer)
+    ids = budget.encode(prompt)
+    remaining = min(len(ids), budget.tokens - budget.count("", answer))
+    while budget.count(prompt, answer) > budget.tokens:
+        half = remaining // 2
         if half < 1:
-            raise ValueError(f"tokens: {room.tokens} is too short for LongBench")
-        prompt = room.decode(ids[:half]) + room.decode(ids[-half:])
-        keep -= 2
+            raise ValueError(f"tokens: {budget.tokens} is too short for LongBench")
+        prompt = budget.decode(ids[:half]) + budget.decode(ids[-half:])
+        remaining -= 2
     return {
         "prompt": prompt,
         "answer": answer,
         "references": list(row["answers"]),
-        "truncated": full > room.tokens,
+        "truncated": full > budget.tokens,
         "full_tokens": full,
     }
 
 
 def sources(request: Request) -> dict[str, str]:
-    """Hash of the rows that samples are made of, for the manifest."""
+    """Return the hash of the rows that samples are built from, for the manifest."""
     rows = json.dumps(longest(request.data), sort_keys=True)
     return {"data_sha256": hashlib.sha256(rows.encode()).hexdigest()}
+
+
+register(Task(
+    name="longbench", title="LongBench document QA", description="LongBench document QA, tuned on TriviaQA",
+    source="LongBench (Bai et al. 2024), THUDM/LongBench", sample=sample, shortest=300, options=("data",),
+    splits=("train",), sources=sources,
+))  # fmt: skip

@@ -1,7 +1,7 @@
-"""Needle in a haystack: a sentence hidden in a long text is asked for (paper sections 4.1b, 5.3 and B.2).
+"""Needle in a haystack: a question for a sentence hidden in a long text (paper sections 4.1b, 5.3 and B.2).
 
-Prompt, test needle and the way it is put in are those of the original (nightdessert/Retrieval_Head,
-``needle_in_haystack_with_mask.py``); lengths are counted in the model's own chat, and the text is cut between words.
+Prompt, test needle and its insertion are those of the original (nightdessert/Retrieval_Head,
+``needle_in_haystack_with_mask.py``); lengths are counted in the model's own chat, and the haystack ends between words.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from data_gen.console import first_line
+from axolotl_plugins.common.console import first_line
+from axolotl_plugins.common.io import read_rows
 from data_gen.fit_length import LengthBudget, largest
-from data_gen.io import read_rows
-
-if TYPE_CHECKING:
-    from data_gen.dataset import Request
+from data_gen.tasks.task import Request, Task, register
 
 PROMPT = "<book>{context}</book>\nBased on the content of the book, Question: {question}\nAnswer:"
 TEST_NEEDLE = {
@@ -28,11 +26,11 @@ TEST_NEEDLE = {
     "question": "What is the best thing to do in San Francisco?",
 }
 TEST_REFERENCE = "eat a sandwich and sit in Dolores Park on a sunny day"
-DEPTHS = 10  # of a test grid: 0 to 100 per cent, as in Figure 5
+DEPTHS = 10  # of test samples, 0 to 100 per cent (Figure 5)
 NEEDLES = Path(__file__).parent / "needles.jsonl"  # the paper's ten (appendix B.2)
 ESSAYS = "baber/paul_graham_essays"
 
-# What the built-in haystack says: any of each row, in this order.
+# A sentence of the built-in haystack is one entry of each row.
 PROSE = (
     ("The", "Every", "Another", "That", "This", "One"),
     ("quiet", "small", "old", "young", "clever", "honest", "slow", "busy", "curious", "patient", "early", "famous"),
@@ -51,31 +49,31 @@ PROSE = (
 
 @dataclass(frozen=True)
 class Haystack:
-    """A text and where its words end.
+    """A text with its word boundaries.
 
     Attributes:
-        text: without leading blanks.
-        ends: for every word, the position in ``text`` behind it.
+        text: without leading whitespace.
+        ends: end offset of each word in ``text``.
     """
 
     text: str
     ends: tuple[int, ...]
 
     def first(self, words: int) -> tuple[str, int]:
-        """The first words, and how often the text begins again for want of more."""
-        again, rest = divmod(words, len(self.ends))
-        repeated = (self.text.rstrip() + "\n") * again
-        return repeated + self.text[: self.ends[rest - 1] if rest else 0], max(0, again - (not rest))
+        """Return the first ``words`` words, the text repeated as needed, and how often it is repeated."""
+        full, rest = divmod(words, len(self.ends))
+        repeated = (self.text.rstrip() + "\n") * full
+        return repeated + self.text[: self.ends[rest - 1] if rest else 0], max(0, full - (not rest))
 
 
 def haystack(text: str) -> Haystack:
-    """A haystack of a text."""
+    """Return the haystack of a text."""
     text = text.lstrip()
-    return Haystack(text, tuple(found.end() for found in re.finditer(r"\S+", text)))
+    return Haystack(text, tuple(word.end() for word in re.finditer(r"\S+", text)))
 
 
 def prose(rng: random.Random, sentences: int = 6000) -> str:
-    """Plain English sentences without meaning, in paragraphs: a haystack where no text is at hand."""
+    """Draw meaningless English sentences in paragraphs: the built-in haystack."""
     parts = []
     for number in range(1, sentences + 1):
         parts.append(" ".join(rng.choice(row) for row in PROSE) + "." + ("\n" if number % 8 == 0 else " "))
@@ -84,7 +82,7 @@ def prose(rng: random.Random, sentences: int = 6000) -> str:
 
 @functools.cache
 def read(source: str) -> str:
-    """The text of a haystack: a folder's ``*.txt`` in the order of their names, or ``essays`` from the hub.
+    """Read the text of a haystack: a folder's ``*.txt``, sorted by name, or ``essays`` from the hub.
 
     Raises:
         ValueError: no such folder, no text in it, not UTF-8, or the hub cannot be reached.
@@ -94,7 +92,7 @@ def read(source: str) -> str:
 
         try:
             return "\n".join(load_dataset(ESSAYS, split="train")["text"])
-        except Exception as error:  # the libraries below raise a dozen kinds for one cause
+        except Exception as error:  # datasets raises many types for a failed download
             raise ValueError(
                 f"haystack: cannot fetch {ESSAYS} ({first_line(error)}): name a folder of text files instead"
             ) from error
@@ -115,7 +113,7 @@ def read(source: str) -> str:
 
 @functools.lru_cache(maxsize=4)
 def haystack_text(source: str, seed: str, start: float) -> Haystack:
-    """The haystack of one sample: from its beginning, or turned so that it begins at a later paragraph."""
+    """Return the haystack of a sample, rotated to begin at the first paragraph after the fraction ``start`` of it."""
     if source == "prose":
         return haystack(prose(random.Random(seed)))
     text = read(source)
@@ -125,12 +123,12 @@ def haystack_text(source: str, seed: str, start: float) -> Haystack:
 
 @functools.cache
 def needles(path: Path) -> list[dict[str, str]]:
-    """Training needles with their questions.
+    """Read training needles with their questions.
 
     Raises:
         ValueError: the file is not JSON lines of ``needle`` and ``question``, is empty, or holds the test needle.
     """
-    found = []
+    pairs = []
     for number, row in read_rows(path):
         try:
             pair = {key: row[key].strip() for key in ("needle", "question")}
@@ -139,31 +137,44 @@ def needles(path: Path) -> list[dict[str, str]]:
             raise ValueError(f'{path}, line {number}: expected {{"needle": "...", "question": "..."}}') from None
         if plain(TEST_NEEDLE["needle"]) in plain(pair["needle"]) or TEST_REFERENCE in plain(pair["needle"]):
             raise ValueError(f"{path}, line {number}: this is the test needle, which must not be trained on")
-        found.append(pair)
-    if not found:
+        pairs.append(pair)
+    if not pairs:
         raise ValueError(f"{path}: holds no needles")
-    return found
+    return pairs
 
 
 def plain(text: str) -> str:
-    """Lower case, single blanks."""
+    """Return a text in lower case, runs of whitespace as single spaces."""
     return " ".join(text.lower().split())
 
 
 def insert(context: str, needle: str, depth: float) -> str:
-    """Put a needle at the last sentence end at or before ``depth`` per cent of a context; 100 is its very end."""
+    """Insert a needle at the last sentence end within the first ``depth`` per cent of a context; 100 appends it."""
     if depth == 100:
         return f"{context}\n{needle}\n"
-    ends = [found.end() for found in re.finditer(r"\.(?=\s)", context[: int(len(context) * depth / 100) + 1])]
-    place = ends[-1] if ends and depth else 0
-    return f"{context[:place]}\n{needle}\n{context[place:]}"
+    ends = [match.end() for match in re.finditer(r"\.(?=\s)", context[: int(len(context) * depth / 100) + 1])]
+    offset = ends[-1] if ends and depth else 0
+    return f"{context[:offset]}\n{needle}\n{context[offset:]}"
 
 
-def sample(request: Request, rng: random.Random, index: int, room: LengthBudget) -> dict[str, Any]:
-    """One needle in as much haystack as fits.
+@functools.cache
+def rouge() -> Any:
+    """Return ROUGE-1 with stemming, as the original configures it."""
+    from rouge_score.rouge_scorer import RougeScorer
 
-    Test samples walk through the depths of the grid with the paper's needle: one haystack serves all lengths and
-    depths. Training samples draw needle, depth and the haystack's beginning.
+    return RougeScorer(["rouge1"], use_stemmer=True)
+
+
+def rouge_recall(response: str, references: list[str]) -> float:
+    """Compute ROUGE-1 recall: the share of the reference's words in a response (times 100 in the paper)."""
+    return rouge().score(references[0], response.strip())["rouge1"].recall
+
+
+def sample(request: Request, rng: random.Random, index: int, budget: LengthBudget) -> dict[str, Any]:
+    """Draw a sample with as much haystack as fits.
+
+    Test samples step through the depths with the paper's needle and share one haystack over all lengths and depths.
+    Training samples draw needle, depth and the start of the haystack.
 
     Raises:
         ValueError: not even one sentence of haystack fits.
@@ -172,9 +183,9 @@ def sample(request: Request, rng: random.Random, index: int, room: LengthBudget)
     if request.split == "test":
         pair, reference = TEST_NEEDLE, TEST_REFERENCE
         depths = request.depths or DEPTHS
-        turn, step = divmod(index, depths)
+        cycle, step = divmod(index, depths)
         depth = round(100 * step / (depths - 1))
-        hay = haystack_text(source, f"{request.seed}/test/{turn}", (turn * 0.381966) % 1)
+        hay = haystack_text(source, f"{request.seed}/test/{cycle}", (cycle * 0.381966) % 1)
     else:
         pair = rng.choice(needles(Path(request.needles) if request.needles else NEEDLES))
         reference, depth = pair["needle"], rng.randint(0, 100)
@@ -184,7 +195,9 @@ def sample(request: Request, rng: random.Random, index: int, room: LengthBudget)
         context = insert(hay.first(words)[0], pair["needle"], depth)
         return PROMPT.format(context=context, question=pair["question"])
 
-    words = largest(lambda n: room.count(prompt(n), pair["needle"]), room.tokens, first=12, what="a needle's haystack")
+    words = largest(
+        lambda n: budget.count(prompt(n), pair["needle"]), budget.tokens, first=12, what="a needle's haystack"
+    )
     return {
         "prompt": prompt(words),
         "answer": pair["needle"],
@@ -196,10 +209,18 @@ def sample(request: Request, rng: random.Random, index: int, room: LengthBudget)
 
 
 def sources(request: Request) -> dict[str, str]:
-    """Hashes of the files that samples are made of, for the manifest."""
+    """Return the hashes of the files that samples are built from, for the manifest."""
     digest = lambda text: hashlib.sha256(text.encode()).hexdigest()  # noqa: E731
     source = request.haystack or "prose"
     return {
         "haystack_sha256": digest(repr(PROSE) if source == "prose" else read(source)),
         "needles_sha256": digest(json.dumps(needles(Path(request.needles) if request.needles else NEEDLES))),
     }
+
+
+register(Task(
+    name="niah", title="Needle in a haystack", description="needle in a haystack",
+    source="nightdessert/Retrieval_Head, needle_in_haystack_with_mask.py", sample=sample, shortest=500,
+    metric=rouge_recall, max_new_tokens=50, stop=("\n",),  # as there: decode_len 50, and an answer is one line
+    options=("haystack", "needles", "depths"), sources=sources,
+))  # fmt: skip

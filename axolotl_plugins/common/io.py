@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one."""
+"""Read JSON, YAML and JSON lines; write files atomically."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data_gen.console import first_line, in_rust
+from axolotl_plugins.common.console import first_line, in_rust
 
-LARGEST_JSON = 1 << 28  # bytes; results of long runs have a hundredth of it
+LARGEST_JSON = 1 << 28  # bytes; a hundred times the results of long runs
 
 
 def check_output(path: Path, *, folder: bool = False, new: bool = False) -> None:
-    """See that a file, a ``new`` file or a new folder can be written, before time is spent on what is to be in it.
+    """Check that a file, a ``new`` file or a new folder can be written, before its content is computed.
 
     Raises:
-        ValueError: it cannot; the message names what is in the way.
+        ValueError: it cannot; the message names the obstacle.
     """
     if path.is_dir() and not folder:
         raise ValueError(f"{path}: is a folder, expected the name of a file to write")
     if (folder or new) and path.exists():
         raise ValueError(f"{path}: exists already: name another {'folder' if folder else 'file'} or remove it")
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not above.is_dir():
-        raise ValueError(f"{path}: cannot be written, for {above} is a file: name another place")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise ValueError(f"{path}: cannot be written, for {above} is not writable: name another place")
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{path}: cannot be written, for {existing} is a file: name another path")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: cannot be written, for {existing} is not writable: name another path")
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, if it is there."""
+    """Remove a file or folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -42,7 +42,7 @@ def remove(path: Path) -> None:
 
 
 def running(process: int) -> bool:
-    """Whether a process of this machine is there."""
+    """Return whether a process runs on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -54,9 +54,12 @@ def running(process: int) -> bool:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside ``path`` for a file or folder, which becomes ``path`` if all went well, else goes.
+    """Yield a temporary path that is renamed to ``path`` on success and removed on failure.
 
-    What a process that was killed left there goes as well.
+    Temporary files that a killed process left are removed as well.
+
+    Raises:
+        OSError: writing failed; the error names ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     start, end = f".{path.name}.pid", ".partial"
@@ -72,7 +75,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # what failed in writing does not say where
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write names no file
     except Exception as error:
         if not in_rust(error):
             raise
@@ -82,16 +85,16 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, read piece by piece."""
+    """Return the SHA-256 of a file, read in chunks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
 def load_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Read a JSON file.
 
     Raises:
         ValueError: it is not JSON, or larger than ``LARGEST_JSON``.
@@ -105,24 +108,24 @@ def load_json(path: Path) -> Any:
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds.
+    """Read a YAML file that holds a mapping.
 
     Raises:
-        ValueError: it holds none.
+        ValueError: it is not YAML, or holds no mapping.
     """
     import yaml
 
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: not a recipe: found {type(found).__name__}, expected settings and their values")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a recipe: found {type(content).__name__}, expected settings and their values")
+    return content
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers, from 1, and rows of a JSON lines file, read one by one; empty lines are passed over.
+    """Yield line numbers, from 1, and rows of a JSON lines file; skip empty lines.
 
     Raises:
         ValueError: a line is not a JSON object, or the file is not UTF-8 text.
@@ -145,6 +148,6 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file atomically."""
     with written_whole(path) as partial:
         partial.write_text(text)

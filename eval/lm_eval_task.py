@@ -1,4 +1,4 @@
-"""What lm-eval asks of our tasks: their documents, prompts and scores."""
+"""Build lm-eval's tasks from the registry: documents, prompts and scores."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
+from lm_eval.api.task import ConfigurableTask
 
-from data_gen.dataset import Request, count_tokens, draw, load_tokenizer
-from data_gen.io import read_rows
+from axolotl_plugins.common.io import read_rows
+from axolotl_plugins.common.tokenizer import count_tokens, load_tokenizer
+from data_gen.dataset import Request, draw
 from eval.metrics import METRICS
+from eval.scoring import generation_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,9 +24,15 @@ def documents(
     *, tokenizer: str, requests: list[dict[str, Any]], examples: dict[str, Any] | None = None,
     cases: dict[str, Any] | None = None, chat_template: str | None = None, **_: Any,
 ) -> dict[str, Dataset]:  # fmt: skip
-    """Samples of every length, from the same generator as the training samples, or LongEval's own cases.
+    """Return the test samples as lm-eval's documents.
 
-    Examples with their answers, if asked for, come before every prompt in the same turn (paper section 8).
+    Args:
+        tokenizer: folder or hub id.
+        requests: fields of the ``Request`` of each length.
+        examples: fields of the ``Request`` of worked examples, put before every prompt in the same turn (paper
+            section 8).
+        cases: arguments of ``read_cases``, whose samples come first.
+        chat_template: see ``load_tokenizer``.
     """
     loaded = load_tokenizer(tokenizer, chat_template)
     shown = "".join(
@@ -38,21 +47,26 @@ def documents(
 
 
 def read_cases(folder: str, samples: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
-    """LongEval's published line cases as they are (``*_lines.jsonl``), the length being the number of lines.
+    """Yield LongEval's published line cases (``*_lines.jsonl``) unchanged; their length is the number of lines.
+
+    Args:
+        folder: of the files.
+        samples: at most, of each file.
+        tokenizer: counts tokens.
 
     Raises:
-        ValueError: no such files, or a row is not one of LongEval's.
+        ValueError: there are no such files, or a row is not a case of LongEval.
     """
     files = sorted(Path(folder).glob("*_lines.jsonl"), key=lambda file: int("0" + file.name.split("_")[0]))
     if not files:
         raise ValueError(f"cases: no *_lines.jsonl in {folder!r}: name the folder with LongEval's line cases")
     for file in files:
-        for index, (place, case) in enumerate(islice(read_rows(file), samples)):
+        for index, (row, case) in enumerate(islice(read_rows(file), samples)):
             try:
                 number, lines = int(case["expected_number"]), int(case["num_lines"])
                 messages = [{"role": "user", "content": str(case["prompt"])}]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{file}, line {place}: not a case of LongEval's ({error!r})") from None
+                raise ValueError(f"{file}, line {row}: not a case of LongEval's ({error!r})") from None
             yield {
                 "task": "line",
                 "length": lines,
@@ -65,15 +79,31 @@ def read_cases(folder: str, samples: int, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def prompt(document: dict[str, Any]) -> str:
-    """The user's turn; lm-eval puts the model's chat template around it."""
+    """Return the user's turn; lm-eval applies the model's chat template."""
     return document["shown"] + document["messages"][0]["content"]
 
 
 def target(document: dict[str, Any]) -> str:
-    """The assistant's turn as it is trained on."""
+    """Return the assistant's turn of the training sample."""
     return document["answer"]
 
 
 def score(document: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """The task's own score of a response, in [0, 1]."""
+    """Compute the score of a response, in [0, 1]."""
     return {"score": METRICS[document["task"]](results[0], document["references"])}
+
+
+def lm_eval_task(task: str, **arguments: Any) -> ConfigurableTask:
+    """Build lm-eval's task ``seal_TASK``.
+
+    Args:
+        task: a key of ``METRICS``.
+        arguments: of ``documents``.
+    """
+    return ConfigurableTask(config={
+        "task": f"seal_{task}", "custom_dataset": documents, "test_split": "test", "output_type": "generate_until",
+        "doc_to_text": prompt, "doc_to_target": target, "process_results": score, "gen_prefix": "prefix",
+        "num_fewshot": 0, "generation_kwargs": {"do_sample": False, **generation_settings(task)},
+        "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1.0, **arguments},
+    })  # fmt: skip

@@ -1,0 +1,1 @@
+"""What every package here shares: files, command lines and tokenizers."""

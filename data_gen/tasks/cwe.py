@@ -1,0 +1,83 @@
+"""Common words: the ten most frequent words of a long list, after one worked example (RULER)."""
+
+from __future__ import annotations
+
+import functools
+import random
+from typing import Any
+
+from data_gen.fit_length import LengthBudget, largest
+from data_gen.tasks.ruler import SOURCE, length, make_sample, string_match_all
+from data_gen.tasks.task import Request, Task, register
+
+PROMPT = (
+    "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
+    "appear most often.\n{context}\nQuestion: What are the 10 most common words in the above list?"
+)
+PREFIX = " Answer: The top 10 words that appear most often in the list are:"
+COMMON = 10  # words asked for
+# Counts of each common and each other word, then the example's number of words and their counts, below 4,096 tokens
+# and from there on.
+SHORT, LONG = ((6, 1), (20, 3, 1)), ((30, 3), (40, 10, 3))
+MAX_NEW_TOKENS = 120  # RULER's tokens_to_generate
+
+
+@functools.cache
+def words() -> list[str]:
+    """Return all nouns, adjectives and verbs of wonderwords, sorted."""
+    from wonderwords import RandomWord
+
+    generator = RandomWord()
+    return sorted(
+        {word.strip() for kind in ("noun", "adjective", "verb") for word in generator.filter(include_categories=[kind])}
+    )
+
+
+def word_list(chosen: list[str], common: int, other: int, rng: random.Random) -> list[str]:
+    """Return shuffled entries: the first ten of ``chosen`` ``common`` times each, the rest ``other`` times."""
+    entries = chosen[:COMMON] * common + chosen[COMMON:] * other
+    rng.shuffle(entries)
+    return entries
+
+
+def numbered(entries: list[str]) -> str:
+    """Return entries as ``1. first 2. second``."""
+    return " ".join(f"{number}. {word}" for number, word in enumerate(entries, 1))
+
+
+def render_example(entries: list[str], common: list[str]) -> str:
+    """Return a worked example: prompt, prefix and answer."""
+    return PROMPT.format(context=numbered(entries)) + f"{PREFIX} {numbered(common)}"
+
+
+def sample(request: Request, rng: random.Random, index: int, budget: LengthBudget) -> dict[str, Any]:
+    """Draw a sample with as many different words as fit.
+
+    Raises:
+        ValueError: the length is too small for the example and ten words, or needs more words than wonderwords has.
+    """
+    (common, other), (example_words, example_common, example_other) = SHORT if budget.tokens < 4096 else LONG
+    pool = words()
+    chosen = rng.sample(pool, len(pool))
+    while not budget.accept(numbered(chosen[:COMMON])):
+        chosen = rng.sample(pool, len(pool))
+    seed = rng.getrandbits(64)
+    example_pool = rng.sample(pool, example_words)
+    example = render_example(word_list(example_pool, example_common, example_other, rng), example_pool[:COMMON])
+
+    def of_size(count: int) -> dict[str, Any]:
+        if count > len(chosen):
+            raise ValueError(
+                f"tokens: {budget.tokens} needs more than the {len(chosen)} words of wonderwords: ask for less"
+            )
+        entries = word_list(chosen[:count], common, other, random.Random(seed))
+        prompt = f"{example}\n{PROMPT.format(context=numbered(entries))}"
+        return make_sample(prompt, PREFIX, numbered(chosen[:COMMON]), chosen[:COMMON], MAX_NEW_TOKENS, words=count)
+
+    return of_size(largest(lambda n: length(of_size(n), budget), budget.tokens, first=COMMON + 1, what="cwe"))
+
+
+register(Task(
+    name="cwe", title="Common words", description="RULER's common words", source=SOURCE, sample=sample,
+    shortest=3500, metric=string_match_all, max_new_tokens=MAX_NEW_TOKENS, group="ruler",
+))  # fmt: skip

@@ -1,0 +1,66 @@
+"""Frequent words: the three most frequent of coded words, ranks 2 to 4; the first rank is a row of dots (RULER)."""
+
+from __future__ import annotations
+
+import math
+import random
+import string
+from typing import Any
+
+from data_gen.fit_length import LengthBudget, largest
+from data_gen.tasks.ruler import SOURCE, length, make_sample, string_match_all
+from data_gen.tasks.task import Request, Task, register
+
+PROMPT = (
+    "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
+    "appeared coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What "
+    "are the three most frequently appeared words in the above coded text?"
+)
+PREFIX = " Answer: According to the coded text above, the three most frequently appeared words are:"
+ALPHA = 2.0  # exponent of the Zeta distribution
+WORD_LETTERS = 6
+MAX_NEW_TOKENS = 50  # RULER's tokens_to_generate
+
+
+def frequencies(total: int, vocabulary: int) -> list[int]:
+    """Return the count of each rank among ``total`` words: Zeta-distributed with ``ALPHA``, rounded down."""
+    zeta = math.pi**2 / 6  # of ALPHA = 2
+    return [int(total * rank**-ALPHA / zeta) for rank in range(1, vocabulary + 1)]
+
+
+def draw_vocabulary(size: int, rng: random.Random) -> list[str]:
+    """Draw distinct coded words; the first is replaced by dots."""
+    coded: dict[str, None] = {}
+    while len(coded) < size:
+        coded["".join(rng.choices(string.ascii_lowercase, k=WORD_LETTERS))] = None
+    return ["...", *list(coded)[1:]]
+
+
+def sample(request: Request, rng: random.Random, index: int, budget: LengthBudget) -> dict[str, Any]:
+    """Draw a sample of as many words as fit.
+
+    Raises:
+        ValueError: the length is too small for ranks 1 to 5 to differ in frequency.
+    """
+    size = max((budget.tokens - MAX_NEW_TOKENS) // 50, 5)
+    vocabulary = draw_vocabulary(size, rng)
+    while not budget.accept(" ".join(vocabulary[1:4])):
+        vocabulary = draw_vocabulary(size, rng)
+    seed = rng.getrandbits(64)
+    top = vocabulary[1:4]
+
+    def of_size(total: int) -> dict[str, Any]:
+        text = [word for word, n in zip(vocabulary, frequencies(total, size), strict=True) for _ in range(n)]
+        random.Random(seed).shuffle(text)
+        prompt = PROMPT.format(context=" ".join(text))
+        return make_sample(prompt, PREFIX, " ".join(top), top, MAX_NEW_TOKENS, words=total)
+
+    # The smallest total at which ranks 1 to 5 all differ in frequency.
+    first = next(n for n in range(1, 10_000) if len(set(frequencies(n, 5))) == 5)
+    return of_size(largest(lambda n: length(of_size(n), budget), budget.tokens, first=first, what="fwe"))
+
+
+register(Task(
+    name="fwe", title="Frequent words", description="RULER's frequent words", source=SOURCE, sample=sample,
+    shortest=2500, metric=string_match_all, max_new_tokens=MAX_NEW_TOKENS, group="ruler",
+))  # fmt: skip

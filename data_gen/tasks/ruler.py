@@ -1,0 +1,38 @@
+"""What RULER's tasks share (Hsieh et al. 2024, NVIDIA/RULER, ``scripts/data/synthetic/``; paper Table 2).
+
+RULER's answer prefix begins the assistant's turn. A space at its end belongs to the answer instead, so that the tokens
+of a prompt are a prefix of those of its training sample. As in RULER, a sample's length includes the response budget.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from data_gen.fit_length import LengthBudget
+
+SOURCE = "RULER (Hsieh et al. 2024), NVIDIA/RULER"
+
+
+def string_match_all(response: str, references: list[str]) -> float:
+    """Compute the share of references that occur in a response, ignoring case (RULER's ``string_match_all``)."""
+    return sum(reference.lower() in response.lower() for reference in references) / len(references)
+
+
+def make_sample(
+    prompt: str, prefix: str, answer: str, references: list[str], max_new_tokens: int, **facts: Any
+) -> dict[str, Any]:
+    """Return a sample whose answer begins with the prefix; chat templates put their own space before it."""
+    return {
+        "prompt": prompt,
+        "prefix": prefix.strip(),
+        "answer": f"{prefix.strip()} {answer}",
+        "references": references,
+        "budget": max_new_tokens,
+        **facts,
+    }
+
+
+def length(sample: dict[str, Any], budget: LengthBudget) -> int:
+    """Return the tokens of a sample with its response budget, or with its answer if that is longer."""
+    full = budget.count(sample["prompt"], sample["answer"])
+    return max(full, budget.count(sample["prompt"], sample["prefix"]) + sample["budget"])

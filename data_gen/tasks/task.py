@@ -1,0 +1,182 @@
+"""What a task is, and the registry that all lists of tasks are derived from."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from data_gen.fit_length import LengthBudget
+
+Split = Literal["train", "test"]
+# Options that only some tasks accept: fields of ``Request``, and cases, which only ``python -m eval run`` has.
+OPTIONS = ("lines", "haystack", "needles", "depths", "data", "cases")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark's prompts, answers and metric.
+
+    Attributes:
+        name: on command lines, in files and results.
+        title: heading of tables and figures.
+        description: the title within a sentence.
+        source: paper or program whose wording, metric and generation settings the task takes.
+        sample: draws the sample of an index: ``prompt``, ``answer`` (the assistant's turn), ``references`` (correct
+            answers), optionally ``prefix`` (what the answer begins with, given to the model) and any JSON values that
+            describe the sample. Randomness comes from the generator alone, and the chat has at most ``budget.tokens``
+            tokens. Raises ValueError if no sample is that short.
+        metric: score of a response in [0, 1], from the response and the references; None if lm-eval scores the
+            benchmark with its own tasks.
+        max_new_tokens: longest response; None without a metric.
+        stop: texts that end a response.
+        options: those of ``OPTIONS`` that the task accepts.
+        splits: those that samples can be drawn of.
+        group: name that stands for several tasks in ``python -m eval run --task``.
+        shortest: length in tokens that holds a sample with any usual tokenizer.
+        sources: hashes of the files that samples depend on, for the manifest.
+    """
+
+    name: str
+    title: str
+    description: str
+    source: str
+    sample: Callable[[Request, random.Random, int, LengthBudget], dict[str, Any]]
+    shortest: int
+    metric: Callable[[str, list[str]], float] | None = None
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    splits: tuple[Split, ...] = ("train", "test")
+    group: str | None = None
+    sources: Callable[[Request], dict[str, str]] = lambda request: {}
+
+
+TASKS: dict[str, Task] = {}
+
+
+def register(task: Task) -> Task:
+    """Add a task to the registry.
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: the name is taken, an option is unknown, or a scored task lacks a response length or a test split.
+    """
+    if task.name in TASKS:
+        raise ValueError(f"task: {task.name!r} is registered already: choose another name")
+    if unknown := set(task.options) - set(OPTIONS):
+        raise ValueError(f"task {task.name}: unknown option {min(unknown)!r}, expected some of {', '.join(OPTIONS)}")
+    if task.metric and (task.max_new_tokens is None or "test" not in task.splits):
+        raise ValueError(f"task {task.name}: a task with a metric needs max_new_tokens and a test split")
+    TASKS[task.name] = task
+    return task
+
+
+class TaskAttribute(Mapping[str, Any]):
+    """A live view of one attribute of all registered tasks, by name; tasks where it is None are left out."""
+
+    def __init__(self, attribute: str, **others: Any) -> None:
+        """View an attribute, and ``others``: values of names that are no registered tasks."""
+        self.attribute, self.others = attribute, others
+
+    def current(self) -> dict[str, Any]:
+        """Return the values of the tasks that are registered now."""
+        values = {name: getattr(task, self.attribute) for name, task in TASKS.items()}
+        return {name: value for name, value in values.items() if value is not None} | self.others
+
+    def __getitem__(self, name: str) -> Any:
+        return self.current()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.current())
+
+    def __len__(self) -> int:
+        return len(self.current())
+
+
+def tasks_with(option: str) -> tuple[str, ...]:
+    """Return the names of the tasks that accept an option."""
+    return tuple(name for name, task in TASKS.items() if option in task.options)
+
+
+def tasks_of(group: str) -> tuple[str, ...]:
+    """Return the names of the tasks of a group."""
+    return tuple(name for name, task in TASKS.items() if task.group == group)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A set of samples; equal requests give equal bytes.
+
+    Attributes:
+        task: a name in ``TASKS``.
+        tokens: longest sample, as ``"31000"``, or a range ``"8000:31000"`` that lengths are drawn from.
+        lines: number of lines instead, for the line task.
+        samples: how many.
+        seed: of everything random.
+        split: samples of ``train`` and ``test`` never coincide, see ``in_split``.
+        haystack: for niah, a folder of text files, ``essays`` (from the hub) or ``prose`` (built in, the default).
+        needles: for niah, a file of training needles; defaults to the paper's ten.
+        depths: for niah, how many depths from 0 to 100 per cent test samples step through; defaults to ten.
+        data: for longbench, a local file instead of the hub's.
+
+    Raises:
+        ValueError: a field is invalid.
+    """
+
+    task: str
+    tokens: str | int | None = None
+    lines: int | None = None
+    samples: int = 50
+    seed: int = 0
+    split: Split = "train"
+    haystack: str | None = None
+    needles: str | None = None
+    depths: int | None = None
+    data: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        if self.task not in TASKS:
+            raise ValueError(f"task: found {self.task!r}, expected one of {', '.join(TASKS)}")
+        if self.split not in get_args(Split):
+            raise ValueError(f"split: found {self.split!r}, expected train or test")
+        if self.samples < 1:
+            raise ValueError(f"samples: found {self.samples}, expected at least 1")
+        for option in OPTIONS:
+            if getattr(self, option, None) is not None and self.task not in (names := tasks_with(option)):
+                raise ValueError(f"{option}: {self.task} has no such option, only {' and '.join(names)}")
+        if self.split not in TASKS[self.task].splits:
+            raise ValueError(
+                f"split: {self.task} samples are for training; score with `python -m eval run --task {self.task}`"
+            )
+        if self.depths is not None and (self.depths < 2 or self.split == "train"):
+            raise ValueError(f"depths: found {self.depths}, expected at least 2, and only for test samples")
+        if (self.tokens is None) == (self.lines is None):
+            raise ValueError("give the length either as tokens or as lines")
+        if self.lines is not None and self.lines < 1:
+            raise ValueError(f"lines: found {self.lines}, expected at least 1")
+        if self.tokens is not None:
+            object.__setattr__(self, "tokens", str(self.tokens))
+            self.token_range()
+
+    def token_range(self) -> tuple[int, int]:
+        """Return the shortest and the longest length to draw, in tokens."""
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", str(self.tokens))
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 0 < low <= high:
+            raise ValueError(f"tokens: found {self.tokens!r}, expected N or N:M with 0 < N <= M, such as 8000:31000")
+        return low, high
+
+
+def in_split(split: Split, answer: str) -> bool:
+    """Return whether an answer belongs to a split: one bit of its SHA-256 decides.
+
+    So no answer, and therefore no sample, of one split can be drawn in the other, whatever the seed and length.
+    """
+    return (hashlib.sha256(answer.encode()).digest()[0] & 1) == (split == "test")

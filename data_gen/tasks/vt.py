@@ -1,0 +1,95 @@
+"""Variable tracking: which variables have a value, after one worked example of up to 500 tokens (RULER)."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import string
+from typing import Any
+
+from data_gen.fit_length import LengthBudget, largest
+from data_gen.tasks.ruler import SOURCE, length, make_sample, string_match_all
+from data_gen.tasks.task import Request, Task, register
+
+PROMPT = (
+    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
+    "Question: Find all variables that are assigned the value {value} in the text above."
+)
+PREFIX = (
+    " Answer: According to the chain(s) of variable assignment in the text above, {names} variables are assigned the "
+    "value {value}, they are: "
+)
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+HOPS = 4  # one chain of four hops: five variables
+EXAMPLE_TOKENS = 500  # at most, of the worked example
+MAX_NEW_TOKENS = 30  # RULER's tokens_to_generate
+
+
+def draw_names(count: int, letters: int, rng: random.Random) -> list[str]:
+    """Draw distinct names of capital letters."""
+    names: dict[str, None] = {}
+    while len(names) < count:
+        names["".join(rng.choices(string.ascii_uppercase, k=letters))] = None
+    return list(names)
+
+
+def render(names: list[str], value: str, positions: list[int], noises: int) -> tuple[str, str]:
+    """Return prompt and answer prefix of one chain.
+
+    Args:
+        names: variables in the order of their assignments.
+        value: of all variables.
+        positions: ascending; assignment ``i`` precedes the noise sentence ``positions[i]``.
+        noises: number of noise sentences.
+    """
+    chain = [f"VAR {names[0]} = {value}"]
+    chain += [f"VAR {later} = VAR {earlier} " for earlier, later in itertools.pairwise(names)]
+    sentences = [NOISE] * noises
+    for inserted, (position, assignment) in enumerate(zip(positions, chain, strict=True)):
+        sentences.insert(position + inserted, assignment)
+    context = "\n".join(sentences).replace(". \n", ".\n")
+    return PROMPT.format(context=context, value=value), PREFIX.format(names=len(names), value=value)
+
+
+def render_example(names: list[str], value: str, positions: list[int], noises: int) -> str:
+    """Return a worked example: prompt, prefix and answer."""
+    return "".join(render(names, value, positions, noises)) + " " + " ".join(names) + "\n"
+
+
+def sample(request: Request, rng: random.Random, index: int, budget: LengthBudget) -> dict[str, Any]:
+    """Draw a sample with as many noise sentences as fit.
+
+    Raises:
+        ValueError: the length is too small for the example and one chain.
+    """
+    value, example_value = (str(rng.randrange(10_000, 99_999)) for _ in range(2))
+    example_names = draw_names(HOPS + 1, 3, rng)
+    names = draw_names(HOPS + 1, 5, rng)
+    while not budget.accept(" ".join(names)):
+        names = draw_names(HOPS + 1, 5, rng)
+    seed = rng.getrandbits(64)
+
+    def positions(noises: int, part: str) -> list[int]:
+        return sorted(random.Random(f"{seed}/{part}").sample(range(noises), HOPS + 1))
+
+    def example_of_size(noises: int) -> str:
+        return render_example(example_names, example_value, positions(noises, "example"), noises)
+
+    def example_length(noises: int) -> int:
+        return len(budget.encode(example_of_size(noises)))
+
+    def of_size(noises: int) -> dict[str, Any]:
+        text, prefix = render(names, value, positions(noises, "sample"), noises)
+        answer, facts = " ".join(names), {"value": value, "noises": noises}
+        return make_sample(example + "\n" + text, prefix, answer, names, MAX_NEW_TOKENS, **facts)
+
+    example = example_of_size(HOPS + 1)  # fewer noise sentences than assignments hide no chain
+    if example_length(HOPS + 1) <= EXAMPLE_TOKENS:
+        example = example_of_size(largest(example_length, EXAMPLE_TOKENS, first=HOPS + 1, what="vt"))
+    return of_size(largest(lambda n: length(of_size(n), budget), budget.tokens, first=HOPS + 1, what="vt"))
+
+
+register(Task(
+    name="vt", title="Variable tracking", description="RULER's variable tracking", source=SOURCE, sample=sample,
+    shortest=1500, metric=string_match_all, max_new_tokens=MAX_NEW_TOKENS, group="ruler",
+))  # fmt: skip

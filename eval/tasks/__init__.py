@@ -1,1 +1,0 @@
-"""The tasks lm-eval is given."""

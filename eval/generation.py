@@ -57,10 +57,10 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the token that a rendered chat has right after an assistant turn, or None if no single token ends it."""
     if not tokenizer.chat_template:
         return None
-    answer = "answer"
+    answer = "the answer 7391"  # a text that no template holds itself
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False)
-    ending = text.rpartition(answer)[2].strip()
+    _, written, rest = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(answer)
+    ending = rest.strip() if written else ""
     ids = tokenizer(ending, add_special_tokens=False)["input_ids"] if ending else []
     if not ids:
         return None

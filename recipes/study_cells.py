@@ -309,7 +309,7 @@ class Workbench:
         self.tokenizer = load_tokenizer(str(model))
         dtype = getattr(torch, settings.dtype)
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, attn_implementation="sdpa"
+            model, dtype=dtype, attn_implementation="sdpa", use_safetensors=True
         )
         self.model.to(device).eval().requires_grad_(False)
         self.names = set(self.model.state_dict())

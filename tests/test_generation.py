@@ -182,6 +182,10 @@ def test_answers_end_where_the_chat_template_ends_a_turn(tmp_path):
         ("{% for m in messages %}<|user|>{{ m.content }}</s>\n{% endfor %}", "</s>"),
         ("{% for m in messages %}### {{ m.role }}: {{ m.content }}\n\n{% endfor %}### end", None),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", None),
+        (
+            "<s>{% for m in messages %}{% for part in m.content if part.text %}{{ part.text }}{% endfor %}{% endfor %}",
+            None,
+        ),
     ],
 )
 def test_the_end_of_a_turn_is_read_from_a_rendered_chat(template, end):
@@ -298,3 +302,26 @@ def test_sharing_pays(prompts, least, tmp_path):
     print(f"{prompts}: {seconds['plain']:.1f} s plain, {seconds['shared']:.1f} s shared; tokens allow {most:.2f} times")
     assert answers["shared"] == answers["plain"] and len(set(answers["plain"])) > 1
     assert seconds["plain"] / seconds["shared"] >= least, seconds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 8])
+def test_batched_decoding_pays(batch, smollm2):
+    """30 prompts of unequal length, against lm-eval's plain path with its own batching, in one run."""
+    loaded = load(smollm2)
+    samples = list(generate(Request("vt", "1024", samples=30, split="test"), loaded.tokenizer))
+    harness = harness_for(loaded, None, None)
+    settings = {"max_gen_toks": 30, "until": [], "do_sample": False}
+    texts = [harness.apply_chat_template(row["messages"][:1]) + row["prefix"] for row in samples]
+    requests = [instance(text, settings) for text in texts]
+    plain = HFLM(
+        pretrained=loaded.model, tokenizer=loaded.tokenizer, max_length=8192, batch_size=batch, add_bos_token=False
+    )
+    seconds, answers = {}, {}
+    for name, model in (("batched", harness), ("plain", plain)):
+        start = time.perf_counter()
+        answers[name] = model.generate_until(requests, disable_tqdm=True)
+        seconds[name] = time.perf_counter() - start
+    print(f"lm-eval, batch {batch}: {seconds['plain']:.1f} s; here: {seconds['batched']:.1f} s")
+    assert answers["batched"] == answers["plain"] and len(set(answers["plain"])) > 20
+    assert seconds["plain"] / seconds["batched"] >= 2, seconds

@@ -32,9 +32,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from axolotl_plugins.seal.tune import answer_loss
 from data_gen.console import first_line, out_of_memory, quiet_libraries, stop
 from data_gen.io import load_json, write_text
-from recipes.estimate import Shape, training_flop
-from recipes.machine import machine
-from recipes.matrix import peft_config, read_matrix
+from recipes.tools.estimate import Shape, training_flop
+from recipes.tools.machine import machine
+from recipes.tools.methods import peft_config
+from recipes.tools.render import read_matrix
 
 ANSWER = 40  # tokens with a loss
 SMALL = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,

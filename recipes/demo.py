@@ -20,7 +20,7 @@ from data_gen.console import run as run_app
 from data_gen.io import load_json, write_text
 from data_gen.line_retrieval import QUESTION
 from eval.result_cache import result_file, result_name
-from recipes.machine import machine
+from recipes.tools.machine import machine
 
 METHODS = ("SEAL-H", "SEAL-C")
 SHOWN = 3  # prompts whose answers are shown

@@ -28,7 +28,7 @@ from data_gen.console import first_line, quiet_libraries, stop
 from data_gen.console import run as run_app
 from data_gen.dataset import Request, load_tokenizer
 from data_gen.io import file_hash, load_json
-from recipes.study_cells import (
+from recipes.tools.study_cells import (
     METHODS,
     TASKS,
     Cell,
@@ -66,7 +66,7 @@ def start_worker_process(threads: int) -> None:
 def work(connection: Connection, model: Path, device: str, settings: Settings, data: Path, threads: int) -> None:
     """Run the cells that come through a connection and send back their results; an error ends the process."""
     start_worker_process(threads)
-    from recipes.study_cells import Workbench
+    from recipes.tools.study_cells import Workbench
 
     try:
         bench = Workbench(model, device, settings, data)
@@ -448,7 +448,7 @@ def collect(
 ) -> None:
     """Gather the cells that are done into one result with pictures, and print its tables."""
     with one_line_errors():
-        from recipes.study_results import gather, save, tables
+        from recipes.tools.study_results import gather, save, tables
 
         gathered = gather(out, current_commit())
         save(gathered, result)

@@ -16,8 +16,8 @@ import torch
 from paths import ROOT, TINY
 
 from data_gen.io import write_text
-from recipes import study_results
-from recipes.study_cells import (
+from recipes.tools import study_results
+from recipes.tools.study_cells import (
     RATES,
     Cell,
     Settings,

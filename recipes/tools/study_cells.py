@@ -281,7 +281,7 @@ def adapter_config(method: str) -> Any:
     """Return the PEFT configuration of a tuned method."""
     from peft import IA3Config
 
-    from recipes.matrix import peft_config
+    from recipes.tools.methods import peft_config
 
     if method == "query":
         return IA3Config(target_modules=["q_proj"], feedforward_modules=[])

@@ -10,8 +10,8 @@ from typing import Any
 
 from data_gen.io import load_json, write_text
 from eval.metrics import wilson
-from recipes.matrix import TASKS as TITLES
-from recipes.study_cells import CONTROLS, METHODS, TASKS, Cell, choose_rate, mean_score
+from recipes.tools.render import TASKS as TITLES
+from recipes.tools.study_cells import CONTROLS, METHODS, TASKS, Cell, choose_rate, mean_score
 
 # What the pictures compare.
 COMPARED = ("base", "one-shot", "SEAL-H", "SEAL-C", "LoRA", "DoRA")

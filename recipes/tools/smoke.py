@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from data_gen.io import remove, write_text
-from recipes.matrix import FOLDER, all_recipes, read_matrix
+from recipes.tools.render import FOLDER, all_recipes, read_matrix
 
 ROOT = FOLDER.parent
 TOKENIZER = ROOT / "tests" / "fixtures" / "tiny"

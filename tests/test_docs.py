@@ -55,7 +55,9 @@ def messages() -> str:
         for file in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.JoinedStr):
-                    parts.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+                    parts.append(
+                        "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+                    )
                 elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                     parts.append(node.value)
     return "\n".join(parts)
@@ -77,7 +79,9 @@ def test_bench_figures_of_the_performance_page_are_those_of_the_result():
     rows = json.loads((ROOT / "results" / "bench_gpu.json").read_text())["rows"]
     for row in rows:
         seconds = f"{row['seconds']:.2f}" if row["seconds"] > 10 else f"{row['seconds']:.3f}"
-        pattern = rf"`{re.escape(row['setting'])}` \| {seconds} \| \S+ \| {row['share']:.0%} \| {row['peak_gib']:.1f} \|"
+        pattern = (
+            rf"`{re.escape(row['setting'])}` \| {seconds} \| \S+ \| {row['share']:.0%} \| {row['peak_gib']:.1f} \|"
+        )
         assert re.search(pattern.replace("%", " %"), DOCS["performance.md"]), pattern
 
 

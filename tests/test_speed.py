@@ -230,7 +230,7 @@ def test_bench_keeps_the_rows_it_has(tmp_path, capsys):
     with pytest.raises(SystemExit, match="nothing was measured"):
         bench_rows(tmp_path / "late.json", *one, "--settings", "full", "--minutes", "0")
     assert bench_rows(out, *one, "--settings", "every2,none", "--minutes", "0") == more
-    assert "none, 64 tokens: left out" in capsys.readouterr().err
+    assert "none, 64 tokens: skipped" in capsys.readouterr().err
 
 
 SHORT_OF_MEMORY = """

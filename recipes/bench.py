@@ -1,8 +1,8 @@
-"""Time one tuning step: methods side by side, and what a step gains when free memory is spent on recomputing less.
+"""Time one tuning step by method, and by how much of its activations a step recomputes.
 
-Models have real shapes and random weights, so nothing is fetched; a step is forward, backward and AdamW on one sample
-whose last 40 tokens are the answer. On a CPU methods take turns, so that a slow minute of the machine is everyone's; on
-a GPU a model has the card to itself, so that the peak is its own, and all settings are applied to it in turn.
+Models have real shapes and random weights, so nothing is downloaded; a step is forward, backward and AdamW on one
+sample whose last 40 tokens are the answer. On a CPU methods are interleaved, so that a slow minute of the machine
+affects all; on a GPU one model at a time is loaded, so that the peak memory is its own, and runs under all settings.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from axolotl_plugins.common.console import first_line, out_of_memory, quiet_libraries, stop
 from axolotl_plugins.common.io import load_json, write_text
 from axolotl_plugins.seal.tune import answer_loss
-from recipes.estimate import Shape, training_flop
-from recipes.machine import machine
-from recipes.matrix import peft_config, read_matrix
+from recipes.tools.estimate import Shape, training_flop
+from recipes.tools.machine import machine
+from recipes.tools.methods import peft_config
+from recipes.tools.render import read_matrix
 
 ANSWER = 40  # tokens with a loss
 SMALL = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
@@ -46,22 +47,22 @@ METHODS = {
     "LoRA": lambda: peft_config("seall"),
 }
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-# Forward kernels of scaled dot-product attention, whose outputs `selective_checkpointing: true` keeps.
+# Forward kernels of scaled dot-product attention, whose outputs `selective_checkpointing: true` stores.
 ATTENTION = {getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default for kernel in (
     "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")}  # fmt: skip
 OUT_OF_MEMORY = "out of memory"
-LIKELY_SHARE = 0.5  # of the matrix products' rate, for the clock before anything was measured
+DEFAULT_SHARE = 0.5  # of the matrix products' rate, to predict a step before any was measured
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a step recomputes, and with which kernels.
+    """What a step recomputes, and the kernels it uses.
 
     Attributes:
-        recompute: activations are formed again (``gradient_checkpointing: true``, not reentrant).
-        selective: attention outputs are kept all the same (``selective_checkpointing: true``).
-        every: only each N-th layer is recomputed (``gradient_checkpointing_kwargs: every_n_layers``).
-        liger: Liger's RMSNorm, RoPE and SwiGLU.
+        recompute: whether activations are recomputed (``gradient_checkpointing: true``, non-reentrant).
+        selective: whether attention outputs are stored nevertheless (``selective_checkpointing: true``).
+        every: only every N-th layer is recomputed (``gradient_checkpointing_kwargs: every_n_layers``).
+        liger: whether Liger's RMSNorm, RoPE and SwiGLU are used.
         backend: of scaled dot-product attention, one of ``BACKENDS``; None leaves the choice to PyTorch.
     """
 
@@ -73,15 +74,15 @@ class Setting:
 
     @classmethod
     def of(cls, name: str) -> Setting:
-        """Read a name: parts joined by ``+``, such as ``selective+liger+every2``.
+        """Parse a name: parts joined by ``+``, such as ``selective+liger+every2``.
 
         Raises:
-            ValueError: a part is not known, or parts exclude each other.
+            ValueError: a part is unknown, or parts exclude each other.
         """
         parts = set(name.split("+"))
         every = {int(part[5:]) for part in parts if part.startswith("every") and part[5:].isdecimal()}
-        known = {"full", "none", "selective", "liger", *BACKENDS, *(f"every{n}" for n in every)}
-        if unknown := parts - known:
+        valid = {"full", "none", "selective", "liger", *BACKENDS, *(f"every{n}" for n in every)}
+        if unknown := parts - valid:
             raise ValueError(f"settings: found {min(unknown)!r}, expected full, none, selective, everyN, liger, "
                              f"{', '.join(BACKENDS)} or several joined by +")  # fmt: skip
         backends = [part for part in BACKENDS if part in parts]
@@ -94,7 +95,7 @@ class Setting:
                    backends[0] if backends else None)  # fmt: skip
 
     def check(self, device: str) -> None:
-        """See that its kernels can run.
+        """Check that its kernels can run.
 
         Raises:
             ValueError: Liger is not installed, or a kernel needs a GPU.
@@ -106,7 +107,7 @@ class Setting:
 
 
 def keep_attention(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Save attention outputs, recompute the rest."""
+    """Store attention outputs, recompute the rest."""
     return CheckpointPolicy.MUST_SAVE if op in ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -126,7 +127,7 @@ def liger_kernels(base: PreTrainedModel) -> Iterator[None]:
             setattr(modeling_llama, name, original)
         for module in base.modules():
             for method in ("forward", "extra_repr", "_get_name"):
-                module.__dict__.pop(method, None)  # bound to the instance, in front of the class's own
+                module.__dict__.pop(method, None)  # Liger binds them to the instance, which hides the class's own
 
 
 @contextmanager
@@ -139,7 +140,7 @@ def applied(model: Any, setting: Setting) -> Iterator[None]:
             if setting.selective:
                 options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_attention)
             base.gradient_checkpointing_enable(options, every_n_layers=setting.every)
-            base.disable_input_require_grads()  # gradients end at the lowest scale, as in training
+            base.disable_input_require_grads()  # backprop stops at the lowest scale, as in training
             undo.callback(base.gradient_checkpointing_disable)
         if setting.liger:
             undo.enter_context(liger_kernels(base))
@@ -149,7 +150,7 @@ def applied(model: Any, setting: Setting) -> Iterator[None]:
 
 
 def build(shape: dict[str, Any], method: str, device: str) -> Any:
-    """A model with random weights, wrapped by a method, ready to train."""
+    """Build a model with random weights, wrapped by a method, ready to train."""
     settings = dict(shape)
     config = CONFIG_MAPPING[settings.pop("model_type")](**settings, pad_token_id=0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -160,22 +161,22 @@ def build(shape: dict[str, Any], method: str, device: str) -> Any:
 
 
 def sample(tokens: int, vocabulary: int, device: str) -> torch.Tensor:
-    """Random token ids of shape (1, T)."""
+    """Return random token ids of shape (1, T)."""
     return torch.randint(1, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
 
 
 class Run:
-    """One method's model and optimizer, kept between its turns."""
+    """One method's model and optimizer."""
 
     def __init__(self, shape: dict[str, Any], method: str, device: str) -> None:
-        """Build it."""
+        """Build the model and its optimizer."""
         self.model = build(shape, method, device)
         self.device = device
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-2, weight_decay=0.0)
 
     def step(self, ids: torch.Tensor) -> float:
-        """Seconds of one step on ids of shape (1, T)."""
+        """Run one step on ids of shape (1, T), and return its seconds."""
         synchronize(self.device)
         start = time.perf_counter()
         loss = answer_loss(self.model, ids, ids.shape[1] - ANSWER)
@@ -187,13 +188,13 @@ class Run:
 
 
 def synchronize(device: str) -> None:
-    """Wait for what a GPU still has to do."""
+    """Wait until the GPU is idle."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def matmul_rate(device: str) -> float:
-    """FLOP per second of this machine's matrix products, in the dtype that models run in."""
+    """Measure the FLOP per second of this machine's matrix products, in the dtype that models run in."""
     size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = []
@@ -207,7 +208,7 @@ def matmul_rate(device: str) -> float:
 
 
 def attention_kernel(device: str) -> str:
-    """The kernel that scaled dot-product attention runs here, in the dtype that models run in, as autograd names it."""
+    """Return autograd's name of the kernel that scaled dot-product attention runs in the models' dtype."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     q = torch.ones(1, 2, 256, 128, device=device, dtype=dtype, requires_grad=True)
     node = F.scaled_dot_product_attention(q, q, q, is_causal=True).grad_fn
@@ -215,62 +216,62 @@ def attention_kernel(device: str) -> str:
 
 
 class Clock:
-    """Time that is left."""
+    """A deadline."""
 
     def __init__(self, minutes: float | None) -> None:
-        """Start; None never ends."""
+        """Start the clock; None means no deadline."""
         self.end = time.perf_counter() + 60 * minutes if minutes is not None else float("inf")
 
     def left(self) -> float:
-        """Seconds until the end."""
+        """Return the seconds until the deadline."""
         return self.end - time.perf_counter()
 
 
 def time_steps(
     runs: list[Run], setting: Setting, ids: torch.Tensor, warmup: int | None, repeats: int, clock: Clock
 ) -> dict[str, Any]:
-    """Time models in turn after a step each that is not counted; at least one turn, more while the clock allows.
+    """Time interleaved steps of models after one warm-up step each; at least one round, more while the clock allows.
 
     Args:
         runs: the models.
         setting: applied to all of them.
         ids: the sample, of shape (1, T).
-        warmup: tokens of the first step at most.
-        repeats: turns.
-        clock: left out is a turn for which too little time is left.
+        warmup: tokens of the warm-up step at most.
+        repeats: rounds.
+        clock: rounds that would end after its deadline are skipped.
 
     Returns:
-        ``steps``, for each model its seconds, and ``attention``, the kernel; or ``error``, one line.
+        ``steps``, the seconds of each model's steps, and ``attention``, the kernel; or ``error``, one line.
     """
     try:
         with ExitStack() as undo:
             for run in runs:
                 undo.enter_context(applied(run.model, setting))
                 run.step(ids[:, -min(warmup or ids.shape[1], ids.shape[1]) :])
-            turns = [[run.step(ids) for run in runs]]
-            while len(turns) < repeats and sum(turns[-1]) < clock.left():
-                turns.append([run.step(ids) for run in runs])
-            steps = [list(seconds) for seconds in zip(*turns, strict=True)]
+            rounds = [[run.step(ids) for run in runs]]
+            while len(rounds) < repeats and sum(rounds[-1]) < clock.left():
+                rounds.append([run.step(ids) for run in runs])
+            steps = [list(seconds) for seconds in zip(*rounds, strict=True)]
             return {"steps": steps, "attention": attention_kernel(runs[0].device)}
-    except Exception as error:  # what one setting cannot do must not lose the others; the command still fails
+    except Exception as error:  # one setting's failure must not lose the others; the command still fails
         return {"error": OUT_OF_MEMORY if out_of_memory(error) else first_line(error)}
 
 
 def measure(
     runs: dict[str, Run], name: str, ids: torch.Tensor, useful: float, args: argparse.Namespace, clock: Clock
 ) -> list[dict[str, Any]]:
-    """One row per method, without what is the same in all rows.
+    """Measure one row per method, without the fields that all rows share.
 
     Args:
         runs: the models by method.
         name: of the setting.
         ids: the sample, of shape (1, T).
-        useful: FLOP of a step, without what is formed again.
-        args: the command line's.
-        clock: of the command.
+        useful: FLOP of a step, without recomputation.
+        args: of the command line.
+        clock: deadline of the command.
     """
     gpu = args.device == "cuda"
-    gc.collect()  # graphs of a step that ran out of memory
+    gc.collect()  # frees the graph of a step that ran out of memory
     if gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -294,47 +295,47 @@ KEY = ("device", "torch", "shape", "layers", "method", "setting", "tokens")
 
 
 def fill(
-    rows: list[dict[str, Any]], shape: dict[str, Any], same: dict[str, Any], args: argparse.Namespace, clock: Clock
+    rows: list[dict[str, Any]], shape: dict[str, Any], shared: dict[str, Any], args: argparse.Namespace, clock: Clock
 ) -> None:
-    """Measure what rows lack, in the order of the command line; each is written as soon as it is measured.
+    """Measure the missing rows, in the order of the command line; write each as soon as it is measured.
 
     Args:
-        rows: those there are, of any command; new ones are added.
+        rows: existing rows, of any command; new ones are appended.
         shape: of the model.
-        same: what is the same in all new rows, the ``rate`` of matrix products among it.
-        args: the command line's.
-        clock: of the command; what would end after it is left out.
+        shared: fields of all new rows, such as the ``rate`` of matrix products.
+        args: of the command line.
+        clock: deadline of the command; rows that would end after it are skipped.
     """
     done = {tuple(row.get(key) for key in KEY) for row in rows}
-    # On a GPU a model has the device to itself.
+    # On a GPU one model at a time is loaded.
     groups = [args.methods] if args.device == "cpu" else [[method] for method in args.methods]
-    shares = [row["share"] for row in rows if "share" in row and row["device"] == same["device"]]
-    share = shares[-1] if shares else LIKELY_SHARE
+    shares = [row["share"] for row in rows if "share" in row and row["device"] == shared["device"]]
+    share = shares[-1] if shares else DEFAULT_SHARE
     for group in groups:
         runs: dict[str, Run] = {}
         for tokens in args.tokens:
             ids = sample(tokens, shape["vocab_size"], args.device)
             useful = training_flop(Shape.of(shape), tokens, answer=ANSWER)
             for name in args.settings:
-                wanted = [{**same, "method": method, "setting": name, "tokens": tokens} for method in group]
-                if all(tuple(row[key] for key in KEY) in done for row in wanted):
+                missing = [{**shared, "method": method, "setting": name, "tokens": tokens} for method in group]
+                if all(tuple(row[key] for key in KEY) in done for row in missing):
                     continue
                 steps = 1 + min(args.warmup or tokens, tokens) / tokens
-                likely = steps * len(group) * useful / (share * same["rate"])
-                if likely > clock.left():
-                    print(f"{name}, {tokens} tokens: left out, for it takes about {likely:.0f} s", file=sys.stderr)
+                expected = steps * len(group) * useful / (share * shared["rate"])
+                if expected > clock.left():
+                    print(f"{name}, {tokens} tokens: skipped, it would take about {expected:.0f} s", file=sys.stderr)
                     continue
                 runs = runs or {method: Run(shape, method, args.device) for method in group}
                 for row in measure(runs, name, ids, useful, args, clock):
                     if "error" not in row:
-                        share = row["share"] = row["tflop_per_second"] * 1e12 / same["rate"]
-                    rows.append({**same, **row})
+                        share = row["share"] = row["tflop_per_second"] * 1e12 / shared["rate"]
+                    rows.append({**shared, **row})
                     print(f"{row['method']}, {name}, {tokens} tokens:", row.get("error") or f"{row['seconds']:.3f} s")
                 write_text(args.out, json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
-    """Print the table of rows, ratios to the first of the same tokens."""
+    """Print rows as a table, with ratios to the first row of the same tokens."""
     from rich.console import Console
     from rich.table import Table
 
@@ -356,35 +357,40 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="small", help="small, or a shape in recipes/matrix.yml such as llama2_7b")
-    parser.add_argument("--layers", type=int, help="instead of the shape's own")
+    parser.add_argument("--layers", type=int, help="default: the shape's own")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--settings", type=lambda names: names.split(","), default=["none"],
-                        help="separated by commas, the most important first: full, none, selective, everyN, liger, "
+                        help="comma-separated, the most important first: full, none, selective, everyN, liger, "
                         "cudnn, flash, or several joined by +, such as selective+liger+every2")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5, help="timed steps")
-    parser.add_argument("--warmup", type=int, help="tokens of the step before them, at most (default: the sample's)")
-    parser.add_argument("--minutes", type=float, help="leave out what would take longer")
+    parser.add_argument("--warmup", type=int, help="tokens of the warm-up step, at most (default: the sample's)")
+    parser.add_argument("--minutes", type=float, help="skip rows that would end later")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("results/bench.json"), help="rows that it has are kept")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("results/bench.json"),
+        help="file of rows; existing rows are not measured again",
+    )
     return parser.parse_args(argv)
 
 
 def check(args: argparse.Namespace, shapes: dict[str, Any]) -> None:
-    """See that the command line can be done.
+    """Check the command line.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: an option is invalid.
     """
     if args.shape not in shapes:
         raise ValueError(f"shape: found {args.shape!r}, expected one of {', '.join(shapes)}")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no GPU is here: leave --device out, or name cpu")
-    if (least := min([*args.tokens, args.warmup or args.tokens[0]])) <= ANSWER:
-        raise ValueError(f"tokens: found {least}, expected more than the answer's {ANSWER}")
+        raise ValueError("device: no GPU found: use --device cpu")
+    if (shortest := min([*args.tokens, args.warmup or args.tokens[0]])) <= ANSWER:
+        raise ValueError(f"tokens: found {shortest}, expected more than the answer's {ANSWER}")
     for name in args.settings:
         setting = Setting.of(name)
         setting.check(args.device)
@@ -393,7 +399,7 @@ def check(args: argparse.Namespace, shapes: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure from the command line."""
+    """Measure the rows of the command line, and print them."""
     args = arguments(argv)
     clock = Clock(args.minutes)
     quiet_libraries()
@@ -405,18 +411,18 @@ def main(argv: list[str] | None = None) -> None:
         stop("bench", error)
     shape = dict(shapes[args.shape]) | ({"num_hidden_layers": args.layers} if args.layers else {})
     device = torch.cuda.get_device_name() if args.device == "cuda" else machine()
-    same = {"device": device, "torch": torch.__version__, "shape": args.shape, "layers": shape["num_hidden_layers"],
+    shared = {"device": device, "torch": torch.__version__, "shape": args.shape, "layers": shape["num_hidden_layers"],
             "rate": matmul_rate(args.device)}  # fmt: skip
     print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads, sdpa; matrix products "
-          f"{same['rate'] / 1e12:.2f} TFLOP/s")  # fmt: skip
-    fill(rows, shape, same, args, clock)
-    here = [row for row in rows if all(row[key] == same[key] for key in KEY[:4])]
-    if all("error" in row for row in here):
+          f"{shared['rate'] / 1e12:.2f} TFLOP/s")  # fmt: skip
+    fill(rows, shape, shared, args, clock)
+    device_rows = [row for row in rows if all(row[key] == shared[key] for key in KEY[:4])]
+    if all("error" in row for row in device_rows):
         sys.exit("bench: nothing was measured: ask for fewer --tokens or more --minutes")
-    print_rows(here)
+    print_rows(device_rows)
     print(args.out)
-    if failed := [row["setting"] for row in here if row.get("error", OUT_OF_MEMORY) != OUT_OF_MEMORY]:
-        sys.exit(f"bench: could not be measured: {', '.join(failed)}; remove these rows from {args.out} to try again")
+    if failed := [row["setting"] for row in device_rows if row.get("error", OUT_OF_MEMORY) != OUT_OF_MEMORY]:
+        sys.exit(f"bench: failed: {', '.join(failed)}; remove these rows from {args.out} to measure them again")
 
 
 if __name__ == "__main__":

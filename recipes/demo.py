@@ -1,4 +1,4 @@
-"""Show what `make demo` did: a table, prompts with the answers of base and tuned models, and a picture.
+"""Show the results of `make demo`: a table, prompts with the answers of base and tuned models, and a plot.
 
 The Makefile runs the commands that a user would type; this reads the files that they wrote.
 """
@@ -20,7 +20,7 @@ from axolotl_plugins.common.io import load_json, write_text
 from axolotl_plugins.seal.scales import saved_scales
 from data_gen.tasks.line_retrieval import QUESTION
 from eval.result_cache import result_file, result_name
-from recipes.machine import machine
+from recipes.tools.machine import machine
 
 METHODS = ("SEAL-H", "SEAL-C")
 SHOWN = 3  # prompts whose answers are shown
@@ -34,7 +34,7 @@ def read_scores(model: Path, folder: Path) -> dict[str, Any]:
 
 
 def different_answers(unmerged: dict[str, Any], merged: dict[str, Any]) -> int:
-    """Count the samples that both results hold and that a merged model answers differently.
+    """Count the samples of both results that the merged model answers differently.
 
     Raises:
         ValueError: they have no sample in common.
@@ -47,10 +47,10 @@ def different_answers(unmerged: dict[str, Any], merged: dict[str, Any]) -> int:
 
 
 def summarise(base: Path, adapters: list[Path], scores: Path) -> dict[str, Any]:
-    """Gather accuracy by length, scales and the first answers into the content of results/demo.json.
+    """Collect accuracy by length, scales and the first answers: the content of results/demo.json.
 
     Raises:
-        ValueError: a merged model answers a sample differently from its adapter, or a file is missing or broken.
+        ValueError: a merged model answers a sample differently from its adapter, or a file is missing or corrupt.
     """
     results = {"base": read_scores(base, scores)}
     scales = {}
@@ -62,7 +62,7 @@ def summarise(base: Path, adapters: list[Path], scores: Path) -> dict[str, Any]:
         results[method], scales[method] = merged, saved_scales(adapter)
     lengths = [row["length"] for row in results["base"]["scores"]]
     middle = lengths[len(lengths) // 2]
-    of_middle = [[row for row in result["responses"] if row["length"] == middle] for result in results.values()]
+    middle_rows = [[row for row in result["responses"] if row["length"] == middle] for result in results.values()]
     return {
         "base_model": str(base),
         "lengths": lengths,
@@ -79,7 +79,7 @@ def summarise(base: Path, adapters: list[Path], scores: Path) -> dict[str, Any]:
                 "reference": rows[0]["references"][0],
                 "answers": {method: row["response"] for method, row in zip(results, rows, strict=True)},
             }
-            for rows in list(zip(*of_middle, strict=True))[:SHOWN]
+            for rows in list(zip(*middle_rows, strict=True))[:SHOWN]
         ],
         "scales": {method: values.mean(2).round(4).tolist() for method, values in scales.items()},
         "machine": machine(),
@@ -98,16 +98,16 @@ def print_summary(summary: dict[str, Any]) -> None:
         cells = [f"{row['score']:.2f} ({row['low']:.2f}-{row['high']:.2f})" for row in rows]
         table.add_row(method, f"{summary['trainable_parameters'].get(method, 0):,}", *cells)
     console.print(table)
-    answers = Table("asked at the end of the prompt", "right", *summary["scores"], show_lines=True,
-                    title=f"the first {SHOWN} prompts of the middle length, answered greedily")  # fmt: skip
+    answers = Table("question", "reference", *summary["scores"], show_lines=True,
+                    title=f"the first {SHOWN} prompts of the middle length, decoded greedily")  # fmt: skip
     for prompt in summary["prompts"]:
         cells = [prompt["answers"][method].strip()[:200] for method in summary["scores"]]
         answers.add_row(prompt["question"], prompt["reference"], *cells)
     console.print(answers)
 
 
-def draw(summary: dict[str, Any], out: Path) -> None:
-    """Draw accuracy by length, and the scales of all heads (SEAL-C: means over a head's channels)."""
+def plot(summary: dict[str, Any], out: Path) -> None:
+    """Plot accuracy by length, and the scales of all heads (SEAL-C: means over a head's channels)."""
     import matplotlib.pyplot as plt
 
     from eval.plots import draw_accuracy, draw_scales, save_figure
@@ -116,8 +116,8 @@ def draw(summary: dict[str, Any], out: Path) -> None:
     draw_accuracy(left, [{"method": method, "scores": rows} for method, rows in summary["scores"].items()])
     left.set_title(f"line retrieval, {summary['samples_per_length']} test samples per length")
     for axes, method in zip(maps, METHODS, strict=True):
-        what = "scales" if method == "SEAL-H" else "scales, mean of each head"
-        title = f"{method}: {summary['trainable_parameters'][method]:,} {what}"
+        label = "scales" if method == "SEAL-H" else "scales, mean of each head"
+        title = f"{method}: {summary['trainable_parameters'][method]:,} {label}"
         draw_scales(figure, axes, np.array(summary["scales"][method]), title)
     save_figure(figure, out)
 
@@ -125,18 +125,18 @@ def draw(summary: dict[str, Any], out: Path) -> None:
 @app.command(epilog="Example: python -m recipes.demo (which `make demo` runs at its end)")
 def main(
     base: Annotated[Path, typer.Option(help="The base model.")] = Path("models/smollm2-135m"),
-    adapter: Annotated[list[Path] | None, typer.Option(help="Adapter folders; FOLDER_merged was scored too.")] = None,
+    adapter: Annotated[
+        list[Path] | None, typer.Option(help="Adapter folders; the results of FOLDER_merged are read as well.")
+    ] = None,
     scores: Annotated[Path, typer.Option(help="Folder with the results of `eval run`.")] = Path("outputs/demo"),
-    out: Annotated[Path, typer.Option(help="The JSON file to write; its picture lies beside it.")] = Path(
-        "results/demo.json"
-    ),
+    out: Annotated[Path, typer.Option(help="JSON file to write; the plot goes beside it.")] = Path("results/demo.json"),
 ) -> None:
-    """Print and draw what `make demo` measured."""
+    """Print and plot the results of `make demo`."""
     quiet_libraries()
     adapters = adapter or [Path(f"outputs/smollm2_demo_{method}") for method in ("sealh", "sealc")]
     try:
         summary = summarise(base, adapters, scores)
-        draw(summary, out.with_suffix(".png"))
+        plot(summary, out.with_suffix(".png"))
         write_text(out, json.dumps(summary, indent=1) + "\n")
     except (ValueError, OSError, KeyError) as error:
         stop("demo", error)

@@ -1,8 +1,8 @@
-"""The paper's tables on a small model: all tasks, methods, rates, seeds and controls (``make study``).
+"""Reproduce the paper's tables on a small model, with all methods, rates, seeds and controls (``make study``).
 
-``data`` draws the samples, ``run`` tunes and scores one cell after the other on a CPU or a GPU, each into a file of its
-own, so that it resumes where it was stopped, and ``collect`` makes the result, its pictures and tables. Learning rates
-are chosen on validation samples of the training split, never on test samples.
+``data`` draws the samples, ``run`` tunes and scores cells on a CPU or a GPU, each into a file of its own, so that an
+interrupted run resumes, and ``collect`` writes the result, its plots and tables. Learning rates are chosen on
+validation samples of the training split, never on test samples.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from axolotl_plugins.common.console import run as run_app
 from axolotl_plugins.common.io import file_hash, load_json
 from axolotl_plugins.common.tokenizer import load_tokenizer
 from data_gen.dataset import Request
-from recipes.study_cells import (
+from recipes.tools.study_cells import (
     METHODS,
     TASKS,
     Cell,
@@ -38,21 +38,21 @@ from recipes.study_cells import (
     choose_rate,
     data_file,
     data_requests,
-    keep_settings,
     plan,
     read_cell,
+    store_settings,
     validation_cells,
     write_cell,
     write_samples,
 )
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
-PATIENCE = 5.0  # seconds for a worker to end by itself
-TRIES = 2  # of a cell whose worker failed, for memory may have been short for a moment
+PATIENCE = 5.0  # seconds for a worker to end after SIGTERM
+TRIES = 2  # per cell: a worker may fail for a momentary lack of memory
 
 
 def start_worker_process(threads: int) -> None:
-    """Set up a process that computes for the study, and ends at SIGTERM as at the end of the program."""
+    """Set up a worker process; SIGTERM ends it cleanly."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     quiet_libraries()
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -65,16 +65,16 @@ def start_worker_process(threads: int) -> None:
 
 
 def work(connection: Connection, model: Path, device: str, settings: Settings, data: Path, threads: int) -> None:
-    """Run the cells that come through a connection and send back their results; an error ends the process."""
+    """Run the cells that a connection receives and send back their results; an error ends the process."""
     start_worker_process(threads)
-    from recipes.study_cells import Workbench
+    from recipes.tools.study_cells import Workbench
 
     try:
         bench = Workbench(model, device, settings, data)
         while (cell := connection.recv()) is not None:
             connection.send(bench.run(cell))
     except (EOFError, KeyboardInterrupt):
-        return  # the study is over
+        return  # the study ended
     except Exception as error:
         connection.send(f"{type(error).__name__}: {first_line(error)}")
         raise
@@ -86,8 +86,8 @@ class Worker:
 
     Attributes:
         process: the process.
-        connection: cells go out, results come in.
-        cell: the one that is running; None while it waits.
+        connection: sends cells, receives results.
+        cell: the running cell; None while idle.
     """
 
     process: BaseProcess
@@ -95,16 +95,16 @@ class Worker:
     cell: Cell | None = None
 
     def send(self, cell: Cell | None) -> None:
-        """Send a cell, or None for the end."""
+        """Send a cell, or None to end the process."""
         self.cell = cell
         self.connection.send(cell)
 
 
 class Study:
-    """The cells of a study: which are done, which come next."""
+    """The cells of a study: which are done, and which is next."""
 
     def __init__(self, folder: Path, cells: list[Cell]) -> None:
-        """Read the results that are there."""
+        """Start with no results loaded; they are read from the folder on demand."""
         self.folder, self.open = folder, cells
         self.results: dict[Cell, dict[str, Any]] = {}
         self.errors: dict[Cell, list[str]] = {}
@@ -112,17 +112,17 @@ class Study:
         self.new = 0
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
-        """Return a cell's result, if there is one."""
-        if cell not in self.results and (kept := read_cell(self.folder, cell)) is not None:
-            self.results[cell] = kept
+        """Return a cell's result; None if it is not done."""
+        if cell not in self.results and (stored := read_cell(self.folder, cell)) is not None:
+            self.results[cell] = stored
         return self.results.get(cell)
 
     def given_up(self, cell: Cell) -> bool:
-        """Whether a cell failed too often."""
+        """Return whether a cell failed too often."""
         return len(self.errors.get(cell, ())) >= TRIES
 
     def with_rate(self, cell: Cell) -> Cell | None:
-        """Return a cell with the rate that validation chose; None while that is not known."""
+        """Return a cell with the learning rate that validation chose; None until validation is done."""
         if cell.rated_as is None or cell.rate is not None:
             return cell
         candidates = validation_cells(cell.task, cell.rated_as)
@@ -132,7 +132,7 @@ class Study:
         return replace(cell, rate=choose_rate([result for result in results if result is not None]))
 
     def next_cell(self) -> Cell | None:
-        """Return the first cell that is not done and whose rate is known; None if there is none for now."""
+        """Return the first open cell whose learning rate is known; None if there is none for now."""
         waiting = []
         chosen = None
         for position, cell in enumerate(self.open):
@@ -150,14 +150,14 @@ class Study:
         return chosen
 
     def add(self, cell: Cell, result: dict[str, Any]) -> None:
-        """Keep a result."""
+        """Store a result."""
         write_cell(self.folder, cell, result)
         self.running.discard(cell)
         self.results[cell] = result
         self.new += 1
 
     def fail(self, cell: Cell, error: str) -> None:
-        """Note that a cell's worker failed."""
+        """Record that a cell's worker failed."""
         self.running.discard(cell)
         self.errors.setdefault(cell, []).append(error)
 
@@ -165,21 +165,21 @@ class Study:
 def run_cells(
     study: Study, deadline: float, jobs: int, *, model: Path, device: str, settings: Settings, commit: str | None
 ) -> bool:
-    """Run open cells on ``jobs`` processes until all are done or the clock says stop.
+    """Run open cells on ``jobs`` processes until all are done or the deadline has passed.
 
-    Results are written by this process alone, so that workers can be ended at any moment.
+    Only this process writes results, so that workers can be terminated at any moment.
 
     Args:
         study: what to run.
-        deadline: of ``time.monotonic``; cells that are running then are abandoned.
+        deadline: of ``time.monotonic``; cells that are running then are terminated.
         jobs: worker processes.
         model: folder of the model.
         device: for torch.
         settings: of the study.
-        commit: of the code, kept with every result.
+        commit: of the code, stored with every result.
 
     Returns:
-        Whether all cells are done or given up.
+        True if all cells are done or have failed too often.
     """
     context = multiprocessing.get_context("spawn")
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs))
@@ -217,23 +217,23 @@ def run_cells(
 
 
 def receive(study: Study, worker: Worker, begin: float, commit: str | None) -> bool:
-    """Take a worker's result or error, and say so in a line; whether the worker can go on.
+    """Receive a worker's result or error and print a line; return whether the worker is still alive.
 
     Raises:
-        ValueError: several failed and none was done.
+        ValueError: several cells failed and none was done.
     """
     cell = worker.cell
     assert cell is not None
     try:
         result = worker.connection.recv()
     except EOFError:
-        result = "its process ended without a word, as one does that is killed for its memory"
+        result = "its process was killed, probably out of memory"
     clock = f"[{time.monotonic() - begin:4.0f} s]"
     if isinstance(result, str):
         study.fail(cell, result)
         print(f"{clock} {cell}: {result}", file=sys.stderr, flush=True)
         if not study.new and sum(map(len, study.errors.values())) > 2 * TRIES:
-            raise ValueError(f"no cell can be run; the last one: {result}")
+            raise ValueError(f"no cell can be run; the last error: {result}")
         return False
     worker.cell = None
     study.add(cell, {**result, "commit": commit})
@@ -244,12 +244,12 @@ def receive(study: Study, worker: Worker, begin: float, commit: str | None) -> b
 
 
 def draw_sample_file(wanted: Request, model: Path, file: Path) -> None:
-    """Draw one file of samples."""
+    """Draw the samples of one file."""
     write_samples(wanted, load_tokenizer(str(model)), file)
 
 
 def draw_missing(requests: list[Request], model: Path, folder: Path, jobs: int) -> int:
-    """Draw the sample files that are not there yet; their number."""
+    """Draw the missing sample files, and return their number."""
     missing = [wanted for wanted in requests if not data_file(folder, wanted).exists()]
     if not missing:
         return 0
@@ -268,7 +268,7 @@ def draw_missing(requests: list[Request], model: Path, folder: Path, jobs: int) 
 
 
 def current_commit() -> str | None:
-    """Return the commit of the code, with a plus where files differ from it; None outside a repository."""
+    """Return the commit of the code, with a plus if files differ from it; None outside a repository."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
@@ -283,7 +283,7 @@ def current_commit() -> str | None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Stop with one line where something is wrong with what was asked for."""
+    """Turn errors of the user's input into one line and exit status 1."""
     quiet_libraries()
     try:
         yield
@@ -291,45 +291,45 @@ def one_line_errors() -> Iterator[None]:
         stop("study", error)
 
 
-def names(text: str, known: tuple[str, ...], option: str) -> list[str]:
+def names(text: str, valid: tuple[str, ...], option: str) -> list[str]:
     """Return the names in a comma-separated list, all of them if it is empty.
 
     Raises:
-        ValueError: one is not known.
+        ValueError: a name is unknown.
     """
-    asked = [part.strip() for part in text.split(",") if part.strip()]
-    if unknown := [name for name in asked if name not in known]:
-        raise ValueError(f"{option}: found {unknown[0]!r}, expected some of {', '.join(known)}")
-    return [name for name in known if name in asked] if asked else list(known)
+    chosen = [part.strip() for part in text.split(",") if part.strip()]
+    if unknown := [name for name in chosen if name not in valid]:
+        raise ValueError(f"{option}: found {unknown[0]!r}, expected some of {', '.join(valid)}")
+    return [name for name in valid if name in chosen] if chosen else list(valid)
 
 
 def numbers(text: str, option: str) -> list[int]:
     """Return the distinct numbers of a comma-separated list, in their order.
 
     Raises:
-        ValueError: it is empty, or one is not a whole number.
+        ValueError: the list is empty, or has something else than non-negative integers.
     """
     try:
-        found = list(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
+        values = list(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
     except ValueError:
-        found = []
-    if not found or min(found) < 0:
-        raise ValueError(f"{option}: found {text!r}, expected whole numbers such as 0,1,2")
-    return found
+        values = []
+    if not values or min(values) < 0:
+        raise ValueError(f"{option}: found {text!r}, expected integers such as 0,1,2")
+    return values
 
 
 def pairs(text: str, option: str) -> dict[str, str]:
-    """Return what a list such as ``line=512:2048,vt=1024`` assigns to tasks.
+    """Parse a list such as ``line=512:2048,vt=1024`` into values by task.
 
     Raises:
-        ValueError: it is not such a list.
+        ValueError: a task is unknown or has no value.
     """
-    found = dict(part.strip().partition("=")[::2] for part in text.split(",") if part.strip())
-    if wrong := [task for task, value in found.items() if task not in TASKS or not value]:
+    values = dict(part.strip().partition("=")[::2] for part in text.split(",") if part.strip())
+    if wrong := [task for task, value in values.items() if task not in TASKS or not value]:
         raise ValueError(
             f"{option}: found {wrong[0]!r} in {text!r}, expected TASK=VALUE with TASK in {', '.join(TASKS)}"
         )
-    return found
+    return values
 
 
 def make_settings(
@@ -339,19 +339,19 @@ def make_settings(
     """Return the settings of a study.
 
     Raises:
-        ValueError: the model is missing, or something does not fit into its window.
+        ValueError: the model is missing, or a length exceeds its window.
     """
     if not (model / "config.json").is_file():
         raise ValueError(f"model: no config.json in {model}: name a model's folder")
     weights = sorted(model.glob("*.safetensors"))
     if not weights:
-        raise ValueError(f"model: no *.safetensors in {model}: copy the whole folder")
+        raise ValueError(f"model: no *.safetensors in {model}: copy the complete folder")
     window = load_json(model / "config.json")["max_position_embeddings"]
     train, tested = capped(longest, pairs(train_tokens, "train-tokens"))
     if lengths:
         tested = {task: sorted(numbers(lengths, "lengths")) for task in tested}
-    if (longest_asked := max(map(max, tested.values()))) > window:
-        raise ValueError(f"lengths: {longest_asked} tokens do not fit into the window of {window}: see --longest")
+    if (longest_test := max(map(max, tested.values()))) > window:
+        raise ValueError(f"lengths: {longest_test} tokens do not fit into the window of {window}: see --longest")
     return Settings(
         model=file_hash(weights[0]), window=window, dtype=dtype, samples=samples,
         validation_samples=validation_samples, tune_samples=tune_samples, shot_tokens=shot_tokens, haystack=haystack,
@@ -361,9 +361,9 @@ def make_settings(
 
 Model = Annotated[Path, typer.Option(help="Folder of the model.")]
 Out = Annotated[Path, typer.Option(help="Folder of the study: data, cells, settings.json.")]
-Tasks = Annotated[str, typer.Option(help=f"Some of {','.join(TASKS)}; all if left out.")]
-Methods = Annotated[str, typer.Option(help=f"Some of {','.join(METHODS)}; all if left out.")]
-Seeds = Annotated[str, typer.Option(help="Of tuned cells; rates are chosen under seed 0.")]
+Tasks = Annotated[str, typer.Option(help=f"Some of {','.join(TASKS)}; default: all.")]
+Methods = Annotated[str, typer.Option(help=f"Some of {','.join(METHODS)}; default: all.")]
+Seeds = Annotated[str, typer.Option(help="Seeds of tuned cells; learning rates are chosen under seed 0.")]
 Longest = Annotated[int | None, typer.Option(help="Cap of all training and test lengths, in tokens.")]
 Lengths = Annotated[str, typer.Option(help="Test lengths of all tasks instead of the built-in ones, as 512,1024.")]
 TrainTokens = Annotated[str, typer.Option(help="Training lengths of tasks, as line=512:2048,vt=1024.")]
@@ -379,7 +379,7 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or auto: bfloat16 on
 
 @app.callback()
 def main() -> None:
-    """The paper's tables on a small model, on a CPU or a GPU."""
+    """Reproduce the paper's tables on a small model, on a CPU or a GPU."""
 
 
 @app.command(epilog="Example: python -m recipes.study data --model models/smollm2-135m --out outputs/study --jobs 2")
@@ -390,7 +390,7 @@ def data(
     tune_samples: TuneSamples = 50, shot_tokens: ShotTokens = 1000, haystack: HaystackOption = "prose",
     jobs: Jobs = 1,
 ) -> None:  # fmt: skip
-    """Draw all samples into OUT/data, so that `run` needs no word lists and loses no time; options as of `run`."""
+    """Draw all samples into OUT/data, so that `run` needs no word lists; options as of `run`."""
     with one_line_errors():
         settings = make_settings(
             model, "any", longest, lengths, train_tokens, samples, validation_samples, tune_samples, shot_tokens,
@@ -412,44 +412,45 @@ def run(
     train_tokens: TrainTokens = "", samples: Samples = 100, validation_samples: ValidationSamples = 30,
     tune_samples: TuneSamples = 50, shot_tokens: ShotTokens = 1000, haystack: HaystackOption = "prose",
     jobs: Jobs = 1, device: Device = "auto", dtype: Dtype = "auto",
-    minutes: Annotated[float, typer.Option(min=0, help="Stop after so long; running cells are abandoned.")] = 1e6,
+    minutes: Annotated[float, typer.Option(min=0, help="Stop after this time; running cells are terminated.")] = 1e6,
 ) -> None:  # fmt: skip
-    """Tune and score all cells that are not done yet; call it again to resume."""
+    """Tune and score all open cells; the same command resumes."""
     deadline = time.monotonic() + 60 * minutes
     with one_line_errors():
         import torch
 
         if device not in ("auto", "cpu", "cuda") or dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"device, dtype: found {device!r} and {dtype!r}, see --help for what there is")
+            raise ValueError(
+                f"device, dtype: found {device!r} and {dtype!r}, expected cpu, cuda or auto, and "
+                "float32, bfloat16 or auto"
+            )
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         dtype = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
         settings = make_settings(
             model, dtype, longest, lengths, train_tokens, samples, validation_samples, tune_samples, shot_tokens,
             haystack,
         )  # fmt: skip
-        keep_settings(out, settings)
+        store_settings(out, settings)
         cells = plan(names(tasks, TASKS, "tasks"), names(methods, METHODS, "methods"), numbers(seeds, "seeds"))
         draw_missing(data_requests(settings, cells), model, out / "data", jobs)
         study = Study(out, cells)
         done = run_cells(
             study, deadline, jobs, model=model, device=device, settings=settings, commit=current_commit()
         )  # fmt: skip
-        lost = [cell for cell in study.errors if study.given_up(cell)]
-        print(f"{study.new} cells done now" + ("" if done else ", more are open: call it again"))
-        if lost:
-            raise ValueError(f"{len(lost)} cells failed, the first is {lost[0]}: {study.errors[lost[0]][-1]}")
+        failed = [cell for cell in study.errors if study.given_up(cell)]
+        print(f"{study.new} cells done now" + ("" if done else ", more are open: run the same command again"))
+        if failed:
+            raise ValueError(f"{len(failed)} cells failed, the first is {failed[0]}: {study.errors[failed[0]][-1]}")
 
 
 @app.command(epilog="Example: python -m recipes.study collect --out outputs/study --result results/smollm2.json")
 def collect(
     out: Out = Path("outputs/study"),
-    result: Annotated[Path, typer.Option(help="Result file; its pictures lie beside it.")] = Path(
-        "results/smollm2.json"
-    ),
+    result: Annotated[Path, typer.Option(help="Result file; its plots go beside it.")] = Path("results/smollm2.json"),
 ) -> None:
-    """Gather the cells that are done into one result with pictures, and print its tables."""
+    """Collect the finished cells into one result with plots, and print its tables."""
     with one_line_errors():
-        from recipes.study_results import gather, save, tables
+        from recipes.tools.study_results import gather, save, tables
 
         gathered = gather(out, current_commit())
         save(gathered, result)

@@ -1,6 +1,6 @@
-"""Kills commands at random moments, runs them again and compares the bytes: ``make chaos``; fills the disk.
+"""Kill commands at random moments, rerun them and compare the bytes (``make chaos``); simulate a full disk.
 
-Every command runs in a fork of this process, which has imported the libraries, so that moments fall into the work.
+Every command runs in a fork of this process, which has imported the libraries, so that kills hit the work itself.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from axolotl_plugins.seal.model_loading import load
 from data_gen.__main__ import app as data_gen
 from eval.__main__ import app as evaluate
 
-TIMES = (b'"seconds": ',)  # lines of results that tell how long something took, which no two runs agree on
+TIMES = (b'"seconds": ',)  # lines of results with durations, which differ between runs
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class Stage:
 
     Attributes:
         work: runs it in the current folder.
-        makes: files and folders that must come out equal, bit for bit.
-        whole: whether a reader may never see any of them half-written; Axolotl writes adapters in place.
-        goes_on: whether the command can be called again when it is done.
+        outputs: files and folders that must be equal in every run, bit for bit.
+        atomic: whether outputs are never half-written; Axolotl writes adapters in place.
+        repeatable: whether the command can be run again when it is done.
     """
 
     work: Callable[[], object]
-    makes: tuple[str, ...]
-    whole: bool = True
-    goes_on: bool = True
+    outputs: tuple[str, ...]
+    atomic: bool = True
+    repeatable: bool = True
 
 
 def command(app: object, program: str, arguments: str) -> Callable[[], object]:
@@ -70,36 +70,36 @@ HEADS = f"probe heads --model {TINY} --lengths 260 --samples 2 --out p.json"
 DATA = f"line --tokenizer {TINY} --tokens 1500 --samples 30 --out d.jsonl"
 STAGES = {
     "data": Stage(command(data_gen, "data_gen", DATA), ("d.jsonl", "d.jsonl.manifest.json")),
-    "merge": Stage(command(seal, "axolotl_plugins.seal", "merge adapter merged"), ("merged",), goes_on=False),
+    "merge": Stage(command(seal, "axolotl_plugins.seal", "merge adapter merged"), ("merged",), repeatable=False),
     "score": Stage(command(evaluate, "eval", SCORE), ("r.json", "r.png")),
     "probe": Stage(command(evaluate, "eval", HEADS), ("p.json", "p.png")),
     "report": Stage(command(evaluate, "eval", "report --results results --out report.html"), ("report.html",)),
     "train": Stage(
         train,
         ("data/d.jsonl", "data/d.jsonl.manifest.json", "out/training_data.json", "out/adapter_model.safetensors"),
-        whole=False,
+        atomic=False,
     ),
 }
 
 
-def content(folder: Path, makes: tuple[str, ...]) -> dict[str, bytes]:
-    """What a command has made: relative name -> bytes, without the times that results tell."""
-    found = {}
-    for name in makes:
+def content(folder: Path, outputs: tuple[str, ...]) -> dict[str, bytes]:
+    """Read a command's outputs: relative name -> bytes, without durations."""
+    files = {}
+    for name in outputs:
         for file in [folder / name, *(folder / name).rglob("*")]:
             if file.is_file():
                 lines = file.read_bytes().splitlines(keepends=True)
-                found[str(file.relative_to(folder))] = b"".join(
+                files[str(file.relative_to(folder))] = b"".join(
                     line for line in lines if not line.lstrip().startswith(TIMES)
                 )
-    return found
+    return files
 
 
 def attempt(stage: Stage, folder: Path, seconds: float | None = None) -> bool:
-    """Run a command in a folder, and kill it after some seconds; returns whether it came to its end.
+    """Run a command in a folder, and kill it after some seconds; return whether it ended before.
 
     Raises:
-        RuntimeError: it failed by itself; the message is the end of its output.
+        RuntimeError: it failed; the message is the end of its output.
     """
     sys.stdout.flush()
     start, log = time.monotonic(), folder / "log"
@@ -111,7 +111,7 @@ def attempt(stage: Stage, folder: Path, seconds: float | None = None) -> bool:
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(out, 1)
             os.dup2(out, 2)
-            # tqdm's own lock is shared with all forks: one that was killed holding it would stop the others for good.
+            # tqdm's lock is shared by all forks: a fork killed while holding it would block the others.
             tqdm.set_lock(threading.RLock())
             stage.work()
             code = 0
@@ -131,7 +131,7 @@ def attempt(stage: Stage, folder: Path, seconds: float | None = None) -> bool:
                 raise RuntimeError(f"exit status {status}: " + log.read_text(errors="replace")[-1500:])
             return True
         if seconds is not None and time.monotonic() - start >= seconds:
-            with contextlib.suppress(ProcessLookupError):  # too early for a group of its own
+            with contextlib.suppress(ProcessLookupError):  # the fork has no process group yet
                 os.killpg(child, signal.SIGKILL)
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
@@ -140,37 +140,37 @@ def attempt(stage: Stage, folder: Path, seconds: float | None = None) -> bool:
 
 
 def starve(name: str, stage: Stage, inputs: Path, work: Path) -> str:
-    """Let no file grow over half the largest that a command makes, as if the disk were full; returns what it says.
+    """Limit files to half of a command's largest output, like a full disk, and return the command's error.
 
     Raises:
-        RuntimeError: it said so in more than one line, or touched what an earlier run had left.
+        RuntimeError: the error has more than one line, or an earlier result was changed.
     """
     undisturbed, folder = work / name / "undisturbed", work / name / "starved"
     shutil.copytree(inputs, folder)
-    if stage.goes_on:  # an earlier result, which a new one would replace by other bytes
-        (folder / stage.makes[0]).write_bytes((undisturbed / stage.makes[0]).read_bytes() + b"\n")
-    before, limit = content(folder, stage.makes), max(map(len, content(undisturbed, stage.makes).values())) // 2
+    if stage.repeatable:  # an earlier result of other content
+        (folder / stage.outputs[0]).write_bytes((undisturbed / stage.outputs[0]).read_bytes() + b"\n")
+    before, limit = content(folder, stage.outputs), max(map(len, content(undisturbed, stage.outputs).values())) // 2
 
     def starved() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         stage.work()
 
     try:
-        attempt(Stage(starved, stage.makes), folder)
+        attempt(Stage(starved, stage.outputs), folder)
     except RuntimeError:
-        lines = (folder / "log").read_text(errors="replace").splitlines()
-        said = [line for line in lines if re.match(r"(data_gen|eval|merge|probe): ", line)]  # others say things as well
-        if len(said) != 1 or "File too large" not in said[0] or any("Traceback" in line for line in lines):
+        lines = (folder / "log").read_text(errors="replace").splitlines()  # of libraries as well
+        errors = [line for line in lines if re.match(r"(data_gen|eval|merge|probe): ", line)]
+        if len(errors) != 1 or "File too large" not in errors[0] or any("Traceback" in line for line in lines):
             raise
     else:
-        raise RuntimeError(f"it ended well although no file could be larger than {limit} bytes")
-    if content(folder, stage.makes) != before:
-        raise RuntimeError("a full disk cost an earlier result, or left a new one")
-    return f"{name}: full: {said[0]}"
+        raise RuntimeError(f"it succeeded although no file could be larger than {limit} bytes")
+    if content(folder, stage.outputs) != before:
+        raise RuntimeError("a full disk changed an earlier result, or left a new one")
+    return f"{name}: full: {errors[0]}"
 
 
 def prepare(folder: Path) -> None:
-    """What the stages need: an adapter, a result, a recipe."""
+    """Write the inputs of all stages: an adapter, a result, a recipe."""
     loaded = load(TINY)
     model = get_peft_model(loaded.model, SealConfig(granularity="head", base_model_name_or_path=str(TINY)))
     with torch.no_grad():
@@ -192,19 +192,19 @@ def prepare(folder: Path) -> None:
 
 
 def torment(name: str, stage: Stage, inputs: Path, work: Path, kills: int, until: float, rng: random.Random) -> str:
-    """Kill a command at random moments, each time from the beginning; returns what happened.
+    """Kill a command at random moments, each time from the start, and return a summary.
 
     Raises:
-        RuntimeError: it did not survive; the message says how.
+        RuntimeError: it did not survive; the message has the reason.
     """
     undisturbed = work / name / "undisturbed"
     shutil.copytree(inputs, undisturbed)
     start = time.monotonic()
     attempt(stage, undisturbed)
     seconds = time.monotonic() - start
-    wanted = content(undisturbed, stage.makes)
-    if not wanted:
-        raise RuntimeError("it made nothing")
+    expected = content(undisturbed, stage.outputs)
+    if not expected:
+        raise RuntimeError("it wrote nothing")
     survived = 0
     for trial in range(kills):
         if time.monotonic() > until:
@@ -213,24 +213,24 @@ def torment(name: str, stage: Stage, inputs: Path, work: Path, kills: int, until
         shutil.copytree(inputs, folder)
         moment = rng.uniform(0, seconds)
         done = attempt(stage, folder, moment)
-        found = content(folder, stage.makes)
-        if stage.whole and any(wanted.get(file) != found[file] for file in found):
-            raise RuntimeError(f"killed after {moment:.2f} s, it left a file that is not whole")
-        if not done and (stage.goes_on or found != wanted):
+        files = content(folder, stage.outputs)
+        if stage.atomic and any(expected.get(file) != files[file] for file in files):
+            raise RuntimeError(f"killed after {moment:.2f} s, it left a half-written file")
+        if not done and (stage.repeatable or files != expected):
             attempt(stage, folder)
-        if content(folder, stage.makes) != wanted:
-            raise RuntimeError(f"killed after {moment:.2f} s, the next run ended otherwise than an undisturbed one")
+        if content(folder, stage.outputs) != expected:
+            raise RuntimeError(f"killed after {moment:.2f} s, the next run's outputs differ from an undisturbed run's")
         if left := [str(path) for path in folder.rglob("*.partial")]:
             raise RuntimeError(f"killed after {moment:.2f} s, the next run left {left[0]}")
         survived += 1
         shutil.rmtree(folder)
     if not survived:
-        raise RuntimeError("there was no time to kill it")
-    return f"{name}: {survived}/{survived} survived, {kills} asked for, {seconds:.1f} s undisturbed"
+        raise RuntimeError("no time was left to kill it")
+    return f"{name}: {survived}/{survived} survived, {kills} requested, {seconds:.1f} s undisturbed"
 
 
 def main() -> None:
-    """Run the stages that were asked for."""
+    """Run the stages of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--kills", type=int, default=50, help="of every stage")
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="try a full disk as well")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    torch.set_num_threads(1)  # a fork has but one
+    torch.set_num_threads(1)  # a fork has one thread
     if "train" in args.stages:
         import axolotl.cli.train  # noqa: F401
     import eval.probe.head_importance
@@ -253,7 +253,7 @@ def main() -> None:
             until = time.monotonic() + 60 * args.minutes
             try:
                 print(torment(name, STAGES[name], inputs, Path(work), args.kills, until, rng), flush=True)
-                if args.full and STAGES[name].whole:
+                if args.full and STAGES[name].atomic:
                     print(starve(name, STAGES[name], inputs, Path(work)), flush=True)
             except RuntimeError as error:
                 failed = True

@@ -34,7 +34,7 @@ def chaos(*arguments: str, minutes: int = 10) -> str:
 
 
 def test_a_killed_command_ends_the_same_the_next_time_and_a_full_disk_costs_nothing():
-    """Once for each stage; ``make chaos`` does it 50 times, and kills training as well."""
+    """Once per stage; ``make chaos`` kills 50 times, and training as well."""
     stages = ["data", "merge", "score", "report"]
     said = chaos("--full", "--kills", "1", "--stages", *stages)
     assert re.findall(r"^(\w+): 1/1 survived", said, re.MULTILINE) == stages
@@ -63,7 +63,7 @@ run(evaluate, "it", sys.argv[2:])
     ],
 )
 def test_memory_that_gives_out_is_one_line(more, command, tmp_path):
-    """Each has so many MB more than what its libraries take, and needs several times as much."""
+    """Each has ``more`` MB beyond its libraries, and needs several times as much."""
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept/earlier.json").write_text("{}")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -71,7 +71,7 @@ def test_memory_that_gives_out_is_one_line(more, command, tmp_path):
     done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert [line for line in done.stderr.splitlines() if "out of memory" in line] == [done.stderr.splitlines()[-1]]
-    # Nothing but what the next run goes on from.
+    # Only what the next run resumes from.
     left = {path.name for path in (tmp_path / "kept").iterdir() if not path.name.endswith(".partial")}
     assert left == {"earlier.json"}
 
@@ -101,7 +101,7 @@ def test_a_read_only_place_is_named():
 
 
 def memory() -> float:
-    """Resident memory of this process, MB."""
+    """Return the resident memory of this process in MB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
@@ -114,7 +114,7 @@ def test_memory_of_a_long_generation_is_bounded(tmp_path):
 
 @pytest.mark.slow
 def test_memory_of_a_long_evaluation_is_bounded(tmp_path, monkeypatch):
-    """2,000 samples; cut off in the middle, the run goes on from there."""
+    """2,000 samples; interrupted in the middle, the run resumes."""
     loaded, journal, found = load(TINY), tmp_path / "journal", []
     add = Responses.add_partial
 
@@ -136,7 +136,7 @@ def test_memory_of_a_long_evaluation_is_bounded(tmp_path, monkeypatch):
 
 
 def hasty() -> None:
-    """Writes under the final name at once."""
+    """Write in place."""
     with open("out", "w", buffering=1) as file:
         for _ in range(5):
             file.write("line\n")
@@ -144,14 +144,14 @@ def hasty() -> None:
 
 
 def forgetful() -> None:
-    """Goes on where an earlier run was, but not from the same place."""
+    """Resume from another state than that of the earlier run."""
     before = Path("hidden").read_text() if Path("hidden").exists() else ""
     Path("hidden").write_text(before + "x")
     time.sleep(0.2)
     Path("out").write_text(before)
 
 
-@pytest.mark.parametrize(("work", "message"), [(hasty, "not whole"), (forgetful, "ended otherwise")])
+@pytest.mark.parametrize(("work", "message"), [(hasty, "half-written"), (forgetful, "outputs differ")])
 def test_the_harness_notices(work, message, tmp_path):
     (tmp_path / "inputs").mkdir()
     with pytest.raises(RuntimeError, match=message):

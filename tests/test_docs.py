@@ -1,7 +1,9 @@
-"""What the README promises exists."""
+"""README and docs: their targets, paths, tests, figures and error messages exist."""
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import re
 import subprocess
@@ -12,6 +14,7 @@ import pytest
 from paths import ROOT, TINY
 
 README = (ROOT / "README.md").read_text()
+DOCS = {file.name: file.read_text() for file in (ROOT / "docs").glob("*.md") if file.name != "log.md"}  # a history
 
 
 def test_make_targets_of_the_readme_exist():
@@ -34,6 +37,52 @@ def test_paths_of_the_readme_exist():
                 assert (folder / name).exists(), folder / name
     for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_links_and_tests_that_a_document_names_exist(name):
+    for link in re.findall(r"\]\((?!http|#)([^)#]+)", DOCS[name]):
+        assert (ROOT / "docs" / link).exists(), link
+    defined = "".join(file.read_text() for file in (ROOT / "tests").rglob("*.py"))
+    for test in set(re.findall(r"`(test_\w+)`", DOCS[name])):
+        assert f"def {test}(" in defined, test
+
+
+def messages() -> str:
+    """Every string of the product, values of f-strings left out."""
+    parts = [(ROOT / "Makefile").read_text()]
+    for package in ("axolotl_plugins", "data_gen", "eval", "recipes"):
+        for file in sorted((ROOT / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    parts.append(
+                        "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+                    )
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    parts.append(node.value)
+    return "\n".join(parts)
+
+
+def test_messages_of_the_troubleshooting_page_are_raised():
+    product, quoted = messages(), []
+    for row in DOCS["troubleshooting.md"].splitlines():
+        if row.startswith("| `"):
+            cell = row.split(" | ")[0].replace("`axolotl merge-lora`", "\0")
+            quoted += [text.replace("\0", "`axolotl merge-lora`") for text in re.findall(r"`([^`]+)`", cell)]
+    assert len(quoted) > 40
+    for text in quoted:
+        for part in text.split("…"):
+            assert part.strip() in product, text
+
+
+def test_bench_figures_of_the_performance_page_are_those_of_the_result():
+    rows = json.loads((ROOT / "results" / "bench_gpu.json").read_text())["rows"]
+    for row in rows:
+        seconds = f"{row['seconds']:.2f}" if row["seconds"] > 10 else f"{row['seconds']:.3f}"
+        pattern = (
+            rf"`{re.escape(row['setting'])}` \| {seconds} \| \S+ \| {row['share']:.0%} \| {row['peak_gib']:.1f} \|"
+        )
+        assert re.search(pattern.replace("%", " %"), DOCS["performance.md"]), pattern
 
 
 def test_the_readmes_python_runs():

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.merge import merge
 from axolotl_plugins.seal.model_loading import load
-from recipes.smoke import build_miniature
+from recipes.tools.smoke import build_miniature
 
 pytest.importorskip("bitsandbytes")
 BITS = {"8": {"load_in_8bit": True}, "4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}

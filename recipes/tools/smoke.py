@@ -1,7 +1,7 @@
-"""Every recipe of the matrix, run for two steps on a random-weight miniature of its model (``make recipes-smoke``).
+"""Run recipes for two steps on random-weight miniatures of their models (``make recipes-smoke``).
 
-A miniature has its model's architecture, number of heads, ratio of query to key heads and RoPE; its heads are narrow
-and its layers are two. Whatever else a recipe says is run as it stands, but for what needs a GPU or the hub.
+A miniature has its model's architecture, number of heads, ratio of query to key heads and RoPE, with two layers and
+narrow heads. All other settings of a recipe are unchanged, except those that need a GPU or the hub.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from typing import Any
 import yaml
 
 from axolotl_plugins.common.io import remove, write_text
-from data_gen.tasks import TASKS
-from recipes.matrix import FOLDER, all_recipes, read_matrix
+from recipes.tools.render import FOLDER, all_recipes, read_matrix
 
 ROOT = FOLDER.parent
 TOKENIZER = ROOT / "tests" / "fixtures" / "tiny"
@@ -28,8 +27,8 @@ HEAD = 8  # channels
 LAYERS = 2
 WINDOW = 16384
 SAMPLES = 2
-# The shortest samples of each task, but lines longer than Self-Extend's neighbour window.
-TOKENS = {name: task.shortest for name, task in TASKS.items()} | {"line": 1200}
+# Tokens of short samples of each task; lines are longer than Self-Extend's neighbour window.
+TOKENS = {"line": 1200, "niah": 500, "vt": 1500, "cwe": 3500, "fwe": 2500, "longbench": 300}
 # RoPE of the published models, from their config.json; the others have transformers' default.
 ROPE: dict[str, dict[str, Any]] = {
     "longchat7b": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
@@ -44,15 +43,15 @@ ROPE: dict[str, dict[str, Any]] = {
 
 
 def model_of(name: str) -> str:
-    """The entry of ``models`` in ``matrix.yml`` that a recipe's name begins with.
+    """Return the key of ``models`` in ``matrix.yml`` that a recipe's name begins with.
 
     Raises:
         ValueError: there is none.
     """
-    found = [model for model in read_matrix()["models"] if name.startswith(f"{model}_")]
-    if not found:
+    models = [model for model in read_matrix()["models"] if name.startswith(f"{model}_")]
+    if not models:
         raise ValueError(f"{name}: not a recipe of matrix.yml")
-    return max(found, key=len)
+    return max(models, key=len)
 
 
 def build_miniature(model: str, folder: Path) -> None:
@@ -80,7 +79,7 @@ def build_miniature(model: str, folder: Path) -> None:
 
 
 def build_passages(file: Path) -> None:
-    """A file in LongBench's format, for a machine without its data."""
+    """Write a file in LongBench's format, for machines without its data."""
     rows = [
         {"input": f"Question: What is number {n}?\nAnswer:", "context": f"Passage {n}: number {n} is {n * n}. " * 60,
          "answers": [str(n * n)], "length": 400}
@@ -90,12 +89,12 @@ def build_passages(file: Path) -> None:
 
 
 def shrink(recipe: dict[str, Any], miniature: Path, work: Path) -> dict[str, Any]:
-    """A recipe made small: its model, samples and steps, and what a machine without GPU and hub cannot do.
+    """Shrink a recipe's model, samples and steps, and remove settings that need a GPU or the hub.
 
     Args:
-        recipe: as its file says.
-        miniature: the model to train instead; the files of the run go into ``work``.
-        work: folder.
+        recipe: content of its file.
+        miniature: folder of the model to train instead.
+        work: folder for all files of the run.
     """
     small = json.loads(json.dumps(recipe))
     name = Path(recipe["output_dir"]).name
@@ -103,7 +102,7 @@ def shrink(recipe: dict[str, Any], miniature: Path, work: Path) -> dict[str, Any
         "base_model": str(miniature), "sequence_len": WINDOW, "max_steps": SAMPLES, "bf16": False,
         "output_dir": str(work / name), "dataset_prepared_path": str(work / "prepared"),
     }  # fmt: skip
-    for key in ("bfloat16", "fsdp_version", "fsdp_config", "deepspeed", "tf32"):  # of one or several GPUs
+    for key in ("bfloat16", "fsdp_version", "fsdp_config", "deepspeed", "tf32"):  # need GPUs
         small.pop(key, None)
     small["seal"].pop("context_parallel", None)
     if "flash" in small["attn_implementation"]:
@@ -122,10 +121,10 @@ def shrink(recipe: dict[str, Any], miniature: Path, work: Path) -> dict[str, Any
 
 
 def prepare(names: list[str], work: Path) -> dict[str, Path]:
-    """Write miniatures and shrunk recipes; returns the file of each recipe.
+    """Write miniatures and shrunk recipes, and return the file of each recipe.
 
     Raises:
-        ValueError: a name is none of the matrix.
+        ValueError: a name is not in the matrix.
     """
     build_passages(work / "passages.jsonl")
     files = {}
@@ -141,29 +140,29 @@ def prepare(names: list[str], work: Path) -> dict[str, Path]:
 
 
 def trained(adapter: Path) -> int:
-    """Number of parameters that a run trained.
+    """Count the trained parameters of an adapter.
 
     Args:
-        adapter: the folder that it wrote.
+        adapter: folder that a run wrote.
 
     Raises:
-        ValueError: something in it is not a number or did not move.
+        ValueError: a tensor is non-finite or unchanged.
     """
     import torch
     from safetensors.torch import load_file
 
     tensors = load_file(adapter / "adapter_model.safetensors")
     for name, tensor in tensors.items():
-        start = {"seal_scale": 1, "lora_B": 0}  # LoRA's A and DoRA's magnitudes start anywhere
+        initial = {"seal_scale": 1, "lora_B": 0}  # LoRA's A and DoRA's magnitudes are initialised with other values
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{adapter}: {name} is not finite")
-        if any(part in name and not (tensor != value).any() for part, value in start.items()):
+        if any(part in name and not (tensor != value).any() for part, value in initial.items()):
             raise ValueError(f"{adapter}: {name} was not trained")
     return sum(tensor.numel() for tensor in tensors.values())
 
 
 def train(recipe: Path, adapter: Path) -> float:
-    """Launch one recipe unless its adapter is there already; return the seconds that the run took.
+    """Launch one recipe unless its adapter exists; return the seconds that the run took.
 
     The output goes to ``ADAPTER.log``, the seconds to ``ADAPTER.seconds``, which marks the run as complete.
 
@@ -188,10 +187,10 @@ def train(recipe: Path, adapter: Path) -> float:
 
 
 def train_all(recipes: dict[str, Path], work: Path, jobs: int) -> dict[str, float]:
-    """Launch recipes, ``jobs`` at a time, with a progress bar; return the seconds of each.
+    """Launch recipes, ``jobs`` at a time, with a progress bar, and return the seconds of each.
 
     Raises:
-        RuntimeError: a run failed; those that had not started are not run.
+        RuntimeError: a run failed; runs that had not started are cancelled.
     """
     from tqdm import tqdm
 
@@ -205,11 +204,11 @@ def train_all(recipes: dict[str, Path], work: Path, jobs: int) -> dict[str, floa
 
 
 def smoke(names: list[str], jobs: int) -> None:
-    """Run recipes by the command at their heads, and print a table.
+    """Launch recipes by the command in their headers, and print a table.
 
     Args:
-        names: of recipes in the matrix; none means all of them.
-        jobs: runs side by side.
+        names: of recipes in the matrix; empty means all.
+        jobs: concurrent runs.
 
     Raises:
         ValueError: a name is unknown, or a run trained nothing.
@@ -223,7 +222,7 @@ def smoke(names: list[str], jobs: int) -> None:
     names = names or sorted(texts)
     if unknown := [name for name in names if name not in texts]:
         raise ValueError(f"recipe: found {unknown[0]!r}, expected a name in recipes, such as {min(texts)}")
-    # What was run is run again when a recipe or anything that a run depends on has changed.
+    # The folder's name changes with the recipes and everything that a run depends on, so that stale runs are repeated.
     digest = hashlib.sha256(repr(sorted(texts.items())).encode())
     for folder in ("axolotl_plugins", "data_gen", "recipes", TOKENIZER):
         for path in sorted(Path(folder).rglob("*")):

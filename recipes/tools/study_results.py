@@ -1,4 +1,4 @@
-"""The result of a study: rows by task, method and length, rates, general ability, pictures and tables."""
+"""Collect the result of a study: rows by task, method and length, learning rates, general ability, plots and tables."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 from axolotl_plugins.common.io import load_json, write_text
 from eval.metrics import wilson
-from recipes.matrix import TASKS as TITLES
-from recipes.study_cells import CONTROLS, METHODS, TASKS, Cell, choose_rate, mean_score
+from recipes.tools.render import TASKS as TITLES
+from recipes.tools.study_cells import CONTROLS, METHODS, TASKS, Cell, choose_rate, mean_score
 
-# What the pictures compare.
+# Methods of the two score plots.
 COMPARED = ("base", "one-shot", "SEAL-H", "SEAL-C", "LoRA", "DoRA")
 CONTROLLED = ("base", "SEAL-H", "SEAL-C", *CONTROLS)
 
@@ -25,19 +25,20 @@ def with_interval(score: dict[str, Any]) -> dict[str, Any]:
 
 
 def gather(folder: Path, commit: str | None) -> dict[str, Any]:
-    """Gather the cells of a study that are done.
+    """Collect the finished cells of a study.
 
     Args:
         folder: of the study.
-        commit: of the code, for cells that do not say theirs.
+        commit: of the code, for cells without one.
 
     Returns:
-        What was run on what, ``rates`` (task, method, the chosen ``rate`` and ``candidates`` with their mean validation
-        scores), ``rows`` (one per test cell: task, method, rate, seed, trainable parameters, losses, seconds, and
-        ``scores`` by length with their intervals) and ``general`` (see ``eval.general``, of test cells that have it).
+        Command, date and machine, ``rates`` (task, method, the chosen ``rate`` and ``candidates`` with their mean
+        validation scores), ``rows`` (one per test cell: task, method, rate, seed, trainable parameters, losses,
+        seconds, and ``scores`` by length with their intervals) and ``general`` (see ``eval.general``, of test cells
+        that have it).
 
     Raises:
-        ValueError: there is no cell.
+        ValueError: no cell is finished.
     """
     cells = [load_json(file) for file in sorted((folder / "cells").glob("*.json"))]
     if not cells:
@@ -50,7 +51,7 @@ def gather(folder: Path, commit: str | None) -> dict[str, Any]:
         and cell["rate"] == chosen.get((cell["task"], Cell(cell["task"], cell["method"], "test").rated_as))
     ]  # fmt: skip
     tested.sort(key=lambda cell: (TASKS.index(cell["task"]), METHODS.index(cell["method"]), cell["seed"]))
-    kept = ("task", "method", "rate", "seed", "parameters", "trained_tokens", "losses", "tuning_seconds",
+    fields = ("task", "method", "rate", "seed", "parameters", "trained_tokens", "losses", "tuning_seconds",
             "scoring_seconds", "failed")  # fmt: skip
     settings = load_json(folder / "settings.json")
     return {
@@ -64,7 +65,7 @@ def gather(folder: Path, commit: str | None) -> dict[str, Any]:
         "rates": rates,
         "rows": [
             {
-                **{key: cell[key] for key in kept if key in cell},
+                **{key: cell[key] for key in fields if key in cell},
                 "scores": [with_interval(row) for row in cell["scores"]],
             }
             for cell in tested
@@ -78,13 +79,13 @@ def gather(folder: Path, commit: str | None) -> dict[str, Any]:
 
 
 def only(values: list[Any]) -> Any:
-    """Return the one value that all are, or the list of different ones."""
+    """Return the common value, or the list of distinct ones."""
     different = [value for place, value in enumerate(values) if value not in values[:place]]
     return different[0] if len(different) == 1 else different
 
 
 def chosen_rates(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return by task and method the rate that validation chose, beside what all candidates reached."""
+    """Return the chosen learning rate by task and method, with the validation scores of all candidates."""
     groups = defaultdict(list)
     for cell in cells:
         groups[cell["task"], cell["method"]].append(cell)
@@ -104,7 +105,7 @@ def chosen_rates(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def save(gathered: dict[str, Any], out: Path) -> None:
-    """Write a study's result as JSON, and its pictures beside it."""
+    """Write a study's result as JSON, and its plots beside it."""
     import matplotlib.pyplot as plt
 
     from eval.plots import save_figure
@@ -119,7 +120,7 @@ def save(gathered: dict[str, Any], out: Path) -> None:
 
 
 def scores_figure(rows: list[dict[str, Any]], methods: tuple[str, ...]) -> Any:
-    """Draw scores by length, one panel per task and one line per method, with the range over seeds.
+    """Plot scores by length, one panel per task and one line per method, with the range over seeds.
 
     Args:
         rows: see ``gather``.
@@ -137,11 +138,11 @@ def scores_figure(rows: list[dict[str, Any]], methods: tuple[str, ...]) -> Any:
     for axes in panels.flat[len(tasks) :]:
         axes.set_axis_off()
     for axes, task in zip(panels.flat, tasks, strict=False):
-        of_task = sorted((row for row in rows if row["task"] == task), key=lambda row: methods.index(row["method"]))
-        draw_accuracy(axes, of_task, at="length")
+        task_rows = sorted((row for row in rows if row["task"] == task), key=lambda row: methods.index(row["method"]))
+        draw_accuracy(axes, task_rows, at="length")
         axes.get_legend().remove()
         legend |= {line.get_label(): line for line in axes.get_lines()}
-        lengths = [score["length"] for score in of_task[0]["scores"]]
+        lengths = [score["length"] for score in task_rows[0]["scores"]]
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.set_xticks([], minor=True)
@@ -151,7 +152,7 @@ def scores_figure(rows: list[dict[str, Any]], methods: tuple[str, ...]) -> Any:
 
 
 def draw_general(panels: Any, rows: list[dict[str, Any]]) -> None:
-    """Draw the change of perplexity and the divergence from the base, one point per task and seed."""
+    """Plot the change of perplexity and the divergence from the base, one point per task and seed."""
     from eval.plots import COLOURS
 
     methods = [method for method in METHODS if any(row["method"] == method for row in rows)]

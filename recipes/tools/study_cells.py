@@ -1,7 +1,7 @@
-"""The cells of the study: what each of them tunes and scores, and on which samples.
+"""Cells of the study: the model that each tunes and scores, and its samples.
 
-A cell is one task and method with one learning rate and seed. Everything here is a function of its arguments, so that a
-cell that is run again gives the same result on the same kind of device.
+A cell is one task and method with one learning rate and seed. It is deterministic: on the same type of device it gives
+the same result again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Purpose = Literal["validation", "test"]
 
-# Of training samples (paper sections 4.1 and 5, appendix B.3) and of test samples, in tokens; most telling task first.
+# Lengths of training samples (paper sections 4.1 and 5, appendix B.3) and test samples in tokens; in order of priority.
 TRAIN_TOKENS = {"line": "512:7680", "vt": "1024:7680", "niah": "7680", "fwe": "1024:7680", "cwe": "2560:7680"}
 TEST_LENGTHS = {
     "line": (512, 1024, 2048, 4096, 7680),
@@ -36,26 +36,26 @@ TEST_LENGTHS = {
     "cwe": (2560, 4096, 7680),
 }
 TASKS = tuple(TEST_LENGTHS)
-# Candidates; the paper's are 1e-2 and 2e-2 for SEAL on lines, and 2e-4 for LoRA and DoRA (section 9).
+# Candidate learning rates; the paper's are 1e-2 and 2e-2 for SEAL on lines, and 2e-4 for LoRA and DoRA (section 9).
 RATES = {
     "SEAL-H": (1e-2, 2e-2, 5e-2, 1e-1),
     "SEAL-C": (1e-2, 2e-2, 5e-2, 1e-1),
     "LoRA": (2e-4, 1e-3, 3e-3),
-    "query": (1e-2, 2e-2, 5e-2, 1e-1),  # scales on queries, to compare where scales are put
+    "query": (1e-2, 2e-2, 5e-2, 1e-1),  # scales on queries instead of attention outputs
 }
-RATE_OF = {"DoRA": "LoRA"}  # a method that takes the rate that was chosen for another
+RATE_OF = {"DoRA": "LoRA"}  # a method that uses the rate chosen for another
 UNTUNED = ("base", "one-shot")
 CONTROLS = ("SEAL-H shuffled", "SEAL-C shuffled", "SEAL-H wrong answers", "SEAL-C wrong answers")
 METHODS = (*UNTUNED, "SEAL-H", "SEAL-C", "LoRA", "DoRA", *CONTROLS, "query")
 VALIDATION_LENGTHS = 3  # the longest ones of a task
-VALIDATION_SEED = 9000  # of samples of the training split that nothing is tuned on
-ANSWER_ROOM = 128  # tokens in the window that no prompt takes; the longest answer has 120
+VALIDATION_SEED = 9000  # of training-split samples that no cell is tuned on
+ANSWER_ROOM = 128  # tokens of the window reserved for answers; the longest has 120
 BATCH_TOKENS = 1 << 18  # of prompts decoded together on a GPU: 6 GiB of KV cache for SmolLM2-135M in bfloat16
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all cells of a study share; equal settings and cells give equal samples.
+    """Settings of all cells of a study; equal settings and cells give equal samples.
 
     Attributes:
         model: SHA-256 of the model's weights.
@@ -64,7 +64,7 @@ class Settings:
         samples: test samples per length.
         validation_samples: per length.
         tune_samples: training samples of every cell.
-        shot_tokens: longest worked example.
+        shot_tokens: longest worked example, in tokens.
         haystack: of needles, see ``data_gen.dataset.Request``.
         train: task -> length or range of training samples, in tokens.
         lengths: task -> lengths of test samples, in tokens.
@@ -89,9 +89,9 @@ class Cell:
     Attributes:
         task: a key of ``TEST_LENGTHS``.
         method: one of ``METHODS``.
-        purpose: whether it chooses a rate or is reported.
+        purpose: ``validation`` chooses a learning rate, ``test`` is reported.
         seed: of training samples, their order, new weights and controls.
-        rate: learning rate; None where nothing is tuned, or where validation has not chosen it yet.
+        rate: learning rate; None if nothing is tuned, or until validation has chosen it.
     """
 
     task: str
@@ -102,32 +102,32 @@ class Cell:
 
     @property
     def tuned_as(self) -> str | None:
-        """The method that tunes it, without what a control changes; None where nothing is tuned."""
+        """The tuning method, without the control's change; None if nothing is tuned."""
         return None if self.method in UNTUNED else self.method.split(" ")[0]
 
     @property
     def rated_as(self) -> str | None:
-        """The method whose validation chooses its rate; None where nothing is tuned."""
+        """The method whose validation chooses the learning rate; None if nothing is tuned."""
         return None if self.tuned_as is None else RATE_OF.get(self.tuned_as, self.tuned_as)
 
     @property
     def file_name(self) -> str:
-        """Where its result is kept in the folder of cells."""
+        """File name of the result in the folder of cells."""
         rate = "" if self.rate is None else f"_{self.rate:g}"
         return f"{self.task}_{self.method.replace(' ', '-')}_{self.purpose}_{self.seed}{rate}.json"
 
     def __str__(self) -> str:
-        """Return what a progress line says."""
+        """Return the cell's name for progress lines."""
         rate = "" if self.rate is None else f" rate {self.rate:g}"
         return f"{self.task} {self.method} {self.purpose} seed {self.seed}{rate}"
 
 
 def capped(longest: int | None, tasks: dict[str, str] | None = None) -> tuple[dict[str, str], dict[str, list[int]]]:
-    """Return training ranges and test lengths with no length above ``longest``, None for the paper's shares.
+    """Return training ranges and test lengths capped at ``longest``.
 
     Args:
-        longest: in tokens.
-        tasks: training ranges to use instead of those in ``TRAIN_TOKENS``.
+        longest: in tokens; None for no cap.
+        tasks: training ranges that replace those of ``TRAIN_TOKENS``.
     """
     limit = longest or max(map(max, TEST_LENGTHS.values()))
     lengths = {task: sorted({min(n, limit) for n in values}) for task, values in TEST_LENGTHS.items()}
@@ -145,7 +145,7 @@ def validation_cells(task: str, method: str) -> list[Cell]:
 
 
 def plan(tasks: list[str], methods: list[str], seeds: list[int]) -> list[Cell]:
-    """Return all cells, the most telling ones first; rates of test cells are left open.
+    """Return all cells in order of priority; the learning rates of test cells are open.
 
     Args:
         tasks: keys of ``TEST_LENGTHS``.
@@ -178,13 +178,13 @@ def plan(tasks: list[str], methods: list[str], seeds: list[int]) -> list[Cell]:
 
 
 def mean_score(result: dict[str, Any]) -> float:
-    """Return a cell's mean over lengths; below all scores where tuning failed."""
+    """Return a cell's mean score over lengths; -1 if tuning failed."""
     scores = [row["score"] for row in result["scores"]]
     return sum(scores) / len(scores) if scores else -1.0
 
 
 def choose_rate(results: list[dict[str, Any]]) -> float:
-    """Return the rate with the best mean validation score, of equals the smallest."""
+    """Return the learning rate with the best mean validation score, the smallest of equals."""
     return max(results, key=lambda result: (mean_score(result), -result["rate"]))["rate"]
 
 
@@ -210,7 +210,7 @@ def example_request(settings: Settings, task: str) -> Request:
 def scored_requests(settings: Settings, cell: Cell) -> dict[int, Request]:
     """Return by length the requests for the samples that a cell is scored on.
 
-    A one-shot prompt that would not fit into the window has a shorter sample, so that it is of the stated length with
+    A one-shot prompt that would exceed the window gets a shorter sample, so that it has the stated length including
     its example (paper section 8).
     """
     lengths = settings.lengths[cell.task]
@@ -219,10 +219,10 @@ def scored_requests(settings: Settings, cell: Cell) -> dict[int, Request]:
             length: request(settings, cell.task, length, settings.validation_samples, VALIDATION_SEED, "train")
             for length in lengths[-VALIDATION_LENGTHS:]
         }
-    taken = settings.shot_tokens if cell.method == "one-shot" else 0
+    example = settings.shot_tokens if cell.method == "one-shot" else 0
     return {
         length: request(
-            settings, cell.task, length - taken * (length + taken + ANSWER_ROOM > settings.window),
+            settings, cell.task, length - example * (length + example + ANSWER_ROOM > settings.window),
             settings.samples, 0, "test",
         )
         for length in lengths
@@ -241,11 +241,11 @@ def data_requests(settings: Settings, cells: list[Cell]) -> list[Request]:
     return list(dict.fromkeys(requests))
 
 
-def data_file(folder: Path, wanted: Request) -> Path:
-    """Return where the samples of a request are kept; its name says all that they depend on beside the tokenizer."""
-    haystack = f"_{Path(wanted.haystack).name}" if wanted.haystack else ""
-    tokens = str(wanted.tokens).replace(":", "-")
-    return folder / f"{wanted.task}_{wanted.split}_{tokens}_{wanted.samples}_{wanted.seed}{haystack}.jsonl.gz"
+def data_file(folder: Path, request: Request) -> Path:
+    """Return the file of a request's samples, named after everything that they depend on except the tokenizer."""
+    haystack = f"_{Path(request.haystack).name}" if request.haystack else ""
+    tokens = str(request.tokens).replace(":", "-")
+    return folder / f"{request.task}_{request.split}_{tokens}_{request.samples}_{request.seed}{haystack}.jsonl.gz"
 
 
 def write_samples(wanted: Request, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
@@ -259,19 +259,19 @@ def read_samples(wanted: Request, tokenizer: PreTrainedTokenizerBase, folder: Pa
     """Read the samples of a request.
 
     Raises:
-        ValueError: the file is broken, has other samples than are wanted, or is of another tokenizer.
+        ValueError: the file is corrupt, or holds samples of another request or tokenizer.
     """
     file = data_file(folder, wanted)
     try:
         rows = [json.loads(line) for line in gzip.decompress(file.read_bytes()).decode().splitlines()]
-        alike = len(rows) == wanted.samples and all(
+        matches = len(rows) == wanted.samples and all(
             (row["task"], row["split"], row["seed"]) == (wanted.task, wanted.split, wanted.seed) for row in rows
         )
-        alike = alike and count_tokens(tokenizer, rows[0]["messages"]) == rows[0]["tokens"]
+        matches = matches and count_tokens(tokenizer, rows[0]["messages"]) == rows[0]["tokens"]
     except (EOFError, gzip.BadGzipFile, UnicodeDecodeError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file}: broken ({error}): delete it, it is drawn again") from None
-    if not alike:
-        raise ValueError(f"{file}: holds other samples, or those of another tokenizer: delete it, it is drawn again")
+        raise ValueError(f"{file}: corrupt ({error}): delete it, it is drawn again") from None
+    if not matches:
+        raise ValueError(f"{file}: holds samples of another request or tokenizer: delete it, it is drawn again")
     return rows
 
 
@@ -282,7 +282,7 @@ def adapter_config(method: str) -> Any:
     """Return the PEFT configuration of a tuned method."""
     from peft import IA3Config
 
-    from recipes.matrix import peft_config
+    from recipes.tools.methods import peft_config
 
     if method == "query":
         return IA3Config(target_modules=["q_proj"], feedforward_modules=[])
@@ -291,7 +291,7 @@ def adapter_config(method: str) -> Any:
 
 
 class Workbench:
-    """A model that is loaded once and tuned again and again, each time from the same weights.
+    """A model that is loaded once and tuned repeatedly, each time from the same weights.
 
     Attributes:
         model: the base model, without an adapter between cells.
@@ -317,12 +317,12 @@ class Workbench:
         self.watched = {name: self.model.state_dict()[name].clone() for name in watched}
 
     def run(self, cell: Cell) -> dict[str, Any]:
-        """Tune and score one cell; afterwards the model is as it was.
+        """Tune and score one cell, then restore the model.
 
         Returns:
             The cell's fields with ``scores`` (``length``, ``tokens``, ``count``, ``score``), ``responses`` (of test
             cells), ``losses``, ``parameters`` (trainable), ``trained_tokens``, ``seconds`` (``tuning``, ``scoring``),
-            ``general`` (see ``eval.general``; of tuned test cells) and what it ran on.
+            ``general`` (see ``eval.general``; of tuned test cells) and the machine.
         """
         import torch
 
@@ -331,7 +331,7 @@ class Workbench:
             return result | self.score(self.model, cell)
         from peft import get_peft_model
 
-        torch.manual_seed(cell.seed)  # of new low-rank weights
+        torch.manual_seed(cell.seed)  # initialises low-rank weights
         peft_model = get_peft_model(self.model, adapter_config(cell.tuned_as))
         try:
             result |= self.tune(peft_model, cell)
@@ -346,7 +346,7 @@ class Workbench:
         return result
 
     def machine(self) -> dict[str, Any]:
-        """Return what results of floating-point arithmetic depend on."""
+        """Return the device, dtype and library versions that results depend on."""
         import peft
         import torch
         import transformers
@@ -357,7 +357,7 @@ class Workbench:
         return {"device": name, "dtype": self.settings.dtype, "versions": versions}
 
     def tune(self, model: PeftModel, cell: Cell) -> dict[str, Any]:
-        """Tune the adapter of a cell; a loss that is not finite makes the cell fail, not the study."""
+        """Tune the adapter of a cell; a non-finite loss fails the cell, not the study."""
         from axolotl_plugins.seal.tune import tune
         from eval.controls import shuffle_heads, wrong_answers
 
@@ -406,11 +406,11 @@ class Workbench:
         return result | ({"responses": responses} if cell.purpose == "test" else {})
 
     def check_unchanged(self) -> None:
-        """Check that no adapter is left and that attention weights are those that were loaded, bit for bit."""
+        """Check that no adapter is left and that attention weights are unchanged, bit for bit."""
         import torch
 
         if hasattr(self.model, "peft_config"):
-            del self.model.peft_config  # else PEFT takes the model for one that is still wrapped
+            del self.model.peft_config  # else PEFT treats the model as still wrapped
         free_memory()
         state = self.model.state_dict()
         assert set(state) == self.names, "an adapter was left in the model"
@@ -419,7 +419,7 @@ class Workbench:
 
 
 def free_memory() -> None:
-    """Give a GPU's unused memory back, which other workers on it need."""
+    """Release unused GPU memory for the other workers."""
     import torch
 
     gc.collect()
@@ -428,7 +428,7 @@ def free_memory() -> None:
 
 
 def general(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """Return what tuning does to texts and chats that have nothing to do with the tasks."""
+    """Measure how tuning changes perplexity and predictions on texts and chats unrelated to the tasks."""
     from eval.general import TEXTS, general_ability
 
     rows = [row for _, row in read_rows(TEXTS)]
@@ -441,7 +441,7 @@ def general(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, f
 
 
 def read_cell(folder: Path, cell: Cell) -> dict[str, Any] | None:
-    """Read a cell's result; None if there is none yet."""
+    """Read a cell's result; None if it is not done."""
     file = folder / "cells" / cell.file_name
     return load_json(file) if file.exists() else None
 
@@ -451,20 +451,20 @@ def write_cell(folder: Path, cell: Cell, result: dict[str, Any]) -> None:
     write_text(folder / "cells" / cell.file_name, json.dumps(result, ensure_ascii=False) + "\n")
 
 
-def keep_settings(folder: Path, settings: Settings) -> None:
-    """Write the settings of a study, or check that they are the ones it was begun with.
+def store_settings(folder: Path, settings: Settings) -> None:
+    """Write the settings of a study, or check that they are equal to the stored ones.
 
     Raises:
-        ValueError: they are not; the message names the first difference.
+        ValueError: they differ; the message names the first difference.
     """
-    file, wanted = folder / "settings.json", asdict(settings)
+    file, requested = folder / "settings.json", asdict(settings)
     if not file.exists():
-        write_text(file, json.dumps(wanted, indent=1) + "\n")
+        write_text(file, json.dumps(requested, indent=1) + "\n")
         return
-    kept = load_json(file)
-    for key in sorted(wanted.keys() | kept.keys()):
-        if wanted.get(key) != kept.get(key):
+    stored = load_json(file)
+    for key in sorted(requested.keys() | stored.keys()):
+        if requested.get(key) != stored.get(key):
             raise ValueError(
-                f"{folder}: was begun with {key} {kept.get(key)!r}, but {wanted.get(key)!r} is asked for: "
-                "name another folder with --out, or give the same options"
+                f"{folder}: was started with {key} {stored.get(key)!r}, found {requested.get(key)!r}: name "
+                "another folder by --out, or use the same options"
             )

@@ -1,0 +1,1 @@
+"""Code behind the commands of ``recipes``: rendering, cost estimates, smoke runs and the study."""

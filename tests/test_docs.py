@@ -25,7 +25,7 @@ def test_make_targets_of_the_readme_exist():
 
 
 def test_paths_of_the_readme_exist():
-    tree = README[README.index("## What is where") :].split("```")[1]
+    tree = README[README.index("## Layout") :].split("```")[1]
     folder = ROOT
     for line in tree.strip().splitlines():
         names = re.findall(r"[\w.]+/(?:[\w.]+/)*|[\w]+\.py", line.split("   ")[0] if line[0] != " " else line.strip())
@@ -125,7 +125,7 @@ def random_model(model_type: str, folder: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("base", ["tiny", "qwen2", "gpt_neox"])
 def test_the_readmes_four_lines_work_as_a_new_user_types_them(base, tmp_path):
-    lines = README[README.index("## Use it on your model") :].split("```bash\n")[1].split("```")[0].strip().splitlines()
+    lines = README[README.index("## Your model") :].split("```bash\n")[1].split("```")[0].strip().splitlines()
     assert len(lines) == 4
     model = str(TINY) if base == "tiny" else random_model(base, tmp_path / "model")
     binaries = Path(sys.executable).parent

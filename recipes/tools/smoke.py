@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from axolotl_plugins.common.io import remove, write_text
+from data_gen.tasks import TASKS
 from recipes.tools.render import FOLDER, all_recipes, read_matrix
 
 ROOT = FOLDER.parent
@@ -28,7 +29,7 @@ LAYERS = 2
 WINDOW = 16384
 SAMPLES = 2
 # Tokens of short samples of each task; lines are longer than Self-Extend's neighbour window.
-TOKENS = {"line": 1200, "niah": 500, "vt": 1500, "cwe": 3500, "fwe": 2500, "longbench": 300}
+TOKENS = {name: task.shortest for name, task in TASKS.items()} | {"line": 1200}
 # RoPE of the published models, from their config.json; the others have transformers' default.
 ROPE: dict[str, dict[str, Any]] = {
     "longchat7b": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},

@@ -95,7 +95,7 @@ def test_a_read_only_place_is_named():
             said = str(error)
         finally:
             os._exit(0 if said == f"{folder}/new/file.json: cannot be written, for {folder} is not writable: name "
-                     "another place" else 1)  # fmt: skip
+                     "another path" else 1)  # fmt: skip
     assert os.waitpid(child, 0)[1] == 0
     folder.rmdir()
 

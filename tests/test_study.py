@@ -235,7 +235,7 @@ def test_a_loss_that_is_not_finite_fails_the_cell_alone(finished):
     whole = norm.data.clone()
     norm.data[0] = float("nan")
     result = bench.run(Cell("line", "SEAL-H", "validation", 0, 1e-2))
-    assert result["scores"] == [] and "lower the rate" in result["failed"]
+    assert result["scores"] == [] and "lower lr (0.01)" in result["failed"]
     norm.data = whole
     assert bench.run(Cell("line", "SEAL-H", "validation", 0, 1e-2))["scores"]
 

@@ -182,7 +182,8 @@ def prepare(folder: Path) -> None:
     score = {"length": 260, "tokens": 250.0, "count": 1, "score": 0.0, "low": 0.0, "high": 0.8}
     response = {"length": 260, "index": 0, "tokens": 250, "references": ["7"], "response": "8", "score": 0.0}
     result = {"model": "adapter", "base": "tiny", "method": "SEAL-H", "task": "line", "window": 2048, "seed": 0,
-              "shots": 0, "contaminated": None, "scores": [score], "depths": [], "mean": score, "responses": [response]}  # fmt: skip
+              "shots": 0, "contaminated": None, "scores": [score], "depths": [], "mean": score,
+              "responses": [response]}  # fmt: skip
     (folder / "results/r.json").write_text(json.dumps(result))
     recipe = yaml.safe_load(TINY_SEALC.read_text())
     recipe |= {"base_model": str(TINY), "sequence_len": 512, "max_steps": 4, "output_dir": "out"}

@@ -111,13 +111,13 @@ def test_every_batch_size_gives_the_answers_of_one_prompt_at_a_time(name):
 def test_every_batch_size_gives_the_same_answers_on_a_pretrained_model(smollm2):
     loaded = load(smollm2)
     samples = [{"length": n, **row} for n in (256, 400) for row in
-               generate(Request("line", str(n), samples=9, split="test"), loaded.tokenizer)]  # fmt: skip
+               generate(Request("line", str(n), samples=6, split="test"), loaded.tokenizer)]  # fmt: skip
     alone, *batched = (
         score_samples(loaded.model, loaded.tokenizer, "line", samples, batch_size=size) for size in (1, 4, 16)
     )
-    assert len({row["response"] for row in alone}) > 9
+    assert len({row["response"] for row in alone}) > 6
     assert batched == [alone, alone]
-    harness = run(loaded, "line", lengths=[256, 400], samples=9).responses
+    harness = run(loaded, "line", lengths=[256, 400], samples=6).responses
     assert [row["response"] for row in harness] == [row["response"] for row in alone]
 
 

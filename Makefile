@@ -57,7 +57,10 @@ models/smollm2-135m/config.json:
 	$(RUN) -m recipes fetch
 
 $(DEMO)_%/adapter_model.safetensors: recipes/smollm2_demo_%.yml | models/smollm2-135m/config.json
-	HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 $(BIN)/accelerate launch -m axolotl.cli.train $<
+	HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) \
+	  $(BIN)/accelerate launch -m axolotl.cli.train $< # which takes one thread if it is not told
+
+.SECONDARY: # make deletes adapters otherwise, as intermediate files
 
 $(DEMO)_%_merged/seal_merge.json: $(DEMO)_%/adapter_model.safetensors
 	rm -rf $(@D)

@@ -17,7 +17,6 @@ from rich.table import Table
 from axolotl_plugins.common.console import quiet_libraries, stop
 from axolotl_plugins.common.console import run as run_app
 from axolotl_plugins.common.io import load_json, write_text
-from axolotl_plugins.seal.scales import saved_scales
 from data_gen.tasks.line_retrieval import QUESTION
 from eval.result_cache import result_file, result_name
 from recipes.tools.machine import machine
@@ -52,6 +51,8 @@ def summarise(base: Path, adapters: list[Path], scores: Path) -> dict[str, Any]:
     Raises:
         ValueError: a merged model answers a sample differently from its adapter, or a file is missing or corrupt.
     """
+    from axolotl_plugins.seal.scales import saved_scales
+
     results = {"base": read_scores(base, scores)}
     scales = {}
     for adapter in adapters:

@@ -99,8 +99,9 @@ def print_summary(summary: dict[str, Any]) -> None:
         cells = [f"{row['score']:.2f} ({row['low']:.2f}-{row['high']:.2f})" for row in rows]
         table.add_row(method, f"{summary['trainable_parameters'].get(method, 0):,}", *cells)
     console.print(table)
-    answers = Table("question", "reference", *summary["scores"], show_lines=True,
-                    title=f"the first {SHOWN} prompts of the middle length, decoded greedily")  # fmt: skip
+    answers = Table(show_lines=True, title=f"the first {SHOWN} prompts of the middle length, decoded greedily")
+    for name in ("question", "reference", *summary["scores"]):
+        answers.add_column(name, overflow="fold")
     for prompt in summary["prompts"]:
         cells = [prompt["answers"][method].strip()[:200] for method in summary["scores"]]
         answers.add_row(prompt["question"], prompt["reference"], *cells)

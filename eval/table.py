@@ -22,7 +22,7 @@ def print_scores(results: Sequence[EvalResult], names: Sequence[str] | None = No
     table = Table(title=f"{results[0].task}: mean score (95 % interval)")
     table.add_column("tokens", justify="right")
     for name in names or [result.method for result in results]:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for rows in zip(*([*result.scores, result.mean] for result in results), strict=True):
         cells = [f"{row.score:.2f} ({row.low:.2f}-{row.high:.2f}, n={row.count})" for row in rows]
         table.add_row("mean" if rows[0].length is None else f"{rows[0].tokens:.0f}", *cells)

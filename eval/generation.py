@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # Prompts are ordered by prefix rather than by length if that saves at least this share of all tokens.
 MIN_PREFIX_SAVING = 1.2
+MIN_REUSED_SHARE = 0.1  # of a prompt that must be in the cache to be reused; 4 % cost 8 % of a prefill on a CPU
 MAX_BATCH = 32  # decoded together unless told otherwise; a killed run loses the prefill of one batch at most
 CACHE_SHARE = 0.4  # of the free memory that the caches of a batch may take
 GROUPED = "seal_grouped_sdpa"  # name of ``grouped_attention`` among Transformers' attention functions
@@ -93,12 +94,22 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     return min(len(first), len(second))
 
 
+def reused_prefix(cached: Sequence[int], prompt: Sequence[int]) -> int:
+    """Return how many tokens of a prompt are taken from the cache of the one before.
+
+    Short prefixes are computed again: behind a prefix attention needs a mask, which costs more than they do. So is the
+    last token even where all are shared, for its logits are needed.
+    """
+    shared = min(common_prefix(cached, prompt), len(prompt) - 1)
+    return shared if shared >= MIN_REUSED_SHARE * len(prompt) else 0
+
+
 def uncached_tokens(prompts: list[list[int]]) -> int:
     """Return how many tokens of all prompts are prefilled if shared prefixes are prefilled once."""
     total = 0
     previous: list[int] = []
     for prompt in sorted(prompts):
-        total += len(prompt) - min(common_prefix(previous, prompt), len(prompt) - 1)
+        total += len(prompt) - reused_prefix(previous, prompt)
         previous = prompt
     return total
 
@@ -283,8 +294,7 @@ def prefill(model: PreTrainedModel | PeftModel, cache: Cache, cached: list[int],
         cached: the prompt before, or nothing.
         prompt: token ids.
     """
-    # The last token is computed again even where all are shared: its logits are needed.
-    shared = min(common_prefix(cached, prompt), len(prompt) - 1)
+    shared = reused_prefix(cached, prompt)
     cache.crop(shared - len(cached))
     ids = torch.tensor([prompt[shared:]], device=model.device)
     logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits

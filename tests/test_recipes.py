@@ -75,7 +75,7 @@ def test_commands_of_the_reproduction_exist():
     """Files, options, and each table and figure that the recipes reproduce."""
     text = REPRODUCE.read_text()
     options = {option for parameter in get_command(eval_app).commands["run"].params for option in parameter.opts}
-    commands = re.findall(r"python -m eval run [^`\n]+", text)
+    commands = re.findall(r"seal eval [^`\n]+", text)
     assert len(commands) >= 7
     for command in commands:
         assert set(re.findall(r" (--[a-z-]+)", command)) <= options, command
@@ -84,7 +84,7 @@ def test_commands_of_the_reproduction_exist():
     for name in re.findall(r"outputs/(\w+)", text):
         assert name in TEXTS or name == "NAME", name
     shown = {place for row in read_matrix()["recipes"] for place in re.findall(r"(?:Table|Figure) \d+", row["shows"])}
-    assert shown - {"Table 8"} <= set(re.findall(r"(?:Table|Figure) \d+", text)) and "python -m recipes params" in text
+    assert shown - {"Table 8"} <= set(re.findall(r"(?:Table|Figure) \d+", text)) and "seal recipe params" in text
 
 
 def test_the_papers_set_is_whole():
@@ -349,7 +349,7 @@ def test_a_mixture_has_a_file_of_data_for_each_of_its_tasks(schema):
 def test_no_command_of_the_docs_asks_for_other_samples_under_the_name_of_a_result():
     """Each is scored once, whatever tables it is in."""
     options_by_result: dict[tuple[str, ...], set[frozenset[tuple[str, str]]]] = {}
-    for command in re.findall(r"python -m eval run [^`\n]+", REPRODUCE.read_text()):
+    for command in re.findall(r"seal eval [^`\n]+", REPRODUCE.read_text()):
         options = dict(re.findall(r"--(\S+) (\S+)", command))
         name = tuple(options.pop(key, "") for key in ("model", "task", "shots", "model-config"))
         options.pop("chat-template", None)

@@ -14,7 +14,7 @@ class DataArgs(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    task: str = Field(description="A task of `python -m data_gen`, such as `line`.")
+    task: str = Field(description="A task of `seal data`, such as `line`.")
     tokens: int | str | None = Field(
         default=None, description='Longest sample in tokens: N, or "N:M" to draw it uniformly from a range.'
     )

@@ -312,7 +312,7 @@ def test_sharing_pays(prompts, least, tmp_path):
 def test_batched_decoding_pays(batch, smollm2):
     """30 prompts of unequal length, against lm-eval's plain path with its own batching, in one run.
 
-    Two thirds of lm-eval's time is prefill, which batching does not shorten; the goal of twice as fast is not reached.
+    It fails today, at 1.6 to 1.9 times: most of the time is prefill, which batching does not shorten.
     """
     loaded = load(smollm2)
     samples = list(generate(Request("vt", "1024", samples=30, split="test"), loaded.tokenizer))
@@ -330,4 +330,4 @@ def test_batched_decoding_pays(batch, smollm2):
         seconds[name] = time.perf_counter() - start
     print(f"lm-eval, batch {batch}: {seconds['plain']:.1f} s; here: {seconds['batched']:.1f} s")
     assert answers["batched"] == answers["plain"] and len(set(answers["plain"])) > 20
-    assert seconds["plain"] / seconds["batched"] >= 1.3, seconds
+    assert seconds["plain"] / seconds["batched"] >= 2, seconds

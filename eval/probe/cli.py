@@ -272,7 +272,7 @@ def inspect(
     against: Annotated[Path | None, typer.Option("--map", help="Map of `heads`, for scales by its quadrants.")] = None,
     out: Out = Path("results/probes/inspect.json"),
 ) -> None:
-    """Show an adapter's scales: heads raised and lowered most, spread over channels, overlap with a map."""
+    """Show an adapter's scales: heads raised and lowered most, standard deviation over channels, overlap with a map."""
     with one_line_errors():
         import numpy as np
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -14,49 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from paths import ROOT, TINY, TINY_SEALC
+from axolotl_runs import STEPS, launch, refusal, run, write_recipe
+from paths import ROOT, TINY
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_plugins.seal.model_loading import load
 from axolotl_plugins.seal.provenance import text_hash
 
-STEPS = 4
-
-
-def run(folder: Path, *command: str, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run(
-        [sys.executable, "-m", *command], cwd=folder, env=environment, input=stdin, capture_output=True, text=True,
-        timeout=600,
-    )  # fmt: skip
-
-
-def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """What the recipe's header says: accelerate launch -m axolotl.cli.train recipe.yml."""
-    return run(folder, "accelerate.commands.launch", "-m", "axolotl.cli.train", "recipe.yml", *arguments)
-
-
-def write_recipe(folder: Path, **changes: object) -> dict:
-    """The shipped SEAL-C recipe, made short."""
-    recipe = yaml.safe_load(TINY_SEALC.read_text())
-    recipe |= {"base_model": str(TINY), "sequence_len": 512, "max_steps": STEPS, "output_dir": "out"}
-    recipe["seal"]["data"] |= {"tokens": "300:500", "samples": 8}
-    recipe |= changes
-    (folder / "recipe.yml").write_text(yaml.safe_dump({k: v for k, v in recipe.items() if v is not None}))
-    return recipe
-
 
 def scales(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
-
-
-def refusal(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line that the plugin says."""
-    assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if line.startswith("seal: ")]
-    assert len(lines) == 1, done.stderr[-2000:]
-    return lines[0]
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ import pytest
 import torch
 import typer
 import yaml
+from axolotl_runs import write_recipe
 from paths import TINY, TINY_SEALH
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_axolotl import write_recipe
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from axolotl_plugins.common.console import run

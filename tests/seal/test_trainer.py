@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from axolotl_runs import launch, refusal, write_recipe
 from miniatures import MINIATURES, build, token_ids
 from peft import LoraConfig, get_peft_model
-from test_axolotl import launch, refusal, write_recipe
 from torch import nn
 
 from axolotl_plugins.seal import SealConfig

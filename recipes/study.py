@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ from axolotl_plugins.common.tokenizer import load_tokenizer
 from data_gen.dataset import Request
 from recipes.tools.study_cells import (
     METHODS,
+    MIXTURE,
     TASKS,
     Cell,
     Settings,
@@ -125,11 +127,14 @@ class Study:
         """Return a cell with the learning rate that validation chose; None until validation is done."""
         if cell.rated_as is None or cell.rate is not None:
             return cell
-        candidates = validation_cells(cell.task, cell.rated_as)
-        results = [self.result(candidate) for candidate in candidates if not self.given_up(candidate)]
-        if not results or any(result is None for result in results):
-            return None
-        return replace(cell, rate=choose_rate([result for result in results if result is not None]))
+        rates = []
+        for source in TASKS if cell.source == MIXTURE else (cell.source,):
+            candidates = validation_cells(source, cell.rated_as)
+            results = [self.result(candidate) for candidate in candidates if not self.given_up(candidate)]
+            if not results or any(result is None for result in results):
+                return None
+            rates.append(choose_rate([result for result in results if result is not None]))
+        return replace(cell, rate=statistics.median_low(rates))  # of a mixture: the median of its tasks' rates
 
     def next_cell(self) -> Cell | None:
         """Return the first open cell whose learning rate is known; None if there is none for now."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from axolotl_plugins.common.io import load_json, write_text
 from eval.metrics import wilson
 from recipes.tools.render import TASKS as TITLES
-from recipes.tools.study_cells import CONTROLS, METHODS, TASKS, Cell, choose_rate, mean_score
+from recipes.tools.study_cells import CONTROLS, METHODS, MIXTURE, TASKS, Cell, choose_rate, mean_score
 
 # Methods of the two score plots.
 COMPARED = ("base", "one-shot", "SEAL-H", "SEAL-C", "LoRA", "DoRA")
@@ -45,11 +46,14 @@ def gather(folder: Path, commit: str | None) -> dict[str, Any]:
         raise ValueError(f"out: no results in {folder / 'cells'}: run the study first")
     rates = chosen_rates([cell for cell in cells if cell["purpose"] == "validation"])
     chosen = {(row["task"], row["method"]): row["rate"] for row in rates}
-    tested = [
-        cell for cell in cells
-        if cell["purpose"] == "test"
-        and cell["rate"] == chosen.get((cell["task"], Cell(cell["task"], cell["method"], "test").rated_as))
-    ]  # fmt: skip
+
+    def expected(cell: dict[str, Any]) -> float | None:
+        of = Cell(cell["task"], cell["method"], "test")
+        sources = TASKS if of.source == MIXTURE else (of.source,)
+        rates = [chosen[source, of.rated_as] for source in sources if (source, of.rated_as) in chosen]
+        return statistics.median_low(rates) if rates else None
+
+    tested = [cell for cell in cells if cell["purpose"] == "test" and cell["rate"] == expected(cell)]
     tested.sort(key=lambda cell: (TASKS.index(cell["task"]), METHODS.index(cell["method"]), cell["seed"]))
     fields = ("task", "method", "rate", "seed", "parameters", "trained_tokens", "losses", "tuning_seconds",
             "scoring_seconds", "failed")  # fmt: skip

@@ -29,7 +29,7 @@ from recipes.tools.study_cells import (
     plan,
     read_samples,
     scored_requests,
-    training_request,
+    training_requests,
     write_cell,
 )
 
@@ -167,10 +167,9 @@ def test_rates_never_see_test_samples():
     for cell in plan(list(lengths), ["SEAL-H", "LoRA"], [0]):
         scored = scored_requests(settings, cell).values()
         assert {request.split for request in scored} == {"train" if cell.purpose == "validation" else "test"}
-        assert training_request(settings, cell).split == "train"
-        assert (
-            training_request(settings, cell).seed not in {request.seed for request in scored} or cell.purpose == "test"
-        )
+        (tuned,) = training_requests(settings, cell)
+        assert tuned.split == "train"
+        assert tuned.seed not in {request.seed for request in scored} or cell.purpose == "test"
 
 
 def test_the_plan_is_ordered_and_complete():

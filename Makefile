@@ -92,10 +92,10 @@ report: setup ## gather results/*.json into results/report.html
 merge: setup ## fold an adapter into its model's weights   [ADAPTER=... OUT=ADAPTER_merged INTO=auto|o_proj|v_proj]
 	$(RUN) -m axolotl_plugins.seal merge $(ADAPTER) $(OUT) --into $(INTO)
 
-study: setup ## the paper's tables on SmolLM2-135M, up to 2,048 tokens on this CPU (a day; resumes): results/smollm2.json
+study: setup ## the paper's tables on SmolLM2-135M, up to 2,048 tokens on this CPU (a day; resumes): outputs/study_cpu
 	@$(MAKE) --no-print-directory models/smollm2-135m/config.json
-	$(RUN) -m recipes.study run --model models/smollm2-135m --out outputs/study --longest 2048
-	$(RUN) -m recipes.study collect --out outputs/study --result results/smollm2.json
+	$(RUN) -m recipes.study run --model models/smollm2-135m --out outputs/study_cpu --longest 2048
+	$(RUN) -m recipes.study collect --out outputs/study_cpu --result outputs/study_cpu/smollm2.json
 
 recipes: setup ## render the paper's recipes from recipes/matrix.yml
 	$(RUN) -m recipes write

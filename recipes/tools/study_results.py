@@ -12,11 +12,25 @@ from typing import Any
 from axolotl_plugins.common.io import load_json, write_text
 from eval.metrics import wilson
 from recipes.tools.render import TASKS as TITLES
-from recipes.tools.study_cells import CONTROLS, METHODS, MIXTURE, TASKS, Cell, choose_rate, mean_score
+from recipes.tools.study_cells import (
+    BASELINES,
+    CONTROLS,
+    METHODS,
+    MIXTURE,
+    PLACEMENTS,
+    TASKS,
+    Cell,
+    choose_rate,
+    mean_score,
+)
 
-# Methods of the two score plots.
-COMPARED = ("base", "one-shot", "SEAL-H", "SEAL-C", "LoRA", "DoRA")
-CONTROLLED = ("base", "SEAL-H", "SEAL-C", *CONTROLS)
+# Score plots: name -> methods. All but the first need a method that the first does not have.
+PLOTS = {
+    "tasks": ("base", "one-shot", "SEAL-H", "SEAL-C", "LoRA", "DoRA"),
+    "controls": ("base", "SEAL-H", "SEAL-C", *CONTROLS),
+    "placements": ("base", "SEAL-C", *PLACEMENTS, "LoRA"),
+    "baselines": ("base", "SEAL-C", *BASELINES, "LoRA"),
+}
 
 
 def with_interval(score: dict[str, Any]) -> dict[str, Any]:
@@ -115,8 +129,10 @@ def save(gathered: dict[str, Any], out: Path) -> None:
     from eval.plots import save_figure
 
     write_text(out, json.dumps(gathered, indent=1) + "\n")
-    for methods, name in ((COMPARED, "tasks"), (CONTROLLED, "controls")):
+    for name, methods in PLOTS.items():
         rows = [row for row in gathered["rows"] if row["method"] in methods and row["scores"]]
+        if name != "tasks" and not {row["method"] for row in rows} - set(PLOTS["tasks"]):
+            continue
         save_figure(scores_figure(rows, methods), out.with_name(f"{out.stem}_{name}.png"))
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     draw_general(panels, gathered["general"])

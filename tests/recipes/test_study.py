@@ -293,4 +293,4 @@ def test_general_ability_is_that_of_plain_arithmetic():
 def test_pictures_know_every_method():
     from eval.plots import COLOURS
 
-    assert {*study_results.COMPARED, *study_results.CONTROLLED, "query"} <= COLOURS.keys()
+    assert {method for methods in study_results.PLOTS.values() for method in methods} <= COLOURS.keys()

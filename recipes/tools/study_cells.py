@@ -114,9 +114,10 @@ class Cell:
         return None if self.method in UNTUNED else self.method.split(" ")[0]
 
     @property
-    def source(self) -> str:
-        """The task that the cell is tuned on, or ``MIXTURE``."""
-        return self.method.partition(" from ")[2] or self.task
+    def sources(self) -> tuple[str, ...]:
+        """The tasks that the cell is tuned on."""
+        source = self.method.partition(" from ")[2] or self.task
+        return TASKS if source == MIXTURE else (source,)
 
     @property
     def rated_as(self) -> str | None:
@@ -181,14 +182,15 @@ def plan(tasks: list[str], methods: list[str], seeds: list[int]) -> list[Cell]:
         (BASELINES, "validation", [0]), (BASELINES, "test", first),
         (("DoRA", *PLACEMENTS[1:], *BASELINES, *CONTROLS, *TRANSFERS), "test", others),
     ]  # fmt: skip
-    needed = {Cell("", method, "test").rated_as for method in methods}
+    tested = [Cell(task, method, "test") for task in tasks for method in methods]
+    needed = {(source, cell.rated_as) for cell in tested for source in cell.sources}
     cells: list[Cell] = []
     for stage, purpose, of_seeds in stages:
-        for task in tasks:
+        for task in TASKS:
             for method in stage:
-                if purpose == "validation" and method in needed:
+                if purpose == "validation" and (task, method) in needed:
                     cells += validation_cells(task, method)
-                elif purpose == "test" and method in methods and not method.endswith(f" from {task}"):
+                elif purpose == "test" and task in tasks and method in methods and not method.endswith(f" from {task}"):
                     cells += [Cell(task, method, "test", seed) for seed in of_seeds]
     return list(dict.fromkeys(cells))
 
@@ -215,9 +217,9 @@ def request(settings: Settings, task: str, tokens: str | int, samples: int, seed
 
 def training_requests(settings: Settings, cell: Cell) -> list[Request]:
     """Return the requests for a cell's training samples: one task's, or of a mixture all tasks'."""
-    sources = TASKS if cell.source == MIXTURE else (cell.source,)
     return [
-        request(settings, task, settings.train[task], settings.tune_samples, cell.seed, "train") for task in sources
+        request(settings, task, settings.train[task], settings.tune_samples, cell.seed, "train")
+        for task in cell.sources
     ]
 
 
@@ -364,7 +366,7 @@ class Workbench:
             if "failed" not in result:
                 result |= self.score(peft_model.base_model.model, cell)
                 if cell.purpose == "test" and cell.method not in (*CONTROLS, *TRANSFERS):
-                    peft_model.save_pretrained(self.data.parent / "adapters" / Path(cell.file_name).stem)
+                    peft_model.save_pretrained(adapter_folder(self.data.parent, cell))
                     result["general"] = general(peft_model, self.tokenizer)
         finally:
             self.model = peft_model.unload()
@@ -476,6 +478,11 @@ def read_cell(folder: Path, cell: Cell) -> dict[str, Any] | None:
     """Read a cell's result; None if it is not done."""
     file = folder / "cells" / cell.file_name
     return load_json(file) if file.exists() else None
+
+
+def adapter_folder(folder: Path, cell: Cell) -> Path:
+    """Return the folder of a cell's adapter."""
+    return folder / "adapters" / Path(cell.file_name).stem
 
 
 def write_cell(folder: Path, cell: Cell, result: dict[str, Any]) -> None:

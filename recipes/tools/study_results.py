@@ -16,7 +16,6 @@ from recipes.tools.study_cells import (
     BASELINES,
     CONTROLS,
     METHODS,
-    MIXTURE,
     PLACEMENTS,
     TASKS,
     Cell,
@@ -63,8 +62,7 @@ def gather(folder: Path, commit: str | None) -> dict[str, Any]:
 
     def expected(cell: dict[str, Any]) -> float | None:
         of = Cell(cell["task"], cell["method"], "test")
-        sources = TASKS if of.source == MIXTURE else (of.source,)
-        rates = [chosen[source, of.rated_as] for source in sources if (source, of.rated_as) in chosen]
+        rates = [chosen[source, of.rated_as] for source in of.sources if (source, of.rated_as) in chosen]
         return statistics.median_low(rates) if rates else None
 
     tested = [cell for cell in cells if cell["purpose"] == "test" and cell["rate"] == expected(cell)]

@@ -1,4 +1,4 @@
-"""``python -m data_gen TASK ...``: write training and test data as chats in JSON lines."""
+"""``seal data TASK ...``: write training and test data as chats in JSON lines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from data_gen.needles import write as write_needles
 from data_gen.openai_client import KEY
 from data_gen.tasks import TASKS, tasks_with
 
-EXAMPLE = "python -m data_gen line --tokenizer models/smollm2-135m --tokens 2048 --samples 50 --out data/line.jsonl"
+EXAMPLE = "seal data line --tokenizer models/smollm2-135m --tokens 2048 --samples 50 --out data/line.jsonl"
 
 
 def users(option: str) -> str:
@@ -88,7 +88,7 @@ def main(
                 loaded = load_tokenizer(tokenizer, chat_template)
                 written = write(request, loaded, out, chat_template=chat_template, progress=update)
     except (ValueError, OSError) as error:
-        stop("data_gen", error)
+        stop(error)
     warning = remark(row for _, row in read_rows(out))
     print(f"{out}: {samples} samples of {task}{warning}" + ("" if written else " (already there)"))
 

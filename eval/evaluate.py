@@ -1,4 +1,4 @@
-"""Score models on tasks: the Python interface of ``python -m eval run``."""
+"""Score models on tasks: the Python interface of ``seal eval``."""
 
 from __future__ import annotations
 

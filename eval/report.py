@@ -1,4 +1,4 @@
-"""Gather results into one HTML page: ``python -m eval report``."""
+"""Gather results into one HTML page: ``seal report``."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def rate_table(sweep: dict[str, Any]) -> dict[str, Any]:
 
 
 def probe_section(result: dict[str, Any]) -> dict[str, Any]:
-    """Return the page's section on a result of ``python -m eval probe``."""
+    """Return the page's section on a result of ``seal probe``."""
     from eval.probe.captions import CAPTION, TITLE
     from eval.probe.plots import DRAW
 
@@ -190,7 +190,7 @@ def write_report(folder: Path, out: Path) -> int:
     results = read_results(folder)
     probes = [values for values in read_objects(folder / "probes").values() if "kind" in values]
     if not results and not probes:
-        raise ValueError(f"{folder}: holds no results: make some with `python -m eval run`")
+        raise ValueError(f"{folder}: holds no results: make some with `seal eval`")
     by_base: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         by_base[result.base].append(result)

@@ -288,7 +288,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        stop("study", error)
+        stop(error)
 
 
 def names(text: str, valid: tuple[str, ...], option: str) -> list[str]:
@@ -382,7 +382,7 @@ def main() -> None:
     """Reproduce the paper's tables on a small model, on a CPU or a GPU."""
 
 
-@app.command(epilog="Example: python -m recipes.study data --model models/smollm2-135m --out outputs/study --jobs 2")
+@app.command(epilog="Example: seal study data --model models/smollm2-135m --out outputs/study --jobs 2")
 def data(
     model: Model = Path("models/smollm2-135m"), out: Out = Path("outputs/study"), tasks: Tasks = "",
     methods: Methods = "", seeds: Seeds = "0,1,2", longest: Longest = None, lengths: Lengths = "",
@@ -403,9 +403,7 @@ def data(
         print(f"{len(requests)} files in {out / 'data'}, {size / 1e6:.1f} MB, {count} of them new")
 
 
-@app.command(
-    epilog="Example: python -m recipes.study run --model models/smollm2-135m --device cuda --minutes 10 --jobs 6"
-)
+@app.command(epilog="Example: seal study run --model models/smollm2-135m --device cuda --minutes 10 --jobs 6")
 def run(
     model: Model = Path("models/smollm2-135m"), out: Out = Path("outputs/study"), tasks: Tasks = "",
     methods: Methods = "", seeds: Seeds = "0,1,2", longest: Longest = None, lengths: Lengths = "",
@@ -443,7 +441,7 @@ def run(
             raise ValueError(f"{len(failed)} cells failed, the first is {failed[0]}: {study.errors[failed[0]][-1]}")
 
 
-@app.command(epilog="Example: python -m recipes.study collect --out outputs/study --result results/smollm2.json")
+@app.command(epilog="Example: seal study collect --out outputs/study --result results/smollm2.json")
 def collect(
     out: Out = Path("outputs/study"),
     result: Annotated[Path, typer.Option(help="Result file; its plots go beside it.")] = Path("results/smollm2.json"),

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from data_gen.fit_length import LengthBudget
 
 Split = Literal["train", "test"]
-# Options that only some tasks accept: fields of ``Request``, and cases, which only ``python -m eval run`` has.
+# Options that only some tasks accept: fields of ``Request``, and cases, which only ``seal eval`` has.
 OPTIONS = ("lines", "haystack", "needles", "depths", "data", "cases")
 
 
@@ -35,7 +35,7 @@ class Task:
         stop: texts that end a response.
         options: those of ``OPTIONS`` that the task accepts.
         splits: those that samples can be drawn of.
-        group: name that stands for several tasks in ``python -m eval run --task``.
+        group: name that stands for several tasks in ``seal eval --task``.
         shortest: length in tokens that holds a sample with any usual tokenizer.
         sources: hashes of the files that samples depend on, for the manifest.
     """
@@ -152,9 +152,7 @@ class Request:
             if getattr(self, option, None) is not None and self.task not in (names := tasks_with(option)):
                 raise ValueError(f"{option}: {self.task} has no such option, only {' and '.join(names)}")
         if self.split not in TASKS[self.task].splits:
-            raise ValueError(
-                f"split: {self.task} samples are for training; score with `python -m eval run --task {self.task}`"
-            )
+            raise ValueError(f"split: {self.task} samples are for training; score with `seal eval --task {self.task}`")
         if self.depths is not None and (self.depths < 2 or self.split == "train"):
             raise ValueError(f"depths: found {self.depths}, expected at least 2, and only for test samples")
         if (self.tokens is None) == (self.lines is None):

@@ -140,7 +140,7 @@ def expectation(recipe: Recipe) -> str:
         minutes = "a minute" if cost.cpu_minutes == 1 else f"{cost.cpu_minutes} minutes"
         return (
             f"Takes about {cost.cpu_gib:.0f} GiB, and {minutes} on two CPU cores: computed from shapes "
-            f"(`python -m recipes cost`), at the {CPU_FLOPS / 1e9:.0f} GFLOP/s in float32 that tuning SmolLM2-135M "
+            f"(`seal recipe cost`), at the {CPU_FLOPS / 1e9:.0f} GFLOP/s in float32 that tuning SmolLM2-135M "
             "with 1,024 tokens reached on two idle cores with AVX-512; others may take several times as long."
         )
     fast, slow = cost.minutes("a100")
@@ -148,7 +148,7 @@ def expectation(recipe: Recipe) -> str:
     on_each, cards = (" on each", str(devices)) if devices > 1 else ("", "one")
     text = (
         f"Takes about {cost.gib:.0f} GiB{on_each}, and {fast:.0f} to {slow:.0f} minutes on {cards} A100 80 GB: "
-        f"computed from shapes (`python -m recipes cost`), at {GOOD_SHARE:.0%} of the card's peak and at the "
+        f"computed from shapes (`seal recipe cost`), at {GOOD_SHARE:.0%} of the card's peak and at the "
         f"{PAPER_SHARE:.0%} that the authors' 40 minutes for 7B models and 31K tokens (section 5) come to."
     )
     if measured := recipe.measured:

@@ -56,7 +56,7 @@ def gather(folder: Path, commit: str | None) -> dict[str, Any]:
     settings = load_json(folder / "settings.json")
     return {
         "what": "the paper's tasks and methods on one model; greedy answers; rates chosen on validation samples",
-        "command": "python -m recipes.study run",
+        "command": "seal study run",
         "date": datetime.date.today().isoformat(),
         "commit": only([cell.get("commit") or commit for cell in cells]),
         "device": only([cell["device"] for cell in cells]),

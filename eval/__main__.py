@@ -104,14 +104,18 @@ def run(
         check_models(models, folders, backend, model_config)
         outputs = output_files(list(folders) or [result_name(name) for name in models], tasks, out, shots, model_config)
         changes = read_model_config(model_config) if model_config else None
-        from eval.evaluate import evaluate
+        from eval.evaluate import evaluate, stored_results
 
-        results = evaluate(
-            load_models(models, folders, changes, base_url if backend == "vllm" else None,
-                        chat_template=chat_template, trust_remote_code=trust_remote_code),
-            tasks, spec, outputs=outputs.values(), cache_key=(backend, changes, chat_template), on_start=print_start,
-            on_result=print_result,
-        )  # fmt: skip
+        key = (backend, changes, chat_template)
+        results = stored_results(list(folders.values()) or models, tasks, spec, outputs.values(), key, print_result)
+        if results:
+            print("scored before; remove the result files to score again")
+        else:
+            results = evaluate(
+                load_models(models, folders, changes, base_url if backend == "vllm" else None,
+                            chat_template=chat_template, trust_remote_code=trust_remote_code),
+                tasks, spec, outputs=outputs.values(), cache_key=key, on_start=print_start, on_result=print_result,
+            )  # fmt: skip
     except (ValueError, OSError) as error:
         stop(error)
     print_comparisons(results, tasks, list(outputs))

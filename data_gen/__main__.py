@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,6 +27,16 @@ EXAMPLE = "seal data line --tokenizer models/smollm2-135m --tokens 2048 --sample
 def users(option: str) -> str:
     """Name the tasks that accept an option."""
     return " and ".join(tasks_with(option))
+
+
+@contextmanager
+def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar, and yield a function that sets how much is done."""
+    from rich.progress import Progress
+
+    with Progress(transient=True) as progress:
+        bar = progress.add_task(title, total=total)
+        yield lambda done: progress.update(bar, completed=done)
 
 
 def main(
@@ -68,14 +80,10 @@ def main(
 
     A file that already holds the requested samples is kept.
     """
-    from rich.progress import Progress
-
     quiet_libraries()
     try:
         check_output(out)
-        with Progress(transient=True) as progress:
-            bar = progress.add_task(task, total=samples)
-            update = lambda done: progress.update(bar, completed=done)  # noqa: E731
+        with progress_bar(task, samples) as update:
             if task == "needles":
                 if not base_url or not model:
                     raise ValueError("needles: give --base-url and --model of the endpoint to query")

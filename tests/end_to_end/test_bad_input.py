@@ -76,6 +76,8 @@ def make_models(folder: Path) -> None:
     """Copies of the small model, each with one thing wrong, and one with grouped queries."""
     for called in ("no_template", "bad_template", "nonesuch", "bad_config", "cut", "lacking", "pickle", "quantised"):
         shutil.copytree(TINY, folder / called)
+    (folder / "merged").mkdir()
+    (folder / "merged/seal_merge.json").write_text("{}")
     (folder / "no_template/chat_template.jinja").unlink()
     (folder / "bad_template/chat_template.jinja").write_text("{% if %}")
     config = json.loads((TINY / "config.json").read_text())
@@ -266,6 +268,7 @@ CASES = [
     ("eval", QUADRANTS + "{file}/map.json --down nan", "down, up: found nan and 1.1, expected scales above 0"),
     ("eval", "probe transfer --model {tiny} --out {tmp}/p.json --adapter x", "adapter: found 'x', expected NAME="),
     ("eval", "probe inspect --out {tmp}/p.json --adapter {tiny}", "tiny: not an adapter folder"),
+    ("eval", "probe inspect --out {tmp}/p.json --adapter {model}/merged", "merged: is a merged model, expected an"),
     ("eval", "probe inspect --out {tmp}/p.json --adapter {adapter}/lora", "lora: found a LORA adapter"),
     ("eval", SWEEP + "{file}/no.yml", "/no.yml: No such file or directory"),
     ("eval", SWEEP + "{file}/list.yml", "list.yml: not a recipe: found list"),

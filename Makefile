@@ -110,7 +110,7 @@ lint: setup ## check style, types and the direction of imports
 # Packages with an __all__ show only what is in it, so their modules are named one by one.
 docs: setup #+ write the API reference, from docstrings, into docs/api
 	AXOLOTL_DO_NOT_TRACK=1 HF_HUB_OFFLINE=1 $(BIN)/pdoc --docformat google --output-directory docs/api \
-	  axolotl_plugins data_gen eval recipes $(subst /,.,$(basename $(wildcard axolotl_plugins/*/[a-z]*.py)))
+	  axolotl_plugins data_gen eval recipes $(subst /,.,$(basename $(wildcard axolotl_plugins/se*/[a-z]*.py data_gen/tasks/[a-z]*.py)))
 
 recipes-smoke: setup #+ launch every recipe for two steps on a random-weight miniature of its model (an hour)
 	$(SEAL) recipe smoke

@@ -73,8 +73,9 @@ def run(app: Typer, program: str, arguments: list[str] | None = None) -> None:
 
 
 def quiet_libraries() -> None:
-    """Silence library messages that a user cannot act on; call it before those libraries are imported."""
+    """Set libraries up for a command line, before their import; silence messages that a user cannot act on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("MPLBACKEND", "Agg")  # plots are files, also where there is a display
     # torchao logs kernels built for other machines, torch an enum that torchao registers, lm-eval that tasks take other
     # arguments, bitsandbytes a missing kernel that is not called.
     for name in ("torchao", "torch.utils._pytree", "lm_eval", "bitsandbytes.backends.cpu.ops"):

@@ -93,10 +93,10 @@ report: setup ## gather results/*.json into results/report.html
 merge: setup ## fold an adapter into its model's weights   [ADAPTER=... OUT=ADAPTER_merged INTO=auto|o_proj|v_proj]
 	$(SEAL) merge $(ADAPTER) $(OUT) --into $(INTO)
 
-study: setup ## the paper's tables on SmolLM2-135M, up to 2,048 tokens on this CPU (a day; resumes): results/smollm2.json
+study: setup ## the paper's tables on SmolLM2-135M, up to 2,048 tokens on this CPU (a day; resumes): outputs/study_cpu
 	@$(MAKE) --no-print-directory models/smollm2-135m/config.json
-	$(SEAL) study run --model models/smollm2-135m --out outputs/study --longest 2048
-	$(SEAL) study collect --out outputs/study --result results/smollm2.json
+	$(SEAL) study run --model models/smollm2-135m --out outputs/study_cpu --longest 2048
+	$(SEAL) study collect --out outputs/study_cpu --result outputs/study_cpu/smollm2.json
 
 recipes: setup ## render the paper's recipes from recipes/matrix.yml
 	$(SEAL) recipe write

@@ -19,7 +19,8 @@ COLOURS = {
     "base": "#555555", "SEAL-H": "#e08214", "SEAL-C": "#2166ac", "shuffled": "#9467bd", "wrong facts": "#2ca02c",
     "wrong answers": "#d62728", "one-shot": "#17becf", "LoRA": "#2ca02c", "DoRA": "#9467bd", "query": "#8c564b",
     "SEAL-H shuffled": "#fdb863", "SEAL-C shuffled": "#92c5de", "SEAL-H wrong answers": "#b35806",
-    "SEAL-C wrong answers": "#053061",
+    "SEAL-C wrong answers": "#053061", "query+output": "#e377c2", "IA3": "#bcbd22", "LayerNorm": "#7f7f7f",
+    "VeRA": "#17becf",
 }  # fmt: skip
 
 

@@ -284,6 +284,7 @@ TuneSamples = Annotated[int, typer.Option(min=2, help="Training samples of a cel
 ShotTokens = Annotated[int, typer.Option(min=1, help="Longest worked example of one-shot prompts.")]
 HaystackOption = Annotated[str, typer.Option(help="Of needles: a folder of text files, essays or prose.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Processes; several share one GPU.")]
+Minutes = Annotated[float, typer.Option(min=0, max=30_000, help="Stop after this time; running cells are terminated.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or auto: bfloat16 on a GPU.")]
 
@@ -321,7 +322,7 @@ def run(
     train_tokens: TrainTokens = "", samples: Samples = 100, validation_samples: ValidationSamples = 30,
     tune_samples: TuneSamples = 50, shot_tokens: ShotTokens = 1000, haystack: HaystackOption = "prose",
     jobs: Jobs = 1, device: Device = "auto", dtype: Dtype = "auto",
-    minutes: Annotated[float, typer.Option(min=0, max=30_000, help="Stop after this time; running cells are terminated.")] = 30_000,
+    minutes: Minutes = 30_000,
 ) -> None:  # fmt: skip
     """Tune and score all open cells; the same command resumes."""
     deadline = time.monotonic() + 60 * minutes

@@ -97,6 +97,18 @@ def test_the_readmes_python_runs():
     assert sum(scale.numel() for scale in scales) == 12 and all((scale != 1).all() for scale in scales)
 
 
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom_and_its_model_learns(smollm2, monkeypatch):
+    monkeypatch.chdir(ROOT / "docs")  # as Jupyter does
+    cells = json.loads((ROOT / "docs/quickstart.ipynb").read_text())["cells"]
+    scope: dict[str, object] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), scope)
+    assert scope["after"].mean.score > scope["before"].mean.score + 0.3
+    assert (scope["out"] / "merged" / "model.safetensors").is_file()
+
+
 def random_model(model_type: str, folder: Path) -> str:
     """A random-weight model with a tokenizer of its kind: Qwen2's trained on samples, else the small model's."""
     import torch

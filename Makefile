@@ -112,14 +112,14 @@ docs: setup #+ write the API reference, from docstrings, into docs/api
 	AXOLOTL_DO_NOT_TRACK=1 HF_HUB_OFFLINE=1 $(BIN)/pdoc --docformat google --output-directory docs/api \
 	  axolotl_plugins data_gen eval recipes $(subst /,.,$(basename $(wildcard axolotl_plugins/se*/[a-z]*.py data_gen/tasks/[a-z]*.py)))
 
-recipes-smoke: setup #+ launch every recipe for two steps on a random-weight miniature of its model (an hour)
-	$(SEAL) recipe smoke
+recipes-smoke: setup #+ launch recipes for two steps on random-weight miniatures (an hour)   [NAMES="mistral7b_vt_sealh ..."]
+	$(RUN) tests/smoke.py $(NAMES)
 
 bench: setup #+ time SEAL beside IA3 and LoRA on this CPU: results/bench.json
 	$(RUN) -m recipes.bench
 
 bench-data: setup #+ time every task's data at 31K tokens with Mistral's tokenizer
-	$(RUN) -m data_gen.bench
+	$(RUN) tests/bench_data.py
 
 bench-gpu: setup #+ the same at 7B on a GPU: results/bench_gpu.json   [BENCH_TOKENS="8192 31000 65536 131072"]
 	$(RUN) -m recipes.bench --device cuda --shape llama2_7b --settings full --tokens $(BENCH_TOKENS) --repeats 3 --out results/bench_gpu.json

@@ -111,21 +111,6 @@ def cost(
         stop(error)
 
 
-@app.command(epilog="Example: seal recipe smoke longchat7b_line_sealc mistral7b_vt_sealh")
-def smoke(
-    names: Annotated[list[str] | None, typer.Argument(help="Recipes; default: all of matrix.yml.")] = None,
-    jobs: Annotated[int, typer.Option(help="Concurrent runs.")] = 2,
-) -> None:
-    """Launch recipes for two steps on random-weight miniatures of their models, and print a table."""
-    quiet_libraries()
-    from recipes.tools.smoke import smoke as run_smoke
-
-    try:
-        run_smoke(names or [], jobs)
-    except (ValueError, RuntimeError, OSError) as error:
-        stop(error)
-
-
 @app.command(epilog="Example: seal recipe params")
 def params() -> None:
     """Count the trainable parameters of every method in the paper's models (Table 8), from their shapes alone."""

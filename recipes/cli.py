@@ -39,7 +39,7 @@ class Program(NamedTuple):
 
 
 PROGRAMS = {
-    "recipe": Program("recipes", "", "Write, fetch, estimate and smoke-test training recipes."),
+    "recipe": Program("recipes", "", "Write training recipes and estimate their cost; fetch a model."),
     "data": Program("data_gen", "", "Write training and test samples as chats in JSON lines."),
     "eval": Program("eval", "run", "Score models, merged folders or adapters over context lengths."),
     "report": Program("eval", "report", "Gather results into one HTML page beside the paper's numbers."),

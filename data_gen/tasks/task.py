@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from data_gen.fit_length import LengthBudget
+from data_gen.split import Split
 
-Split = Literal["train", "test"]
 # Options that only some tasks accept: fields of ``Request``, and cases, which only ``seal eval`` has.
 OPTIONS = ("lines", "haystack", "needles", "depths", "data", "cases")
 
@@ -119,7 +118,7 @@ class Request:
         lines: number of lines instead, for the line task.
         samples: how many.
         seed: of everything random.
-        split: samples of ``train`` and ``test`` never coincide, see ``in_split``.
+        split: samples of ``train`` and ``test`` never coincide, see ``data_gen.split``.
         haystack: for niah, a folder of text files, ``essays`` (from the hub) or ``prose`` (built in, the default).
         needles: for niah, a file of training needles; defaults to the paper's ten.
         depths: for niah, how many depths from 0 to 100 per cent test samples step through; defaults to ten.
@@ -170,11 +169,3 @@ class Request:
         if not 0 < low <= high:
             raise ValueError(f"tokens: found {self.tokens!r}, expected N or N:M with 0 < N <= M, such as 8000:31000")
         return low, high
-
-
-def in_split(split: Split, answer: str) -> bool:
-    """Return whether an answer belongs to a split: one bit of its SHA-256 decides.
-
-    So no answer, and therefore no sample, of one split can be drawn in the other, whatever the seed and length.
-    """
-    return (hashlib.sha256(answer.encode()).digest()[0] & 1) == (split == "test")

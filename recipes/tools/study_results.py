@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_plugins.common.io import load_json, write_text
-from eval.metrics import wilson
+from eval.confidence import wilson
 from recipes.tools.render import TASKS as TITLES
 from recipes.tools.study_cells import (
     BASELINES,

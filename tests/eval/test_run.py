@@ -23,9 +23,10 @@ from data_gen.dataset import Request, generate
 from data_gen.tasks import niah
 from data_gen.tasks.line_retrieval import last_integer
 from eval.__main__ import app
+from eval.confidence import wilson
 from eval.evaluate import evaluate
 from eval.harness import Harness, Responses
-from eval.metrics import METRICS, wilson
+from eval.metrics import METRICS
 from eval.result_cache import result_name
 from eval.results import from_json, read_results, to_json
 from eval.run import mean_scores, run

@@ -85,6 +85,20 @@ def test_bench_figures_of_the_performance_page_are_those_of_the_result():
         assert re.search(pattern.replace("%", " %"), DOCS["performance.md"]), pattern
 
 
+def test_the_readmes_figures_are_those_of_the_results():
+    study = json.loads((ROOT / "results" / "smollm2.json").read_text())
+    table = {row.split(" | ")[0].strip("| ").split(",")[0]: re.findall(r"\d\.\d\d", row)
+             for row in README.splitlines() if re.match(r"\| (base|SEAL|LoRA)", row)}  # fmt: skip
+    assert set(table) == {"base", "SEAL-H", "SEAL-C", "LoRA"}
+    for method, printed in table.items():
+        runs = [row["scores"] for row in study["rows"] if (row["task"], row["method"]) == ("line", method)]
+        means = [sum(score["score"] for score in scores) / len(runs) for scores in zip(*runs, strict=True)]
+        assert printed == [f"{mean:.2f}" for mean in means], method
+    text = " ".join(README.split())
+    for method, scores in json.loads((ROOT / "results" / "demo.json").read_text())["scores"].items():
+        assert f"{method} {', '.join(format(score['score'], '.2f') for score in scores)}" in text
+
+
 def test_the_readmes_python_runs():
     from axolotl_plugins.seal.model_loading import load
     from data_gen.dataset import Request, generate

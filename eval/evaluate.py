@@ -84,12 +84,12 @@ def stored_results(
     """Return what ``evaluate`` would return for models by name if all of it is stored, else an empty list."""
     files = [(model, task, by_task[task]) for model, by_task in zip(models, outputs, strict=True) for task in tasks]
     results = [stored_result(model, task, spec, out, cache_key) for model, task, out in files]
-    found = [result for result in results if result is not None]
-    if len(found) < len(files):
+    stored = [result for result in results if result is not None]
+    if len(stored) < len(files):
         return []
-    for result, (_, _, out) in zip(found, files, strict=True):
+    for result, (_, _, out) in zip(stored, files, strict=True):
         on_result(result, out)
-    return found
+    return stored
 
 
 def score_task(loaded: LoadedModel, task: str, spec: EvalSpec, journal: Path | None) -> Result:

@@ -182,9 +182,9 @@ def study_runs(values: dict[str, Any]) -> list[dict[str, Any]]:
     if {"rows", "rates"} <= values.keys():
         return [row for row in values["rows"] if row["scores"]]
     if {"prompts", "samples_per_length"} <= values.keys():
-        known = [{"length": length, "count": values["samples_per_length"]} for length in values["lengths"]]
+        shared = [{"length": length, "count": values["samples_per_length"]} for length in values["lengths"]]
         return [
-            {"task": "line", "method": method, "scores": [a | b for a, b in zip(known, scores, strict=True)]}
+            {"task": "line", "method": method, "scores": [a | b for a, b in zip(shared, scores, strict=True)]}
             for method, scores in values["scores"].items()
         ]
     return []

@@ -283,7 +283,7 @@ def load_each(
 ) -> Iterator[LoadedModel]:
     """Load adapters of one base model, which is loaded once; yield each activated adapter until the next.
 
-    All adapters are loaded before the first is yielded, so that errors are raised before time is spent.
+    All adapters are loaded before the first is yielded, so that errors are raised before anything is scored.
 
     Args:
         adapters: name -> adapter folder.

@@ -1,9 +1,11 @@
-"""``python -m data_gen TASK ...``: write training and test data as chats in JSON lines."""
+"""``seal data TASK ...``: write training and test data as chats in JSON lines."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,12 +21,22 @@ from data_gen.needles import write as write_needles
 from data_gen.openai_client import KEY
 from data_gen.tasks import TASKS, tasks_with
 
-EXAMPLE = "python -m data_gen line --tokenizer models/smollm2-135m --tokens 2048 --samples 50 --out data/line.jsonl"
+EXAMPLE = "seal data line --tokenizer models/smollm2-135m --tokens 2048 --samples 50 --out data/line.jsonl"
 
 
 def users(option: str) -> str:
     """Name the tasks that accept an option."""
     return " and ".join(tasks_with(option))
+
+
+@contextmanager
+def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar, and yield a function that sets how much is done."""
+    from rich.progress import Progress
+
+    with Progress(transient=True) as progress:
+        bar = progress.add_task(title, total=total)
+        yield lambda done: progress.update(bar, completed=done)
 
 
 def main(
@@ -68,14 +80,10 @@ def main(
 
     A file that already holds the requested samples is kept.
     """
-    from rich.progress import Progress
-
     quiet_libraries()
     try:
         check_output(out)
-        with Progress(transient=True) as progress:
-            bar = progress.add_task(task, total=samples)
-            update = lambda done: progress.update(bar, completed=done)  # noqa: E731
+        with progress_bar(task, samples) as update:
             if task == "needles":
                 if not base_url or not model:
                     raise ValueError("needles: give --base-url and --model of the endpoint to query")
@@ -88,7 +96,7 @@ def main(
                 loaded = load_tokenizer(tokenizer, chat_template)
                 written = write(request, loaded, out, chat_template=chat_template, progress=update)
     except (ValueError, OSError) as error:
-        stop("data_gen", error)
+        stop(error)
     warning = remark(row for _, row in read_rows(out))
     print(f"{out}: {samples} samples of {task}{warning}" + ("" if written else " (already there)"))
 

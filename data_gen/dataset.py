@@ -99,7 +99,7 @@ def command_of(request: Request, tokenizer: str, chat_template: str | None, out:
     """Return the command that writes a data file."""
     options = {"tokenizer": tokenizer, "chat-template": chat_template, **asdict(request), "out": out}
     pairs = [[f"--{key}", str(value)] for key, value in options.items() if key != "task" and value is not None]
-    return shlex.join(["python", "-m", "data_gen", request.task, *itertools.chain(*pairs)])
+    return shlex.join(["seal", "data", request.task, *itertools.chain(*pairs)])
 
 
 def write(

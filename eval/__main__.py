@@ -1,4 +1,4 @@
-"""``python -m eval``: score models, probe them, and gather results into a report."""
+"""``seal eval``, ``report``, ``probe`` and ``push``, or ``python -m eval``."""
 
 from __future__ import annotations
 
@@ -82,9 +82,7 @@ def main() -> None:
     """Score models on the tasks they are tuned for."""
 
 
-@app.command(
-    epilog="Example: python -m eval run --model outputs/smollm2_line_sealc --lengths 512,1024,2048 --samples 100"
-)
+@app.command(epilog="Example: seal eval --model outputs/smollm2_line_sealc --lengths 512,1024,2048 --samples 100")
 def run(
     model: Models = None, adapter: Adapters = None, task: Task = "line", lengths: Lengths = "",
     samples: Samples = None, limit: Limit = None, seed: Seed = 0, shots: Shots = 0, shot_tokens: ShotTokens = 1000,
@@ -106,16 +104,20 @@ def run(
         check_models(models, folders, backend, model_config)
         outputs = output_files(list(folders) or [result_name(name) for name in models], tasks, out, shots, model_config)
         changes = read_model_config(model_config) if model_config else None
-        from eval.evaluate import evaluate
+        from eval.evaluate import evaluate, stored_results
 
-        results = evaluate(
-            load_models(models, folders, changes, base_url if backend == "vllm" else None,
-                        chat_template=chat_template, trust_remote_code=trust_remote_code),
-            tasks, spec, outputs=outputs.values(), cache_key=(backend, changes, chat_template), on_start=print_start,
-            on_result=print_result,
-        )  # fmt: skip
+        key = (backend, changes, chat_template)
+        results = stored_results(list(folders.values()) or models, tasks, spec, outputs.values(), key, print_result)
+        if results:
+            print("scored before; remove the result files to score again")
+        else:
+            results = evaluate(
+                load_models(models, folders, changes, base_url if backend == "vllm" else None,
+                            chat_template=chat_template, trust_remote_code=trust_remote_code),
+                tasks, spec, outputs=outputs.values(), cache_key=key, on_start=print_start, on_result=print_result,
+            )  # fmt: skip
     except (ValueError, OSError) as error:
-        stop("eval", error)
+        stop(error)
     print_comparisons(results, tasks, list(outputs))
 
 
@@ -225,7 +227,7 @@ def print_comparisons(results: list[Result], tasks: tuple[str, ...], names: list
             print_scores(rows, names)
 
 
-@app.command(epilog="Example: python -m eval report --results results --out results/report.html")
+@app.command(epilog="Example: seal report --results results --out results/report.html")
 def report(
     results: Annotated[Path, typer.Option(help="Folder with the JSON files of `run`.")] = Path("results"),
     out: Annotated[Path, typer.Option(help="The page to write, with its figures embedded.")] = Path(
@@ -239,8 +241,33 @@ def report(
     try:
         count = write_report(results, out)
     except (ValueError, OSError) as error:
-        stop("eval", error)
+        stop(error)
     print(f"{out}: {count} results")
+
+
+@app.command(epilog="Example: seal push outputs/smollm2_line_sealc me/smollm2-sealc --private")
+def push(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    repository: Annotated[str | None, typer.Argument(help="Hub id; without it, only the card is written.")] = None,
+    results: Annotated[Path, typer.Option(help="Folder with results of `seal eval`.")] = Path("results"),
+    private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
+) -> None:
+    """Write a model card (method, data, scores and the paper's) into an adapter's folder, and upload the folder."""
+    quiet_libraries()
+    from axolotl_plugins.common.io import write_text
+    from axolotl_plugins.seal.model_card import card
+    from axolotl_plugins.seal.model_card import push as upload
+    from eval.table import score_tables
+
+    try:
+        scores = score_tables(results, str(adapter))
+        if repository is None:
+            write_text(adapter / "README.md", card(adapter, scores))
+            print(adapter / "README.md")
+        else:
+            print(upload(adapter, repository, scores, private=private))
+    except (ValueError, OSError) as error:
+        stop(error)
 
 
 if __name__ == "__main__":

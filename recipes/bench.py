@@ -424,7 +424,7 @@ def main(argv: list[str] | None = None) -> None:
         check(args, shapes)
         rows = load_json(args.out)["rows"] if args.out.exists() else []
     except ValueError as error:
-        stop("bench", error)
+        stop(error)
     shape = dict(shapes[args.shape]) | ({"num_hidden_layers": args.layers} if args.layers else {})
     device = torch.cuda.get_device_name() if args.device == "cuda" else machine()
     shared = {"device": device, "torch": torch.__version__, "shape": args.shape, "layers": shape["num_hidden_layers"],
@@ -434,11 +434,11 @@ def main(argv: list[str] | None = None) -> None:
     fill(rows, shape, shared, args, clock)
     device_rows = [row for row in rows if all(row[key] == shared[key] for key in KEY[:4])]
     if all("error" in row for row in device_rows):
-        sys.exit("bench: nothing was measured: ask for fewer --tokens or more --minutes")
+        sys.exit("seal: nothing was measured: ask for fewer --tokens or more --minutes")
     print_rows(device_rows)
     print(args.out)
     if failed := [row["setting"] for row in device_rows if row.get("error", OUT_OF_MEMORY) != OUT_OF_MEMORY]:
-        sys.exit(f"bench: failed: {', '.join(failed)}; remove these rows from {args.out} to measure them again")
+        sys.exit(f"seal: failed: {', '.join(failed)}; remove these rows from {args.out} to measure them again")
 
 
 if __name__ == "__main__":

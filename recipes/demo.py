@@ -28,7 +28,7 @@ app = typer.Typer(add_completion=False)
 
 
 def read_scores(model: Path, folder: Path) -> dict[str, Any]:
-    """Read the result of `python -m eval run --model MODEL --task line`."""
+    """Read the result of `seal eval --model MODEL --task line`."""
     return load_json(result_file(folder, "line", result_name(str(model))))
 
 
@@ -141,7 +141,7 @@ def main(
         plot(summary, out.with_suffix(".png"))
         write_text(out, json.dumps(summary, indent=1) + "\n")
     except (ValueError, OSError, KeyError) as error:
-        stop("demo", error)
+        stop(error)
     print_summary(summary)
     print(f"{out} and {out.with_suffix('.png')}: merged and unmerged models gave the same answers")
 

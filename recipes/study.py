@@ -199,7 +199,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        stop("study", error)
+        stop(error)
 
 
 def names(text: str, valid: tuple[str, ...], option: str) -> list[str]:
@@ -284,6 +284,7 @@ TuneSamples = Annotated[int, typer.Option(min=2, help="Training samples of a cel
 ShotTokens = Annotated[int, typer.Option(min=1, help="Longest worked example of one-shot prompts.")]
 HaystackOption = Annotated[str, typer.Option(help="Of needles: a folder of text files, essays or prose.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Processes; several share one GPU.")]
+Minutes = Annotated[float, typer.Option(min=0, max=30_000, help="Stop after this time; running cells are terminated.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
 Minutes = Annotated[float, typer.Option(min=0, max=30_000, help="Stop after this time; running cells are terminated.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or auto: bfloat16 on a GPU.")]
@@ -294,7 +295,7 @@ def main() -> None:
     """Reproduce the paper's tables on a small model, on a CPU or a GPU."""
 
 
-@app.command(epilog="Example: python -m recipes.study data --model models/smollm2-135m --out outputs/study --jobs 2")
+@app.command(epilog="Example: seal study data --model models/smollm2-135m --out outputs/study --jobs 2")
 def data(
     model: Model = Path("models/smollm2-135m"), out: Out = Path("outputs/study"), tasks: Tasks = "",
     methods: Methods = "", seeds: Seeds = "0,1,2", longest: Longest = None, lengths: Lengths = "",
@@ -315,9 +316,7 @@ def data(
         print(f"{len(requests)} files in {out / 'data'}, {size / 1e6:.1f} MB, {count} of them new")
 
 
-@app.command(
-    epilog="Example: python -m recipes.study run --model models/smollm2-135m --device cuda --minutes 10 --jobs 6"
-)
+@app.command(epilog="Example: seal study run --model models/smollm2-135m --device cuda --minutes 10 --jobs 6")
 def run(
     model: Model = Path("models/smollm2-135m"), out: Out = Path("outputs/study"), tasks: Tasks = "",
     methods: Methods = "", seeds: Seeds = "0,1,2", longest: Longest = None, lengths: Lengths = "",
@@ -357,7 +356,7 @@ def run(
             raise ValueError(f"{len(remaining)} cells failed, the first is {remaining[0]}: see above")
 
 
-@app.command(epilog="Example: python -m recipes.study collect --out outputs/study --result results/smollm2.json")
+@app.command(epilog="Example: seal study collect --out outputs/study --result results/smollm2.json")
 def collect(
     out: Out = Path("outputs/study"),
     result: Annotated[Path, typer.Option(help="Result file; its plots go beside it.")] = Path("results/smollm2.json"),

@@ -90,5 +90,5 @@ def parse_block(block: Any) -> SealBlock:
             str(part) for part in error["loc"] if part not in ("str", "list[str]") and not (single and part == 0)
         )
         if error["type"] == "extra_forbidden":
-            raise ValueError(f"{key}: no such setting; see `python -m axolotl_plugins.seal settings`") from None
+            raise ValueError(f"{key}: no such setting; see `seal settings`") from None
         raise ValueError(f"{key}: found {error['input']!r}: {error['msg']}") from None

@@ -18,7 +18,7 @@ from axolotl_plugins.common.io import check_output, file_hash, load_json, writte
 
 from . import provenance
 from .layer import SealLayer, scale_columns
-from .model_loading import RECORD, LoadedModel, check_name, is_adapter, load
+from .model_loading import RECORD, LoadedModel, check_adapter, check_name, load
 
 Into = Literal["auto", "o_proj", "v_proj"]
 # Tolerance of a merge. Where float32 rounds by more, float64 distinguishes rounding from a wrong merge.
@@ -154,10 +154,7 @@ def load_adapter(adapter: Path) -> LoadedModel:
         ValueError: the folder is not a SEAL adapter, or its base model is quantised.
     """
     check_name(str(adapter))
-    if (adapter / RECORD).is_file():
-        raise ValueError(f"{adapter}: is a merged model, expected an adapter folder")
-    if not is_adapter(adapter):
-        raise ValueError(f"{adapter}: not an adapter folder (it has no adapter_config.json)")
+    check_adapter(adapter)
     loaded = load(adapter)
     if not loaded.method.startswith("SEAL"):
         raise ValueError(f"{adapter}: found a {loaded.method} adapter; use `axolotl merge-lora` for it")

@@ -52,7 +52,7 @@ def card(adapter: Path, scores: Sequence[str] = ()) -> str:
         "## Use",
         "```python\nimport axolotl_plugins.seal  # registers SEAL\nfrom peft import AutoPeftModelForCausalLM\n\n"
         "model = AutoPeftModelForCausalLM.from_pretrained(THIS_REPOSITORY)\n```",
-        "`python -m axolotl_plugins.seal merge` folds the scales into the weights, `export` writes them as an IA3 "
+        "`seal merge` folds the scales into the weights, `export` writes them as an IA3 "
         "adapter for programs without this package.",
     ]
     if data:

@@ -103,6 +103,18 @@ def is_adapter(name: str | Path) -> bool:
     return (Path(name) / "adapter_config.json").is_file()
 
 
+def check_adapter(folder: Path) -> None:
+    """Raise if a folder contains no adapter.
+
+    Raises:
+        ValueError: see above; the message tells a merged model from other folders.
+    """
+    if (folder / RECORD).is_file():
+        raise ValueError(f"{folder}: is a merged model, expected an adapter folder")
+    if not is_adapter(folder):
+        raise ValueError(f"{folder}: not an adapter folder (it has no adapter_config.json)")
+
+
 def method_name(config: PeftConfig) -> str:
     """Return the paper's name of an adapter's method, or its PEFT type."""
     if config.peft_type.value == "LORA":
@@ -271,7 +283,7 @@ def load_each(
 ) -> Iterator[LoadedModel]:
     """Load adapters of one base model, which is loaded once; yield each activated adapter until the next.
 
-    All adapters are loaded before the first is yielded, so that errors are raised before time is spent.
+    All adapters are loaded before the first is yielded, so that errors are raised before anything is scored.
 
     Args:
         adapters: name -> adapter folder.

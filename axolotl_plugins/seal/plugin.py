@@ -30,7 +30,7 @@ def print_one_line(kind: type[BaseException], error: BaseException, trace: Any) 
     """Print an uncaught error: one line if memory ran out or a file cannot be written, else the traceback."""
     if out_of_memory(error):
         print("\nseal: out of memory: set `gradient_checkpointing: true`, then `activation_offloading: hidden_states`; "
-              "`python -m recipes cost RECIPE` prints how long samples can be", file=sys.stderr)  # fmt: skip
+              "`seal recipe cost RECIPE` prints how long samples can be", file=sys.stderr)  # fmt: skip
     elif in_rust(error) or (isinstance(error, OSError) and error.errno is not None):
         print(f"\nseal: {first_line(error)}", file=sys.stderr)
     else:
@@ -77,7 +77,8 @@ def prepare_data(cfg: dict[str, Any], block: SealBlock) -> None:
 def quantise_for_seal() -> None:
     """Patch Axolotl's model loader to apply ``load_in_8bit`` and ``load_in_4bit`` with ``adapter: seal``.
 
-    Axolotl quantises for LoRA and QLoRA only and silently loads full precision for any other adapter.
+    Axolotl quantises for LoRA and QLoRA only and silently loads full precision for any other adapter. It has no hook
+    for this: its loader reads the adapter before a plugin's first hook, ``pre_model_load``, which gets no loader.
     """
     from axolotl.loaders.model import ModelLoader
 
@@ -130,7 +131,7 @@ class SealPlugin(BasePlugin):
                 prepare_data(cfg, block)
                 self.training_data = provenance.record(cfg.get("datasets") or [])
         except (ValueError, OSError) as error:
-            stop("seal", error)
+            stop(error)
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         """Correct the device map and batch size in the last hook before devices are assigned; load no dataset.
@@ -142,7 +143,7 @@ class SealPlugin(BasePlugin):
         try:
             check_processes(size if preprocess else cfg.world_size, size)
         except ValueError as error:
-            stop("seal", error)
+            stop(error)
         cfg.batch_size = max(1, cfg.batch_size // size)
         if cfg.world_size != 1 and not torch.accelerator.is_available():
             cfg.device_map = None
@@ -172,7 +173,7 @@ class SealPlugin(BasePlugin):
             if (size := parse_block(cfg.seal).context_parallel) > 1:
                 trainer.share_samples(size)
         except ValueError as error:
-            stop("seal", error)
+            stop(error)
 
     def post_model_build(self, cfg: Any, model: PreTrainedModel) -> None:
         """Store the base model's number of embeddings."""
@@ -201,7 +202,7 @@ class SealPlugin(BasePlugin):
         try:
             return self._load_adapter(model, cfg, config_only)
         except (ValueError, OSError) as error:
-            stop("seal", error)
+            stop(error)
 
     def _load_adapter(self, model: PreTrainedModel, cfg: Any, config_only: bool) -> tuple[PeftModel | None, PeftConfig]:
         block = parse_block(cfg.seal)

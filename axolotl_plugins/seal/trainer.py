@@ -77,7 +77,7 @@ def check_scales(model: nn.Module) -> None:
 def abort(error: BaseException) -> NoReturn:
     """Exit with an error on a new line, below a progress bar."""
     print(file=sys.stderr)
-    stop("seal", error)
+    stop(error)
 
 
 def interrupted(*_: object) -> NoReturn:

@@ -20,6 +20,9 @@ Messages = list[dict[str, str]]
 def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, int]:
     """Tokenize a chat; return its ids, int64 of shape (1, T), and the index of the first token of its last turn.
 
+    Blanks that a template writes after the token that ends the turn (ChatML's line break) are dropped: Axolotl does not
+    train on them either, and no answer has them.
+
     Raises:
         ValueError: the chat has fewer than two turns or an empty one, or its prompt, rendered for generation, is not a
             prefix of the rendered chat.
@@ -32,7 +35,9 @@ def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[torc
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
     if ids[: len(prompt)] != prompt:
         raise ValueError("the chat template's generation prompt is not a prefix of the same chat with its answer")
-    return torch.tensor([ids]), len(prompt)
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    end = next((i + 1 for i in reversed(range(len(prompt), len(ids))) if ids[i] in special), len(ids))
+    return torch.tensor([ids if tokenizer.decode(ids[end:]).strip() else ids[:end]]), len(prompt)
 
 
 def answer_loss(model: torch.nn.Module, ids: torch.Tensor, start: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Checks of an Axolotl recipe before training: unknown keys, and settings under which a run is worthless.
+"""Checks of an Axolotl recipe before training: unknown keys, and settings that would ruin a run.
 
 ``check_recipe`` runs one check per topic; each raises a ``ValueError`` with one line that says what to change.
 """

@@ -7,7 +7,8 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from data_gen.fit_length import LengthBudget, largest
-from data_gen.tasks.task import TASKS, Request, Split, Task, TaskAttribute, in_split, register, tasks_of, tasks_with
+from data_gen.split import Split, in_split
+from data_gen.tasks.task import TASKS, Request, Task, TaskAttribute, register, tasks_of, tasks_with
 
 __all__ = [
     "TASKS", "LengthBudget", "Request", "Split", "Task", "TaskAttribute", "in_split", "largest", "register", "tasks_of",

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from data_gen.fit_length import LengthBudget
+from data_gen.split import Split
 
-Split = Literal["train", "test"]
-# Options that only some tasks accept: fields of ``Request``, and cases, which only ``python -m eval run`` has.
+# Options that only some tasks accept: fields of ``Request``, and cases, which only ``seal eval`` has.
 OPTIONS = ("lines", "haystack", "needles", "depths", "data", "cases")
 
 
@@ -35,7 +34,7 @@ class Task:
         stop: texts that end a response.
         options: those of ``OPTIONS`` that the task accepts.
         splits: those that samples can be drawn of.
-        group: name that stands for several tasks in ``python -m eval run --task``.
+        group: name that stands for several tasks in ``seal eval --task``.
         shortest: length in tokens that holds a sample with any usual tokenizer.
         sources: hashes of the files that samples depend on, for the manifest.
     """
@@ -119,7 +118,7 @@ class Request:
         lines: number of lines instead, for the line task.
         samples: how many.
         seed: of everything random.
-        split: samples of ``train`` and ``test`` never coincide, see ``in_split``.
+        split: samples of ``train`` and ``test`` never coincide, see ``data_gen.split``.
         haystack: for niah, a folder of text files, ``essays`` (from the hub) or ``prose`` (built in, the default).
         needles: for niah, a file of training needles; defaults to the paper's ten.
         depths: for niah, how many depths from 0 to 100 per cent test samples step through; defaults to ten.
@@ -152,9 +151,7 @@ class Request:
             if getattr(self, option, None) is not None and self.task not in (names := tasks_with(option)):
                 raise ValueError(f"{option}: {self.task} has no such option, only {' and '.join(names)}")
         if self.split not in TASKS[self.task].splits:
-            raise ValueError(
-                f"split: {self.task} samples are for training; score with `python -m eval run --task {self.task}`"
-            )
+            raise ValueError(f"split: {self.task} samples are for training; score with `seal eval --task {self.task}`")
         if self.depths is not None and (self.depths < 2 or self.split == "train"):
             raise ValueError(f"depths: found {self.depths}, expected at least 2, and only for test samples")
         if (self.tokens is None) == (self.lines is None):
@@ -172,11 +169,3 @@ class Request:
         if not 0 < low <= high:
             raise ValueError(f"tokens: found {self.tokens!r}, expected N or N:M with 0 < N <= M, such as 8000:31000")
         return low, high
-
-
-def in_split(split: Split, answer: str) -> bool:
-    """Return whether an answer belongs to a split: one bit of its SHA-256 decides.
-
-    So no answer, and therefore no sample, of one split can be drawn in the other, whatever the seed and length.
-    """
-    return (hashlib.sha256(answer.encode()).digest()[0] & 1) == (split == "test")

@@ -1,4 +1,4 @@
-"""``python -m eval probe``: the probes' commands. Each writes a JSON file and, beside it, a plot."""
+"""``seal probe``: the probes' commands. Each writes a JSON file and, beside it, a plot."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
-        stop("probe", error)
+        stop(error)
 
 
 def finish(result: dict[str, Any], out: Path, *journals: Path) -> None:
@@ -55,7 +55,7 @@ def finish(result: dict[str, Any], out: Path, *journals: Path) -> None:
     print(f"{out} and {out.with_suffix('.png')}")
 
 
-@app.command(epilog="Example: python -m eval probe heads --model models/smollm2-135m --lengths 512,2048 --samples 50")
+@app.command(epilog="Example: seal probe heads --model models/smollm2-135m --lengths 512,2048 --samples 50")
 def heads(
     model: Model, lengths: Lengths, task: Task = "line", samples: Samples = 50,
     batch: Annotated[int, typer.Option(help="Heads ablated in one batch; more need more memory.")] = 8,
@@ -74,7 +74,7 @@ def heads(
         finish(result, out, journal)
 
 
-@app.command(epilog="Example: python -m eval probe channels --model models/smollm2-135m --heads L9H4 --lengths 2048")
+@app.command(epilog="Example: seal probe channels --model models/smollm2-135m --heads L9H4 --lengths 2048")
 def channels(
     model: Model, lengths: Lengths,
     heads: Annotated[str, typer.Option(help="Heads whose channels are ablated one by one, as L1H18,L13H16.")],
@@ -94,9 +94,7 @@ def channels(
         finish(result, out, journal)
 
 
-@app.command(
-    epilog="Example: python -m eval probe gradient --model models/smollm2-135m --lengths 512,2048 --samples 50"
-)
+@app.command(epilog="Example: seal probe gradient --model models/smollm2-135m --lengths 512,2048 --samples 50")
 def gradient(
     model: Model, lengths: Lengths, task: Task = "line", samples: Samples = 50,
     points: Annotated[
@@ -124,9 +122,7 @@ def gradient(
         finish(result, out, journal)
 
 
-@app.command(
-    epilog="Example: python -m eval probe quadrants --model models/smollm2-135m --from results/probes/heads.json"
-)
+@app.command(epilog="Example: seal probe quadrants --model models/smollm2-135m --from results/probes/heads.json")
 def quadrants(
     model: Model,
     source: Annotated[Path, typer.Option("--from", help="Map of `heads` or `gradient` at two lengths.")],
@@ -154,8 +150,7 @@ def quadrants(
 
 
 @app.command(
-    epilog="Example: python -m eval probe direct --model models/smollm2-135m --adapter outputs/smollm2_line_sealc "
-    "--length 2048"
+    epilog="Example: seal probe direct --model models/smollm2-135m --adapter outputs/smollm2_line_sealc --length 2048"
 )
 def direct(
     model: Base,
@@ -183,9 +178,7 @@ def direct(
         finish(compare_models(models, task, length, find, normalised), out)
 
 
-@app.command(
-    epilog="Example: python -m eval probe transfer --model BASE --adapter line=outputs/a --adapter vt=outputs/b"
-)
+@app.command(epilog="Example: seal probe transfer --model BASE --adapter line=outputs/a --adapter vt=outputs/b")
 def transfer(
     model: Base,
     adapter: Annotated[list[str], typer.Option(help="NAME=FOLDER of a tuned adapter; once for each.")],
@@ -212,9 +205,7 @@ def transfer(
         finish(result, out, *journals)
 
 
-@app.command(
-    epilog="Example: python -m eval probe sweep --recipe recipes/smollm2_line_sealh.yml --rates 0.01 --lengths 2048"
-)
+@app.command(epilog="Example: seal probe sweep --recipe recipes/smollm2_line_sealh.yml --rates 0.01 --lengths 2048")
 def sweep(
     recipe: Recipe, lengths: ValidationLengths,
     rates: Annotated[str, typer.Option(help="Learning rates.")] = "0.005,0.01,0.02,0.03",
@@ -245,7 +236,7 @@ def sweep(
         finish(result, out, journal)
 
 
-@app.command(epilog="Example: python -m eval probe controls --recipe recipes/smollm2_line_sealc.yml --lengths 512,2048")
+@app.command(epilog="Example: seal probe controls --recipe recipes/smollm2_line_sealc.yml --lengths 512,2048")
 def controls(
     recipe: Recipe, lengths: ValidationLengths,
     seeds: Annotated[str, typer.Option(help="Seeds of data, order and shuffling.")] = "1,2,3",
@@ -264,9 +255,7 @@ def controls(
         finish(result, out, journal)
 
 
-@app.command(
-    epilog="Example: python -m eval probe inspect --adapter outputs/smollm2_line_sealc --map results/probes/heads.json"
-)
+@app.command(epilog="Example: seal probe inspect --adapter outputs/smollm2_line_sealc --map results/probes/heads.json")
 def inspect(
     adapter: Annotated[Path, typer.Option(help="SEAL adapter folder.")],
     against: Annotated[Path | None, typer.Option("--map", help="Map of `heads`, for scales by its quadrants.")] = None,

@@ -274,10 +274,10 @@ def read_map(file: Path, model: str) -> dict[str, Any]:
         raise ValueError(f"{file}: cannot be read as a map ({error})") from None
     is_map = isinstance(head_map, dict) and head_map.get("kind") in ("removal", "gradient")
     if not is_map or head_map.get("unit") != "head":
-        raise ValueError(f"{file}: not a map of heads: make one with `python -m eval probe heads`")
+        raise ValueError(f"{file}: not a map of heads: make one with `seal probe heads`")
     if not same_model(str(head_map.get("model")), model):
         raise ValueError(f"{file}: a map of {head_map.get('model')}, expected one of {model}: make it with "
-                         f"`python -m eval probe heads --model {model}`")  # fmt: skip
+                         f"`seal probe heads --model {model}`")  # fmt: skip
     return head_map
 
 

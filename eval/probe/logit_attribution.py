@@ -208,10 +208,10 @@ def first_difference(
     right = [id_ for id_ in reference if id_ not in stop]
     if tuned_answer[: len(right)] != right or base_answer[: len(right)] == right:
         return None
-    place = next(i for i, id_ in enumerate(right) if i >= len(base_answer) or base_answer[i] != id_)
-    if place >= len(base_answer):
+    position = next(i for i, id_ in enumerate(right) if i >= len(base_answer) or base_answer[i] != id_)
+    if position >= len(base_answer):
         return None
-    return torch.tensor([prompt + right[:place]]), right[place], base_answer[place]
+    return torch.tensor([prompt + right[:position]]), right[position], base_answer[position]
 
 
 def compare_models(models: list[LoadedModel], task: str, length: int, find: int, normalised: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Describe the memory and time of a recipe on one GPU (``python -m recipes cost``)."""
+"""Describe the memory and time of a recipe on one GPU (``seal recipe cost``)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def shape_for(base_model: str) -> Shape:
 
 
 def cost_lines(file: Path, gpu: str) -> list[str]:
-    """Return the lines that ``python -m recipes cost`` prints.
+    """Return the lines that ``seal recipe cost`` prints.
 
     Raises:
         ValueError: the recipe does not describe its data, its model's shape is unknown, or so is the GPU.

@@ -186,7 +186,7 @@ def expectation(recipe: Recipe) -> str:
         minutes = "a minute" if cost.cpu_minutes == 1 else f"{cost.cpu_minutes} minutes"
         return (
             f"Takes about {cost.cpu_gib:.0f} GiB, and {minutes} on two CPU cores: computed from shapes "
-            f"(`python -m recipes cost`), at the {CPU_FLOPS / 1e9:.0f} GFLOP/s in float32 that tuning SmolLM2-135M "
+            f"(`seal recipe cost`), at the {CPU_FLOPS / 1e9:.0f} GFLOP/s in float32 that tuning SmolLM2-135M "
             "with 1,024 tokens reached on two idle cores with AVX-512; others may take several times as long."
         )
     devices, gpu = recipe.context_parallel_size, CARDS[recipe.card]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_plugins.common.io import load_json, write_text
-from eval.metrics import wilson
+from eval.confidence import wilson
 from recipes.tools.render import TASKS as TITLES
 from recipes.tools.study_cells import (
     BASELINES,
@@ -72,7 +72,7 @@ def gather(folder: Path, commit: str | None) -> dict[str, Any]:
     settings = load_json(folder / "settings.json")
     return {
         "what": "the paper's tasks and methods on one model; greedy answers; rates chosen on validation samples",
-        "command": "python -m recipes.study run",
+        "command": "seal study run",
         "date": datetime.date.today().isoformat(),
         "commit": only([cell.get("commit") or commit for cell in cells]),
         "device": only([cell["device"] for cell in cells]),

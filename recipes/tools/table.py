@@ -7,7 +7,7 @@ from recipes.tools.methods import METHODS
 from recipes.tools.render import FOLDER, TASKS, Recipe, device_name, in_minutes, measurement
 
 README = FOLDER / "README.md"
-MARK = "<!-- Written by `python -m recipes write`; edits below this line are lost. -->\n"
+MARK = "<!-- Written by `seal recipe write`; edits below this line are lost. -->\n"
 
 
 def readme(recipes: list[Recipe]) -> str:

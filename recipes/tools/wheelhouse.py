@@ -123,7 +123,7 @@ def main() -> None:
             files = list(part.iterdir())
             print(f"{part}: {len(files)} wheels, {sum(file.stat().st_size for file in files) / 2**20:.0f} MiB")
     except (ValueError, OSError) as error:
-        stop("wheelhouse", error)
+        stop(error)
     print(f"on the GPU machine: pip install --no-index --no-deps {args.out}/part*/*.whl")
 
 

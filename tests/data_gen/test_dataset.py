@@ -158,10 +158,10 @@ def test_same_command_same_bytes_and_nothing_done_twice(tmp_path):
     # The manifest's command reproduces both files.
     manifest = manifest_path(first).read_bytes()
     command = shlex.split(json.loads(manifest)["command"])
-    assert command[:3] == ["python", "-m", "data_gen"]
+    assert command[:2] == ["seal", "data"]
     first.unlink()
     manifest_path(first).unlink()
-    assert data_gen(*command[3:], cwd=tmp_path).returncode == 0
+    assert data_gen(*command[2:], cwd=tmp_path).returncode == 0
     assert first.read_bytes() == second.read_bytes() and manifest_path(first).read_bytes() == manifest
 
 

@@ -8,12 +8,12 @@ import json
 import re
 from collections import Counter
 
+import bench_data as bench
 import pytest
 from paths import FIXTURES, TINY
 from transformers import AutoTokenizer
 
 from axolotl_plugins.common.tokenizer import count_tokens, load_tokenizer
-from data_gen import bench
 from data_gen.dataset import Request, generate, in_split, remark, write
 from data_gen.tasks import TASKS, cwe, fwe, longbench, niah, register, ruler_niah, vt
 from data_gen.tasks.ruler import string_match_all

@@ -76,6 +76,8 @@ def make_models(folder: Path) -> None:
     """Copies of the small model, each with one thing wrong, and one with grouped queries."""
     for called in ("no_template", "bad_template", "nonesuch", "bad_config", "cut", "lacking", "pickle", "quantised"):
         shutil.copytree(TINY, folder / called)
+    (folder / "merged").mkdir()
+    (folder / "merged/seal_merge.json").write_text("{}")
     (folder / "no_template/chat_template.jinja").unlink()
     (folder / "bad_template/chat_template.jinja").write_text("{% if %}")
     config = json.loads((TINY / "config.json").read_text())
@@ -266,6 +268,7 @@ CASES = [
     ("eval", QUADRANTS + "{file}/map.json --down nan", "down, up: found nan and 1.1, expected scales above 0"),
     ("eval", "probe transfer --model {tiny} --out {tmp}/p.json --adapter x", "adapter: found 'x', expected NAME="),
     ("eval", "probe inspect --out {tmp}/p.json --adapter {tiny}", "tiny: not an adapter folder"),
+    ("eval", "probe inspect --out {tmp}/p.json --adapter {model}/merged", "merged: is a merged model, expected an"),
     ("eval", "probe inspect --out {tmp}/p.json --adapter {adapter}/lora", "lora: found a LORA adapter"),
     ("eval", SWEEP + "{file}/no.yml", "/no.yml: No such file or directory"),
     ("eval", SWEEP + "{file}/list.yml", "list.yml: not a recipe: found list"),
@@ -348,7 +351,7 @@ def test_bad_input_is_one_line_and_writes_nothing(program, arguments, message, w
     with pytest.raises(SystemExit) as stopped:
         run(PROGRAMS[program], f"python -m {program}", arguments.format(**world, tmp=tmp_path).split())
     line = stopped.value.code  # Python prints a text to stderr and exits with status 1
-    assert isinstance(line, str) and "\n" not in line and re.match(r"[a-z_.]+: ", line)
+    assert isinstance(line, str) and "\n" not in line and line.startswith("seal: ")
     assert re.search(message, line), line
     assert len(line) < 700 and "Traceback" not in capsys.readouterr().err
     assert listing(*folders) == before
@@ -358,7 +361,7 @@ def test_bad_input_is_one_line_and_writes_nothing(program, arguments, message, w
 def test_a_process_exits_with_status_1(program, tmp_path):
     arguments = {"data_gen": ["line", "--out", "o.jsonl"], "axolotl_plugins.seal": ["verify", "none"]}[program]
     done = subprocess.run([sys.executable, "-m", program, *arguments], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and len(re.findall(rf"^({program}|verify): .+", done.stderr, re.MULTILINE)) == 1
+    assert done.returncode == 1 and len(re.findall(r"^seal: .+", done.stderr, re.MULTILINE)) == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -373,7 +376,7 @@ def test_an_interrupt_is_one_line(capsys):
 
     with pytest.raises(SystemExit) as stopped:
         run(app, "python -m eval", [])
-    assert stopped.value.code == INTERRUPTED and capsys.readouterr().err.strip().startswith("eval: interrupted: ")
+    assert stopped.value.code == INTERRUPTED and capsys.readouterr().err.strip().startswith("seal: interrupted: ")
 
 
 GOOD = chat("What is in line 3?", "It is 7.")

@@ -66,7 +66,7 @@ def required(command: click.Command, name: str) -> bool:
 
 def test_recipe_has_the_commands_of_its_program():
     recipe = {path[2] for path, _ in LEAVES if path[1] == "recipe"}
-    assert recipe >= {"new", "write", "fetch", "cost", "smoke", "params"}
+    assert recipe >= {"new", "write", "fetch", "cost", "params"}
 
 
 def test_an_unknown_command_and_a_missing_argument_are_one_line_each():

@@ -85,6 +85,20 @@ def test_bench_figures_of_the_performance_page_are_those_of_the_result():
         assert re.search(pattern.replace("%", " %"), DOCS["performance.md"]), pattern
 
 
+def test_the_readmes_figures_are_those_of_the_results():
+    study = json.loads((ROOT / "results" / "smollm2.json").read_text())
+    table = {row.split(" | ")[0].strip("| ").split(",")[0]: re.findall(r"\d\.\d\d", row)
+             for row in README.splitlines() if re.match(r"\| (base|SEAL|LoRA)", row)}  # fmt: skip
+    assert set(table) == {"base", "SEAL-H", "SEAL-C", "LoRA"}
+    for method, printed in table.items():
+        runs = [row["scores"] for row in study["rows"] if (row["task"], row["method"]) == ("line", method)]
+        means = [sum(score["score"] for score in scores) / len(runs) for scores in zip(*runs, strict=True)]
+        assert printed == [f"{mean:.2f}" for mean in means], method
+    text = " ".join(README.split())
+    for method, scores in json.loads((ROOT / "results" / "demo.json").read_text())["scores"].items():
+        assert f"{method} {', '.join(format(score['score'], '.2f') for score in scores)}" in text
+
+
 def test_the_readmes_python_runs():
     from axolotl_plugins.seal.model_loading import load
     from data_gen.dataset import Request, generate
@@ -95,6 +109,18 @@ def test_the_readmes_python_runs():
     exec(README.split("```python\n")[1].split("```")[0], scope)
     scales = [parameter for parameter in scope["model"].parameters() if parameter.requires_grad]
     assert sum(scale.numel() for scale in scales) == 12 and all((scale != 1).all() for scale in scales)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom_and_its_model_learns(smollm2, monkeypatch):
+    monkeypatch.chdir(ROOT / "docs")  # as Jupyter does
+    cells = json.loads((ROOT / "docs/quickstart.ipynb").read_text())["cells"]
+    scope: dict[str, object] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), scope)
+    assert scope["after"].mean.score > scope["before"].mean.score + 0.3
+    assert (scope["out"] / "merged" / "model.safetensors").is_file()
 
 
 def random_model(model_type: str, folder: Path) -> str:

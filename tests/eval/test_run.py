@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +16,17 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from axolotl_plugins.common.console import run as run_app
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.model_loading import load, load_each
 from data_gen.dataset import Request, generate
 from data_gen.tasks import niah
 from data_gen.tasks.line_retrieval import last_integer
+from eval.__main__ import app
+from eval.confidence import wilson
 from eval.evaluate import evaluate
 from eval.harness import Harness, Responses
-from eval.metrics import METRICS, wilson
+from eval.metrics import METRICS
 from eval.result_cache import result_name
 from eval.results import from_json, read_results, to_json
 from eval.run import mean_scores, run
@@ -184,7 +188,7 @@ def test_results_are_the_same_after_a_round_trip_through_json(tmp_path):
     assert evaluate([load(TINY)], ["line", "niah"], spec) == results  # without files
     line, niah = (json.loads(file.read_text()) for file in outputs[0].values())
     assert list(line) == ["model", "base", "method", "task", "window", "seed", "shots", "contaminated", "scores",
-                          "depths", "mean", "responses", "asked"]  # fmt: skip
+                          "depths", "mean", "responses", "asked", "fingerprint"]  # fmt: skip
     assert list(line["scores"][0]) == ["length", "tokens", "count", "score", "low", "high"]
     assert list(line["mean"]) == ["tokens", "count", "score", "low", "high"] and line["asked"]["samples"] == 3
     assert [row["depth"] for row in niah["depths"]] == [row.depth for row in results[1].depths] != []
@@ -196,9 +200,6 @@ def test_results_are_the_same_after_a_round_trip_through_json(tmp_path):
 
 
 def test_a_result_is_not_lost_to_one_of_other_samples(tmp_path):
-    from axolotl_plugins.common.console import run as run_app
-    from eval.__main__ import app
-
     def score(samples: int) -> None:
         wanted = ["--lengths", "260", "--samples", str(samples), "--out", str(tmp_path / "r.json")]
         run_app(app, "python -m eval", ["run", "--model", str(TINY), *wanted])
@@ -213,6 +214,29 @@ def test_a_result_is_not_lost_to_one_of_other_samples(tmp_path):
     (tmp_path / "r.json").write_text("{}")
     with pytest.raises(SystemExit, match=r"r\.json: is no result of this command"):
         score(2)
+
+
+def test_a_finished_evaluation_is_read_and_not_run_again(tmp_path, monkeypatch, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+
+    def score(*more: str) -> dict[str, float]:
+        command = ["run", "--model", str(model), "--lengths", "260", "--samples", "2", "--out", str(tmp_path / "out")]
+        run_app(app, "python -m eval", [*command, *more])
+        path = next((tmp_path / "out").glob("*.json"))
+        return {"inode": path.stat().st_ino, "score": json.loads(path.read_text())["mean"]["score"]}
+
+    first = score()
+    printed = capsys.readouterr().out
+    assert not list((tmp_path / "out").glob(".*"))  # no cache is left
+    with monkeypatch.context() as patch:
+        patch.setattr("axolotl_plugins.seal.model_loading.load", None)
+        assert score("--batch-size", "1") == first
+    again = capsys.readouterr().out
+    assert again.endswith("scored before; remove the result files to score again\n")
+    assert again.splitlines()[:-1] == printed.splitlines()[1:]  # without the line before scoring
+    (model / "generation_config.json").touch()  # another model now
+    assert score()["inode"] != first["inode"]
 
 
 def test_several_adapters_share_one_base_and_score_as_they_do_alone(tmp_path):

@@ -45,7 +45,7 @@ def test_recipes_are_what_the_matrix_says():
 def test_the_table_of_the_readme_is_what_write_makes():
     """One row per recipe, under prose that a user may edit."""
     text = README.read_text()
-    assert text == readme(matrix_recipes()), "run `python -m recipes write`"
+    assert text == readme(matrix_recipes()), "run `seal recipe write`"
     rows = [row for row in text.splitlines() if re.search(r"\| \[(\w+)\.yml\]\(\1\.yml\) \|", row)]
     assert sorted(re.findall(r"\((\w+)\.yml\)", "".join(rows))) == sorted(TEXTS) and len(rows) == len(TEXTS)
     row = next(row for row in rows if "(longchat7b_niah_sealc.yml)" in row)

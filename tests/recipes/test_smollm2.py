@@ -38,7 +38,7 @@ def command(
 def refusal(done: subprocess.CompletedProcess[str]) -> str:
     """The one line that a command which failed has printed."""
     assert done.returncode == 1 and not done.stdout
-    assert re.fullmatch(r"recipes: .+\n", done.stderr), done.stderr
+    assert re.fullmatch(r"seal: .+\n", done.stderr), done.stderr
     return done.stderr
 
 

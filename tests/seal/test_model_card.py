@@ -62,7 +62,7 @@ def test_pushing_without_a_hub_is_one_line(adapter, tmp_path, monkeypatch):
 
 
 def test_the_command_writes_the_card_alone(adapter):
-    command = [sys.executable, "-m", "axolotl_plugins.seal", "push", str(adapter), "--results", "nowhere"]
+    command = [sys.executable, "-m", "eval", "push", str(adapter), "--results", "nowhere"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (adapter / "README.md").read_text().startswith(f"---\nbase_model: {LONGCHAT}\n")

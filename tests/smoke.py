@@ -1,4 +1,4 @@
-"""Run recipes for two steps on random-weight miniatures of their models (``make recipes-smoke``).
+"""Launch recipes for two steps on random-weight miniatures of their models (``make recipes-smoke``).
 
 A miniature has its model's architecture, number of heads, ratio of query to key heads and RoPE, with two layers and
 narrow heads. All other settings of a recipe are unchanged, except those that need a GPU or the hub.
@@ -6,6 +6,7 @@ narrow heads. All other settings of a recipe are unchanged, except those that ne
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from axolotl_plugins.common.console import quiet_libraries, stop
 from axolotl_plugins.common.io import remove, write_text
 from data_gen.tasks import TASKS
 from recipes.tools.render import FOLDER, all_recipes, read_matrix
@@ -226,6 +228,7 @@ def smoke(names: list[str], jobs: int) -> None:
         raise ValueError(f"recipe: found {unknown[0]!r}, expected a name in recipes, such as {min(texts)}")
     # The folder's name changes with the recipes and everything that a run depends on, so that stale runs are repeated.
     digest = hashlib.sha256(repr(sorted(texts.items())).encode())
+    digest.update(Path(__file__).read_bytes())
     for folder in ("axolotl_plugins", "data_gen", "recipes", TOKENIZER):
         for path in sorted(Path(folder).rglob("*")):
             if path.is_file() and path.suffix not in (".pyc", ".yml"):
@@ -237,3 +240,20 @@ def smoke(names: list[str], jobs: int) -> None:
         count = trained(work / name)
         table.add_row(name, str(count), f"{seconds[name]:.0f}")
     Console().print(table)
+
+
+def main() -> None:
+    """Parse the command line and launch the recipes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="recipes; default: all of matrix.yml")
+    parser.add_argument("--jobs", type=int, default=2, help="concurrent runs")
+    options = parser.parse_args()
+    quiet_libraries()
+    try:
+        smoke(options.names, options.jobs)
+    except (ValueError, RuntimeError, OSError) as error:
+        stop(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -335,6 +335,15 @@ def test_longbench_takes_the_longest_and_truncates_the_middle(tmp_path, tokenize
         list(generate(Request("longbench", "900", samples=1, data=str(data)), tokenizer))
 
 
+@pytest.mark.parametrize("source", ["original", "formatted"])
+def test_longbench_trains_on_the_originals_prompts_from_either_source(source, tmp_path, tokenizer):
+    rows = [json.loads(row) for row in (FIXTURES / "longbench_formatted.jsonl").read_text().splitlines()]
+    row = next(row for row in rows if row["set"] == "triviaqa_e")
+    (tmp_path / "data.jsonl").write_text(json.dumps(row[source]) + "\n")
+    sample = next(generate(Request("longbench", "900", samples=1, data=str(tmp_path / "data.jsonl")), tokenizer))
+    assert sample["messages"][0]["content"] == row["prompt"] and sample["answer"] == "a letter"
+
+
 def test_what_cannot_be_asked_for():
     for arguments, message in (
         ({"task": "line", "tokens": "400", "haystack": "x"}, "haystack: line has no such option"),

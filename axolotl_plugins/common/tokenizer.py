@@ -154,6 +154,9 @@ def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
                 "parts instead of a text): name another with --chat-template"
             )
         encode_chat(tokenizer, chat)
+        prompt = render_prompt(tokenizer, chat[:-1])
+        if not text[len(prompt) :].lstrip().startswith(chat[-1]["content"]):
+            raise different_prompts(text, prompt, chat[-1]["content"])
     except (TemplateError, TypeError) as error:
         raise ValueError(f"chat-template: {name!r} has an invalid one ({first_line(error)}): correct it") from None
 
@@ -185,14 +188,21 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple
     text, prompt = tokenizer.apply_chat_template(messages, tokenize=False), render_prompt(tokenizer, messages[:-1])
     ids, prompt_ids = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, prompt))
     if ids[: len(prompt_ids)] != prompt_ids:
-        shared = len(os.path.commonprefix([text, prompt]))
-        raise ValueError(
-            f"chat-template: its generation prompt ends in {prompt[shared:][-40:]!r}, where the same chat with its answer "
-            f"goes on with {text[shared:][:40]!r}, so that training and scoring would see different prompts: set template "
-            'arguments, if it has any (--chat-template-kwargs \'{"enable_thinking": false}\', in a recipe '
-            "`chat_template_kwargs`), or name another template"
-        )
+        raise different_prompts(text, prompt, messages[-1]["content"])
     return ids, len(prompt_ids)
+
+
+def different_prompts(text: str, prompt: str, answer: str) -> ValueError:
+    """Return the error for a chat, rendered with its answer, in which something else than the prompt precedes it."""
+    rest = text[len(os.path.commonprefix([text, prompt])) :]
+    tokens_differ = text.startswith(prompt) and rest.lstrip().startswith(answer)
+    difference = "has other tokens there, joined with the answer's" if tokens_differ else f"goes on with {rest[:40]!r}"
+    return ValueError(
+        f"chat-template: its generation prompt ends in {prompt[-20:]!r}, where the same chat with its answer {difference}, "
+        "so that training and scoring would see different prompts: set template arguments, if it has any "
+        '(--chat-template-kwargs \'{"enable_thinking": false}\', in a recipe `chat_template_kwargs`), or name another '
+        "template"
+    )
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from axolotl_plugins.common.tokenizer import Messages, encode_chat
+from axolotl_plugins.common.tokenizer import Messages, check_template, encode_chat
 from axolotl_plugins.common.window import condensed, stated_window
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ def tune(
     if not 0 < lr < math.inf:
         raise ValueError(f"lr: found {lr}, expected a number above 0; the paper's lie between 5e-3 and 5e-2")
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    check_template(tokenizer, tokenizer.name_or_path)
     samples = [encode(chat, tokenizer) for chat in chats]
     check_window(model, max(ids.shape[1] for ids, _ in samples))
     order = random.Random(seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +88,9 @@ def parse_arguments(text: str | None) -> dict[str, Any] | None:
     except json.JSONDecodeError:
         arguments = None
     if not isinstance(arguments, dict):
-        raise ValueError(f"chat-template-kwargs: found {text!r}, expected JSON such as '{{\"enable_thinking\": false}}'")
+        raise ValueError(
+            f"chat-template-kwargs: found {text!r}, expected JSON such as '{{\"enable_thinking\": false}}'"
+        )
     return arguments
 
 
@@ -194,13 +195,14 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple
 
 def different_prompts(text: str, prompt: str, answer: str) -> ValueError:
     """Return the error for a chat, rendered with its answer, in which something else than the prompt precedes it."""
-    rest = text[len(os.path.commonprefix([text, prompt])) :]
+    pairs = enumerate(zip(text, prompt, strict=False))
+    rest = text[next((place for place, pair in pairs if pair[0] != pair[1]), len(prompt)) :]
     tokens_differ = text.startswith(prompt) and rest.lstrip().startswith(answer)
     difference = "has other tokens there, joined with the answer's" if tokens_differ else f"goes on with {rest[:40]!r}"
     return ValueError(
-        f"chat-template: its generation prompt ends in {prompt[-20:]!r}, where the same chat with its answer {difference}, "
-        "so that training and scoring would see different prompts: set template arguments, if it has any "
-        '(--chat-template-kwargs \'{"enable_thinking": false}\', in a recipe `chat_template_kwargs`), or name another '
+        f"chat-template: its generation prompt ends in {prompt[-20:]!r}, where the same chat with its answer "
+        f"{difference}, so that training and scoring would see different prompts: set template arguments, if it has any "
+        "(--chat-template-kwargs '{\"enable_thinking\": false}', in a recipe `chat_template_kwargs`), or name another "
         "template"
     )
 

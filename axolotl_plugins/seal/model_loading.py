@@ -266,7 +266,10 @@ def load(
 
 
 def load_each(
-    adapters: dict[str, str], *, chat_template: str | None = None, trust_remote_code: bool = False,
+    adapters: dict[str, str],
+    *,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
     template_arguments: dict[str, Any] | None = None,
 ) -> Iterator[LoadedModel]:
     """Load adapters of one base model, which is loaded once; yield each activated adapter until the next.

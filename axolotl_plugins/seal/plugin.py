@@ -75,8 +75,8 @@ def prepare_window(cfg: dict[str, Any]) -> None:
         }
     if (window := stated_window(config)) and cfg["sequence_len"] > window:
         raise ValueError(
-            f"sequence_len: found {cfg['sequence_len']}, but the window of {name} is {window} tokens: lower it, or stretch "
-            "the window by `model_config:` (docs/add-a-model.md)"
+            f"sequence_len: found {cfg['sequence_len']}, but the window of {name} is {window} tokens: lower it, or "
+            "stretch the window by `model_config:` (docs/add-a-model.md)"
         )
 
 

@@ -76,7 +76,8 @@ def tune(
     Args:
         model: wrapped by any PEFT method; only its trainable parameters change.
         chats: chats that end with the answer.
-        tokenizer: with the model's chat template; ``axolotl_plugins.common.tokenizer.with_arguments`` sets variables of it.
+        tokenizer: with the model's chat template, whose variables ``axolotl_plugins.common.tokenizer.with_arguments``
+            sets.
         lr: learning rate, in the paper 1e-2 or 2e-2 for line retrieval.
         epochs: passes over the samples, in the paper 1.
         seed: seed of the samples' order.

@@ -5,9 +5,11 @@ of ``group_size`` tokens, so that no distance exceeds those of pretraining. Sect
 it, with groups of 6 and a neighbour window of 1,024 tokens.
 
 The model's config enables it: ``rope_parameters: {rope_type: self_extend, rope_theta: ..., group_size: 6,
-neighbor_window: 1024}``. With a window of w and groups of G, ``w - w // G`` is added to distances in groups, so that they
-continue the near ones; with ``exact_offset: true`` it is ``w - w / G``, as in the prefill of the original program. Importing this package registers the RoPE type with Transformers; without it, loading such a
-model fails instead of running at positions beyond pretraining.
+neighbor_window: 1024}``. With a window of w and groups of G, ``w - w // G`` is added to distances in groups, so that
+they continue the near ones; with ``exact_offset: true`` it is ``w - w / G``, as in the prefill of the original program.
+
+Importing this package registers the RoPE type with Transformers; without it, loading such a model fails instead of
+running at positions beyond pretraining.
 """
 
 from __future__ import annotations

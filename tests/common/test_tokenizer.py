@@ -21,7 +21,9 @@ from axolotl_plugins.common.tokenizer import (
 
 OWN = (TINY / "chat_template.jinja").read_text()
 # As R1-Distill's and QwQ's: the generation prompt opens the thinking that stored answers have lost.
-THINKS = OWN.replace("{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<|assistant|><think>\n")
+THINKS = OWN.replace(
+    "{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<|assistant|><think>\n"
+)
 # As Qwen3's: thinking is on unless an argument says otherwise, and the last answer has an empty one.
 SWITCHED = OWN.replace(
     "<|assistant|>{% generation %}", "<|assistant|><think>\n\n</think>\n\n{% generation %}"
@@ -68,7 +70,7 @@ def test_templates_in_files_of_their_own_are_named_as_well(tmp_path):
 
 def test_a_template_that_drops_the_text_is_refused(tmp_path):
     """One that reads content as a list of parts, as LLaVA's and SmolVLM's."""
-    with pytest.raises(ValueError, match="drops the text of the user's messages .some expect a list of parts"):
+    with pytest.raises(ValueError, match=r"drops the text of the user's messages .some expect a list of parts"):
         load_tokenizer(str(TINY), PARTS)
     with pytest.raises(ValueError, match="drops the text of the assistant's messages"):
         load_tokenizer(str(TINY), "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
@@ -76,7 +78,7 @@ def test_a_template_that_drops_the_text_is_refused(tmp_path):
 
 def test_a_prompt_that_training_does_not_have_is_refused():
     for template in (THINKS, SWITCHED, OWN.replace("%}<|assistant|>{% endif %}", "%}<|assistant|> {% endif %}")):
-        with pytest.raises(ValueError, match="training and scoring would see different prompts.*chat_template_kwargs"):
+        with pytest.raises(ValueError, match=r"training and scoring would see different prompts.*chat_template_kwargs"):
             load_tokenizer(str(TINY), template)
 
 
@@ -98,7 +100,7 @@ def test_arguments_are_part_of_the_template():
     assert render_prompt(tokenizer, CHAT[:1]).endswith("<think>\n")
 
 
-@pytest.mark.parametrize("value", [True, None, 3, 0.5, "it's \"quoted\"\n", "日本語", [1, None], {"a": True}])
+@pytest.mark.parametrize("value", [True, None, 3, 0.5, 'it\'s "quoted"\n', "日本語", [1, None], {"a": True}])
 def test_arguments_have_any_json_value(value):
     template = OWN.replace("{{ bos_token }}", "{{ bos_token }}{{ level | tojson }}")
     tokenizer = AutoTokenizer.from_pretrained(TINY)
@@ -107,7 +109,9 @@ def test_arguments_have_any_json_value(value):
     assert tokenizer.apply_chat_template(CHAT, tokenize=False) == expected
 
 
-@pytest.mark.parametrize("template", ["\n{{ messages }}{{ x }}", "  {% if x %}a{% endif %}", "{{ messages[0].content }}{{ x }}"])
+@pytest.mark.parametrize(
+    "template", ["\n{{ messages }}{{ x }}", "  {% if x %}a{% endif %}", "{{ messages[0].content }}{{ x }}"]
+)
 def test_arguments_leave_the_template_s_first_line_as_it_is(template):
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     rendered = [
@@ -123,13 +127,15 @@ def test_arguments_that_the_template_does_not_read_are_refused():
             load_tokenizer(str(TINY), SWITCHED, {name: False})
     assert parse_arguments('{"enable_thinking": false}') == {"enable_thinking": False} and parse_arguments(None) is None
     for text in ("enable_thinking=false", "[1]", "{"):
-        with pytest.raises(ValueError, match="chat-template-kwargs: found .* expected JSON"):
+        with pytest.raises(ValueError, match=r"chat-template-kwargs: found .* expected JSON"):
             parse_arguments(text)
 
 
 def test_a_prefix_begins_the_answer_as_in_training():
     """Also where the template puts a space before it."""
-    tokenizer = load_tokenizer(str(TINY), OWN.replace("<|assistant|>{% generation %}", "<|assistant|> {% generation %}"))
+    tokenizer = load_tokenizer(
+        str(TINY), OWN.replace("<|assistant|>{% generation %}", "<|assistant|> {% generation %}")
+    )
     text = tokenizer.apply_chat_template(as_messages("Which?", "Answer: 7"), tokenize=False)
     assert render_prompt(tokenizer, CHAT[:1], "Answer:") == "<s><|user|>Which?<|assistant|> Answer:"
     assert text.startswith(render_prompt(tokenizer, CHAT[:1], "Answer:"))

@@ -168,8 +168,10 @@ def test_samples_of_a_version_have_its_text_and_steps(task, version, tokenizer):
 
 
 def test_a_version_of_ruler_is_one_of_rulers():
-    for arguments, message in (({"task": "line", "ruler_version": 2024}, "ruler_version: line has no such option"),
-                               ({"task": "vt", "ruler_version": 2023}, "found 2023, expected 2024 or 2025")):  # fmt: skip
+    for arguments, message in (
+        ({"task": "line", "ruler_version": 2024}, "ruler_version: line has no such option"),
+        ({"task": "vt", "ruler_version": 2023}, "found 2023, expected 2024 or 2025"),
+    ):
         with pytest.raises(ValueError, match=message):
             Request(tokens="4096", **arguments)
 

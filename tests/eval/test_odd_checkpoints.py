@@ -35,7 +35,13 @@ def save(folder: Path, model_type: str, **config: object) -> str:
     """A random-weight miniature with the tiny model's tokenizer; its config.json holds the keys as they are given."""
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     torch.manual_seed(0)
-    shape = {**SHAPES[model_type], "vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    shape = {
+        **SHAPES[model_type],
+        "vocab_size": len(tokenizer),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**shape))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -63,7 +69,11 @@ def logits(model: torch.nn.Module, length: int) -> torch.Tensor:
 
 
 def test_vicunas_stretched_window_is_scored_and_tuned(tmp_path):
-    vicuna = {"max_position_embeddings": 512, "max_sequence_length": 2048, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    vicuna = {
+        "max_position_embeddings": 512,
+        "max_sequence_length": 2048,
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+    }
     base = save(tmp_path / "base", "llama", **vicuna)
     loaded = load(base)
     assert loaded.window == 2048 and loaded.model.config.rope_parameters["factor"] == 4
@@ -124,7 +134,7 @@ def test_without_a_stated_window_an_option_states_it(tmp_path):
     adapter = tuned(base, tmp_path / "adapter")
     merge(adapter, tmp_path / "merged", report=lambda line: None)  # needs no window
     for model in (base, adapter, tmp_path / "merged"):
-        with pytest.raises(ValueError, match="states no context window .*by --model-config"):
+        with pytest.raises(ValueError, match=r"states no context window .*by --model-config"):
             load(model)
         stated = load(model, model_config={"max_position_embeddings": 700})
         assert run(stated, "line", lengths=[300, 600], samples=1).window == 700
@@ -141,7 +151,9 @@ def copy_of(folder: Path, remove: tuple[str, ...] = (), **files: dict) -> Path:
         file = folder / f"{name}.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | keys))
     file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key not in remove}))
+    file.write_text(
+        json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key not in remove})
+    )
     if "chat_template" in files.get("tokenizer_config", {}):
         (folder / "chat_template.jinja").unlink()
     return folder
@@ -151,9 +163,11 @@ def expected_responses() -> list[dict]:
     return run(load(TINY), "line", lengths=[256], samples=8).responses
 
 
-@pytest.mark.parametrize("missing", [("eos_token",), ("eos_token", "pad_token"), ("eos_token", "bos_token", "pad_token")])
+@pytest.mark.parametrize(
+    "missing", [("eos_token",), ("eos_token", "pad_token"), ("eos_token", "bos_token", "pad_token")]
+)
 def test_a_tokenizer_without_an_end_is_scored(missing, tmp_path):
-    """The ends are those of config.json; the template writes the tokens as text, as Qwen's without a first token does."""
+    """The ends are those of config.json; the template writes the tokens as text, as Qwen's without bos does."""
     template = (TINY / "chat_template.jinja").read_text().replace("eos_token", "'</s>'").replace("bos_token", "'<s>'")
     model = copy_of(
         tmp_path / "model", missing, config={"eos_token_id": [2, 7]}, generation_config={"eos_token_id": None},

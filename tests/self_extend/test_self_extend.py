@@ -61,7 +61,9 @@ def formula(module, query, key, value, attention_mask, scaling=None, **_):
 
     near = query @ key.transpose(-1, -2)
     exact = config.rope_parameters.get("exact_offset")
-    far = at(query, place // GROUP + WINDOW - (WINDOW / GROUP if exact else WINDOW // GROUP)) @ at(key, place // GROUP).transpose(-1, -2)
+    far = at(query, place // GROUP + WINDOW - (WINDOW / GROUP if exact else WINDOW // GROUP)) @ at(
+        key, place // GROUP
+    ).transpose(-1, -2)
     distance = place[:, None] - place[None, :]
     scores = torch.where(distance < WINDOW, near, far) * (scaling or query.shape[-1] ** -0.5)
     scores = scores.masked_fill(distance < 0, float("-inf"))

@@ -201,9 +201,9 @@ def different_prompts(text: str, prompt: str, answer: str) -> ValueError:
     difference = "has other tokens there, joined with the answer's" if tokens_differ else f"goes on with {rest[:40]!r}"
     return ValueError(
         f"chat-template: its generation prompt ends in {prompt[-20:]!r}, where the same chat with its answer "
-        f"{difference}, so that training and scoring would see different prompts: set template arguments, if it has any "
-        "(--chat-template-kwargs '{\"enable_thinking\": false}', in a recipe `chat_template_kwargs`), or name another "
-        "template"
+        f"{difference}, so that training and scoring would see different prompts: set template arguments, if it has "
+        "any, by --chat-template-kwargs '{\"enable_thinking\": false}' (in a recipe `chat_template_kwargs`), or name "
+        "another template"
     )
 
 

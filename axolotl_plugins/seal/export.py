@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import IA3Config
+from peft import IA3Config, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
 
 from axolotl_plugins.common.io import check_output, written_whole
 
 from . import provenance
 from .config import SealConfig
+from .layer import SealLayer
+from .model_loading import load
 from .scales import saved_scales
 
 
@@ -29,10 +30,11 @@ def export_ia3(adapter: Path, out: Path) -> None:
     saved_scales(adapter)  # raises if the folder is not a SEAL adapter
     check_output(out, folder=True)
     config = SealConfig.from_pretrained(str(adapter))
+    channels = projection_channels(adapter) if config.granularity == "head" else {}
     tensors = {}
     for name, scale in load_file(adapter / "adapter_model.safetensors").items():
         if config.granularity == "head":
-            scale = scale.repeat_interleave(head_dim(config))
+            scale = scale.repeat_interleave(channels[name] // len(scale))
         tensors[name.removesuffix("seal_scale") + "ia3_l"] = scale.reshape(1, -1).to(torch.float32).contiguous()
     modules = [name.removeprefix("base_model.model.").removesuffix(".ia3_l") for name in tensors]
     ia3_config = IA3Config(
@@ -46,7 +48,8 @@ def export_ia3(adapter: Path, out: Path) -> None:
         provenance.copy(adapter, partial)
 
 
-def head_dim(config: SealConfig) -> int:
-    """Return the channels per head of the adapter's base model, from its config."""
-    base_config = AutoConfig.from_pretrained(config.base_model_name_or_path).get_text_config()
-    return getattr(base_config, "head_dim", None) or base_config.hidden_size // base_config.num_attention_heads
+def projection_channels(adapter: Path) -> dict[str, int]:
+    """Return the name of each tensor in an adapter's file and the input channels of the projection that it scales."""
+    model = load(adapter, weights=False, needs_template=False).model
+    layers = get_peft_model(model, SealConfig.from_pretrained(str(adapter))).named_modules()
+    return {f"{name}.seal_scale": layer.in_features for name, layer in layers if isinstance(layer, SealLayer)}

@@ -207,6 +207,7 @@ def with_adapter(loaded: LoadedModel, config: PeftConfig) -> LoadedModel:
 def load(
     name: str | Path, *, dtype: torch.dtype | str = "auto", chat_template: str | None = None,
     trust_remote_code: bool = False, weights: bool = True, model_config: dict[str, Any] | None = None,
+    needs_template: bool = True,
 ) -> LoadedModel:  # fmt: skip
     """Load a model for inference.
 
@@ -219,6 +220,7 @@ def load(
         weights: load the weights; without them the model is on the meta device and an adapter is not applied, for
             models served by another process.
         model_config: keys of the model's config to override, as a recipe's ``model_config``.
+        needs_template: refuse a tokenizer without a chat template.
 
     Raises:
         ValueError: a file is missing, corrupt or does not match the model; the message is one line.
@@ -253,7 +255,8 @@ def load(
         raise cannot_load(name, error) from error
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
-    check_template(tokenizer, name)
+    if needs_template or tokenizer.chat_template:
+        check_template(tokenizer, name)
     window = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not window:
         raise ValueError(f"{name}: its config has no context window (max_position_embeddings)")

@@ -20,8 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from axolotl_plugins.common.io import file_hash
 from axolotl_plugins.seal import SealConfig, provenance
 from axolotl_plugins.seal.export import export_ia3
-from axolotl_plugins.seal.layer import scale_columns
-from axolotl_plugins.seal.merge import RECORD, merge, merged_tensors, verify
+from axolotl_plugins.seal.merge import RECORD, merge, scale_factors, verify
 from axolotl_plugins.seal.model_loading import load
 from axolotl_plugins.seal.provenance import seen_texts
 
@@ -55,20 +54,18 @@ def test_value_rows_do_what_output_columns_do(name, grain):
     for into in ("v_proj", "o_proj"):
         plain = build(name)
         parameters = dict(plain.named_parameters())
-        changed = merged_tensors(model, into)
-        for key, tensor in changed.items():
-            parameters[key.removeprefix("base_model.model.")].data = tensor
+        factors = scale_factors(model, into)
+        for key, factor in factors.items():
+            parameters[key].data *= factor
         torch.testing.assert_close(logits(plain), wanted, atol=5e-5, rtol=0)
         different = {key for key, p in base.named_parameters() if not torch.equal(p, parameters[key])}
-        assert different == {key.removeprefix("base_model.model.") for key in changed}
+        assert different == set(factors)
 
 
 @pytest.mark.parametrize("name", sorted(set(MINIATURES) - set(MHA)))
-def test_grouped_queries_refuse_value_rows_and_auto_avoids_them(name):
-    model = tuned(name, "channel")
-    with pytest.raises(ValueError, match=r"one value row serves several query heads|not known"):
-        merged_tensors(model, "v_proj")
-    assert all("o_proj" in key for key in merged_tensors(model, "auto"))
+def test_grouped_queries_refuse_value_rows(name):
+    with pytest.raises(ValueError, match="one value row serves several query heads"):
+        scale_factors(tuned(name, "channel"), "v_proj")
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +143,11 @@ def test_exported_to_stock_ia3_it_does_the_same(base_folder, options, tmp_path):
         export_ia3(tmp_path / "ia3", tmp_path / "again")
 
 
+def multiplied(number):
+    """``scale_factors`` with wrong factors."""
+    return lambda *args: {name: factor * number for name, factor in scale_factors(*args).items()}
+
+
 def test_a_merge_that_cannot_be_proved_leaves_nothing(base_folder, tmp_path, monkeypatch):
     """A wrong merge, here one whose scales were disturbed between measuring and merging, is caught."""
     model = get_peft_model(
@@ -153,7 +155,7 @@ def test_a_merge_that_cannot_be_proved_leaves_nothing(base_folder, tmp_path, mon
         SealConfig(granularity="head", base_model_name_or_path=str(base_folder[torch.float32])),
     )
     model.save_pretrained(tmp_path / "adapter")
-    monkeypatch.setattr("axolotl_plugins.seal.merge.scale_columns", lambda layer, scale: layer.weight.data * 1.5)
+    monkeypatch.setattr("axolotl_plugins.seal.merge.scale_factors", multiplied(1.5))
     with pytest.raises(ValueError, match="would change logits"):
         merge(tmp_path / "adapter", tmp_path / "merged", "o_proj", report=lambda _: None)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -181,10 +183,7 @@ def test_what_float32_rounds_is_told_from_a_wrong_merge(base_folder, tmp_path, m
     save_adapter(tmp_path / "base", tmp_path / "adapter")
     found = merge(tmp_path / "adapter", tmp_path / "merged", "o_proj", report=lambda _: None)
     assert found["difference"] > 1e-4
-    right = scale_columns
-    monkeypatch.setattr(
-        "axolotl_plugins.seal.merge.scale_columns", lambda layer, scale: right(layer, scale * (1 + 1e-5))
-    )
+    monkeypatch.setattr("axolotl_plugins.seal.merge.scale_factors", multiplied(1 + 1e-5))
     with pytest.raises(ValueError, match="in float64, more than 1e-04"):
         merge(tmp_path / "adapter", tmp_path / "again", "o_proj", report=lambda _: None)
 
@@ -209,7 +208,7 @@ def change_weights(file, name, factor=2.0):
 def test_verify_repeats_the_proof(merged_once):
     said = []
     verify(merged_once / "merged", report=said.append)
-    assert "2 tensors merged, all others equal the base model's" in said[0]
+    assert "2 of 21 tensors merged, all others equal the base model's" in said[0]
     assert seen_texts(merged_once / "merged") == {"0123456789abcdef"}
 
 

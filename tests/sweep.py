@@ -7,9 +7,8 @@ docs/architectures.md.
 from __future__ import annotations
 
 import json
-import math
 import os
-import subprocess
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -18,64 +17,213 @@ from typing import Any
 os.environ.update(AXOLOTL_DO_NOT_TRACK="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import torch
+import transformers
 from paths import ROOT, TINY
 from peft import PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from axolotl_plugins.common.console import first_line
 from axolotl_plugins.seal import SealConfig, SealLayer
+from axolotl_plugins.seal.export import export_ia3
+from axolotl_plugins.seal.merge import merge, verify
+from axolotl_plugins.seal.model_loading import LoadedModel, load
+from eval.generation import generate_answers
 
 TABLE = ROOT / "docs/architectures.md"
 TIMEOUT = 60  # seconds per architecture
 LARGEST = 1_000_000  # parameters
 
-# Keys of all configs -> the value in a miniature. Where a config lacks a key nothing is set.
-SHRUNK = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "hidden_dim", "emb_dim",
-                     "dim_model", "hidden_size_per_layer_input", "lru_width", "attention_hidden_size"), 32),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim",
-                     "moe_intermediate_size", "shared_expert_intermediate_size", "mlp_hidden_size", "dim_ff",
-                     "ffn_hidden_size", "intermediate_size_mlp", "moe_shared_expert_intermediate_size", "expert_ffn_hidden_size",
-                     "shared_intermediate_size", "dense_intermediate_size", "d_inner", "num_feed_forward"), 48),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads",
-                     "encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads",
-                     "kv_n_heads"), 4),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads", "swa_num_key_value_heads"), 2),
-    **dict.fromkeys(("head_dim", "global_head_dim", "v_head_dim", "d_kv", "kv_channels", "attention_head_dim", "swa_head_dim",
-                     "swa_v_head_dim", "attention_head_size"), 8),
-    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "rotary_dim", "index_head_dim"), 4),
-    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank", "embedding_rank", "lora_rank"), 16),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
-                     "num_decoder_layers", "num_encoder_layers"), 4),
-    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_k", "top_k_experts", "moe_topk"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"), 1024),
-    **dict.fromkeys(("sliding_window", "attention_window_size", "window_size"), 128),
-    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "linear_num_value_heads", "linear_num_key_heads", "index_n_heads", "n_mamba_heads"), 4),
-    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "linear_key_head_dim", "linear_value_head_dim", "mamba_headdim"), 16),
-    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size"), 8),
-    **dict.fromkeys(("mamba_d_ssm",), 64),
-    **dict.fromkeys(("mamba_n_groups", "n_groups"), 1),
-    **dict.fromkeys(("num_nextn_predict_layers",), 0),
-    **dict.fromkeys(("pad_token_id",), 0),
-    **dict.fromkeys(("bos_token_id",), 1),
-    **dict.fromkeys(("eos_token_id",), 2),
-    "num_kv_shared_layers": 0,
-    "first_k_dense_replace": 1,
-    "is_decoder": True,
-    "vocab_size_per_layer_input": 512,
-}  # fmt: skip
+# Value in a miniature -> the keys of configs that get it, if the config has them.
+SHRUNK_KEYS = {
+    32: "hidden_size d_model n_embd dim embedding_size hidden_dim emb_dim dim_model lru_width  attention_hidden_size",
+    48: "intermediate_size ffn_dim d_ff n_inner decoder_ffn_dim encoder_ffn_dim moe_intermediate_size "
+    "shared_expert_intermediate_size mlp_hidden_size dim_ff ffn_hidden_size intermediate_size_mlp "
+    "moe_shared_expert_intermediate_size expert_ffn_hidden_size shared_intermediate_size "
+    "dense_intermediate_size d_inner",
+    4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads kv_n_heads "
+    "num_decoder_attention_heads num_encoder_attention_heads mamba_n_heads mamba_num_heads n_mamba_heads "
+    "linear_num_value_heads linear_num_key_heads index_n_heads num_hidden_layers n_layer n_layers num_layers "
+    "decoder_layers encoder_layers num_decoder_layers num_encoder_layers num_experts n_routed_experts "
+    "num_local_experts moe_num_experts qk_nope_head_dim rotary_dim hidden_size_per_layer_input",
+    2: "num_key_value_heads num_kv_heads num_global_key_value_heads swa_num_key_value_heads num_experts_per_tok moe_k "
+    "top_k_experts moe_topk eos_token_id",
+    8: "head_dim global_head_dim d_kv kv_channels attention_head_dim swa_head_dim swa_v_head_dim attention_head_size "
+    "qk_rope_head_dim mamba_d_state ssm_state_size state_size",
+    12: "v_head_dim",
+    16: "kv_lora_rank q_lora_rank o_lora_rank embedding_rank lora_rank mamba_d_head mamba_head_dim mamba_headdim "
+    "linear_key_head_dim linear_value_head_dim index_head_dim",
+    1: "n_group topk_group num_expert_group mamba_n_groups n_groups first_k_dense_replace bos_token_id",
+    0: "num_nextn_predict_layers num_kv_shared_layers pad_token_id",
+    64: "mamba_d_ssm",
+    128: "sliding_window attention_window_size window_size",
+    1024: "max_position_embeddings n_positions n_ctx max_seq_len seq_length",
+}
+SHRUNK: dict[str, Any] = {key: value for value, keys in SHRUNK_KEYS.items() for key in keys.split()}
+SHRUNK["is_decoder"] = True
+# What single architectures need besides: keys that their configs demand to agree.
+OWN = {
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+
+class NotBuilt(Exception):
+    """No miniature of an architecture can be built, for the reason in the message."""
+
+
+def architectures() -> list[str]:
+    """Return the model types of all causal language models in Transformers."""
+    return sorted(AutoModelForCausalLM._model_mapping._model_mapping)
 
 
 def shrink(config: Any, vocab_size: int) -> dict[str, Any]:
     """Return the keys of a default config that make it a miniature, nested configs included."""
     keys: dict[str, Any] = {}
-    for name in vars(config) | dict.fromkeys(getattr(config, "attribute_map", {})):
-        value = getattr(config, name, None)
+    for name, value in vars(config).items():
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             keys[name] = shrink(value, vocab_size)
-        elif name == "vocab_size":
+        elif name in ("vocab_size", "vocab_size_per_layer_input"):
             keys[name] = vocab_size
         elif name in SHRUNK and not isinstance(value, dict):
             keys[name] = SHRUNK[name]
-    return keys
+    return keys | OWN.get(config.model_type, {})
+
+
+def miniature(model_type: str, vocab_size: int) -> PreTrainedModel:
+    """Build the random-weight miniature of an architecture from its default config.
+
+    Raises:
+        NotBuilt: its config or size does not allow it.
+    """
+    kind = CONFIG_MAPPING[model_type]
+    try:
+        config = kind(**shrink(kind(), vocab_size))
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    except Exception as error:  # whatever a config raises for keys that it does not know
+        raise NotBuilt(f"no miniature: {type(error).__name__}: {error}") from error
+    if size > LARGEST:
+        raise NotBuilt(f"no miniature: its smallest has {size:,} parameters")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            elif parameter.dim() == 2 and not name.endswith(("embeddings.weight", "wte.weight")):
+                parameter.mul_(3)  # at the usual 0.02 every logit is all but the same
+    return model
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Compute logits in evaluation mode without a cache."""
+    return model.eval()(input_ids=ids, use_cache=False).logits
+
+
+def check(model_type: str, folder: Path) -> str:
+    """Wrap, train, save, load, merge, verify, export and decode a miniature; both kinds of scales.
+
+    Returns:
+        What ``auto`` merged into.
+
+    Raises:
+        NotBuilt: there is no miniature.
+        Exception: any other failure.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    base = folder / "base"
+    model = miniature(model_type, len(tokenizer))
+    model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    into = ""
+    for granularity in ("head", "channel"):
+        into = check_adapter(base, folder / granularity, granularity)
+    return into
+
+
+def check_adapter(base: Path, folder: Path, granularity: str) -> str:
+    """Check one kind of scales; see ``check``."""
+    ids = torch.randint(3, 8000, (2, 24), generator=torch.Generator().manual_seed(0))
+    plain = load(base).model
+    before = logits(plain, ids)
+    model = get_peft_model(plain, SealConfig(granularity=granularity, base_model_name_or_path=str(base)))
+    assert torch.equal(logits(model, ids), before), "scales of 1 change logits"
+    scales = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    wrapped = [name for name, layer in model.named_modules() if isinstance(layer, SealLayer)]
+    assert len(scales) == len(wrapped) > 0, "parameters other than scales are trained"
+    model.train()
+    output = model(input_ids=ids, use_cache=False).logits
+    torch.nn.functional.cross_entropy(output[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    idle = [name for name, scale in zip(wrapped, scales, strict=True) if scale.grad is None or not scale.grad.any()]
+    assert not idle, f"no gradient for the scales of {idle[0]}"
+    torch.optim.SGD(scales, lr=0.0).step()
+    with torch.no_grad():
+        for scale in scales:
+            scale -= 0.3 * scale.grad / scale.grad.abs().max()
+    tuned = logits(model, ids)
+    assert not torch.equal(tuned, before), "trained scales do not change logits"
+    model.save_pretrained(folder / "adapter")
+    loaded = load(folder / "adapter")
+    torch.testing.assert_close(logits(loaded.model, ids), tuned, atol=1e-6, rtol=0)
+    check_decoding(loaded)
+    said: list[str] = []
+    for into in ("o_proj", "auto"):
+        record = merge(folder / "adapter", folder / into, into, report=said.append)
+        verify(folder / into, report=said.append)
+        merged = AutoModelForCausalLM.from_pretrained(folder / into)
+        torch.testing.assert_close(logits(merged, ids), tuned, atol=1e-4, rtol=0)
+    export_ia3(folder / "adapter", folder / "ia3")
+    ia3 = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder / "ia3")
+    torch.testing.assert_close(logits(ia3, ids), tuned, atol=1e-5, rtol=0)
+    return ", ".join(sorted({".".join(name.split(".")[-3:-1]) for name in record["changed"]}))
+
+
+def check_decoding(loaded: LoadedModel) -> None:
+    """Compare the scorer's greedy answers with those of ``generate``."""
+    prompts = [torch.randint(3, 8000, (length,)).tolist() for length in (40, 33, 40)]
+    answers = generate_answers(loaded.model, prompts, max_new_tokens=8, stop=[2])
+    settings = GenerationConfig(do_sample=False, max_new_tokens=8, eos_token_id=2, pad_token_id=0)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt])
+        output = loaded.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)[
+            0, len(prompt) :
+        ].tolist()
+        assert answer == [token for token in output if token != 2], "the scorer's answers are not those of `generate`"
+
+
+def run(model_type: str) -> dict[str, str]:
+    """Check one architecture for at most ``TIMEOUT`` seconds.
+
+    Returns:
+        ``result``: ``ok``, ``no miniature``, ``not wrapped`` or ``failed``, and ``detail``.
+    """
+    signal.signal(signal.SIGALRM, stop_check)
+    signal.alarm(TIMEOUT)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return {"result": "ok", "detail": check(model_type, Path(folder))}
+    except NotBuilt as error:
+        return {"result": "no miniature", "detail": first_line(error)}
+    except Exception as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        wrap = "cannot find the attention output projection" in str(error)
+        detail = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return {"result": "not wrapped" if wrap else "failed", "detail": detail}
+    finally:
+        signal.alarm(0)
+
+
+def stop_check(*_: object) -> None:
+    """Raise that an architecture takes too long."""
+    raise TimeoutError(f"takes more than {TIMEOUT} s")
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    for name in sys.argv[1:] or architectures():
+        print(name, json.dumps(run(name)), flush=True)

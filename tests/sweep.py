@@ -23,7 +23,7 @@ from peft import PeftModel, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from axolotl_plugins.common.console import first_line
-from axolotl_plugins.seal import SealConfig, SealLayer
+from axolotl_plugins.seal import SealConfig, SealLayer, find_attention_outputs
 from axolotl_plugins.seal.export import export_ia3
 from axolotl_plugins.seal.merge import merge, verify
 from axolotl_plugins.seal.model_loading import LoadedModel, load
@@ -35,7 +35,7 @@ LARGEST = 1_000_000  # parameters
 
 # Value in a miniature -> the keys of configs that get it, if the config has them.
 SHRUNK_KEYS = {
-    32: "hidden_size d_model n_embd dim embedding_size hidden_dim emb_dim dim_model lru_width  attention_hidden_size",
+    32: "hidden_size d_model n_embd dim embedding_size hidden_dim emb_dim dim_model lru_width attention_hidden_size",
     48: "intermediate_size ffn_dim d_ff n_inner decoder_ffn_dim encoder_ffn_dim moe_intermediate_size "
     "shared_expert_intermediate_size mlp_hidden_size dim_ff ffn_hidden_size intermediate_size_mlp "
     "moe_shared_expert_intermediate_size expert_ffn_hidden_size shared_intermediate_size "
@@ -60,10 +60,18 @@ SHRUNK_KEYS = {
 }
 SHRUNK: dict[str, Any] = {key: value for value, keys in SHRUNK_KEYS.items() for key in keys.split()}
 SHRUNK["is_decoder"] = True
-# What single architectures need besides: keys that their configs demand to agree.
-OWN = {
+# What single architectures need besides: keys that must agree, and layers with attention among the first four.
+OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "dots1": {"n_shared_experts": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "longcat_flash": {"zero_expert_num": 4},
     "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_mem_blocks": 1},
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -87,6 +95,8 @@ def shrink(config: Any, vocab_size: int) -> dict[str, Any]:
             keys[name] = vocab_size
         elif name in SHRUNK and not isinstance(value, dict):
             keys[name] = SHRUNK[name]
+    if "kv_lora_rank" in keys and "num_key_value_heads" in keys:
+        keys["num_key_value_heads"] = keys["num_attention_heads"]
     return keys | OWN.get(config.model_type, {})
 
 
@@ -135,6 +145,7 @@ def check(model_type: str, folder: Path) -> str:
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     base = folder / "base"
     model = miniature(model_type, len(tokenizer))
+    find_attention_outputs(model)  # raises if it cannot be wrapped
     model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from axolotl_plugins.common.io import load_json
 
+from .model_loading import BROKEN
 from .provenance import FILE as TRAINING_DATA
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -249,15 +250,23 @@ def write_config(folder: Path, source: Path, out: Path) -> None:
     Raises:
         ValueError: the written config would not be read as the one in ``source``.
     """
-    raw = load_json(folder / "config.json")
-    before = json.dumps(raw)
+    original = load_json(folder / "config.json")
+    raw = json.loads(json.dumps(original))
     old, new = (meaning(AutoConfig.from_pretrained(name).to_dict()) for name in (folder, source))
     overlay(raw, old, new)
-    for part in (raw, *(value for key, value in raw.items() if key.endswith("_config") and isinstance(value, dict))):
+    both = json.loads(json.dumps(raw))
+    for part in (both, *(value for key, value in both.items() if key.endswith("_config") and isinstance(value, dict))):
         add_older_rope_keys(part)
-    if json.dumps(raw) == before:
-        return
-    (out / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-    written = meaning(AutoConfig.from_pretrained(out).to_dict())
-    if wrong := [key for key, value in new.items() if written.get(key) != value]:
-        raise ValueError(f"{folder / 'config.json'}: {wrong[0]} cannot be written in the form of Transformers 4 and 5")
+    # Architectures that Transformers 4 never had do not read its keys.
+    for config in (both, raw):
+        if config == original:
+            shutil.copyfile(folder / "config.json", out / "config.json")
+        else:
+            (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        try:
+            written = meaning(AutoConfig.from_pretrained(out).to_dict())
+        except BROKEN:
+            continue
+        if all(written.get(key) == value for key, value in new.items()):
+            return
+    raise ValueError(f"{folder / 'config.json'}: cannot be written with the settings of {source / 'config.json'}")

@@ -10,18 +10,20 @@ from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import SealConfig
 from .layer import SealLayer, projection_shape
 
 # Attention output projections of the Transformers library: Llama, Mistral, Qwen, Gemma, Phi-3 and most others; OPT;
-# Phi; GPT-NeoX; Falcon and Bloom; GPT-2; GPT-J and MPT; GPT-Neo; InternLM.
+# Phi; GPT-NeoX; Falcon and Bloom; GPT-2; GPT-J and MPT; GPT-Neo; InternLM; BERT.
 ATTENTION_OUTPUTS = (
     "self_attn.o_proj",
     "self_attn.out_proj",
     "self_attn.dense",
     "attention.dense",
+    "attention.output.dense",
     "self_attention.dense",
     "attn.c_proj",
     "attn.out_proj",
@@ -38,12 +40,12 @@ def layer_index(name: str) -> int | None:
 
 def text_modules(model: Any) -> set[nn.Module]:
     """Return the modules of a model's text decoder, without towers that read images or sound."""
-    if not hasattr(model, "get_decoder"):
+    if not isinstance(model, PreTrainedModel):
         return set(model.modules())
     modules = set(model.get_decoder().modules())
-    for modality in ("image", "audio"):
-        if (tower := model.get_encoder(modality=modality)) is not model:
-            modules -= set(tower.modules())
+    for part in model.modules():
+        if part is not model and isinstance(part, PreTrainedModel) and "text" not in part.input_modalities:
+            modules -= set(part.modules())
     return modules
 
 

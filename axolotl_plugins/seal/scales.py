@@ -31,11 +31,11 @@ def scale_matrix(model: nn.Module) -> dict[int, torch.Tensor]:
     return scales
 
 
-def saved_scales(adapter: Path) -> np.ndarray:
-    """Return the scales in an adapter folder: float32 of shape (layers, heads, head_dim), or (..., 1) for SEAL-H.
+def saved_tensors(adapter: Path) -> dict[str, np.ndarray]:
+    """Return the scales in an adapter folder: name -> float32 of shape (heads,) or (channels,), in order of layers.
 
     Raises:
-        ValueError: the folder is not a SEAL adapter, or its layers have different numbers of scales.
+        ValueError: the folder is not a SEAL adapter.
     """
     try:
         config = json.loads((adapter / "adapter_config.json").read_text())
@@ -44,10 +44,24 @@ def saved_scales(adapter: Path) -> np.ndarray:
         raise ValueError(f"{adapter}: not an adapter folder ({error})") from error
     if config.get("peft_type") != "SEAL":
         raise ValueError(f"{adapter}: found a {config.get('peft_type')} adapter, expected a SEAL adapter")
-    if len({tensor.shape for tensor in tensors.values()}) != 1:
-        raise ValueError(f"{adapter}: its layers have different numbers of scales, which is not supported")
-    by_layer = sorted(tensors.items(), key=lambda item: layer_index(item[0]) or 0)
-    return np.stack([tensor.float().numpy().reshape(config["num_heads"], -1) for _, tensor in by_layer])
+    names = sorted(tensors, key=lambda name: layer_index(name) or 0)
+    return {name: tensors[name].float().numpy() for name in names}
+
+
+def saved_scales(adapter: Path) -> np.ndarray:
+    """Return the scales in an adapter folder: float32 of shape (layers, heads, head_dim), or (..., 1) for SEAL-H.
+
+    Where heads are of different sizes in different layers, the shape is (layers, heads, 1), with a head's mean.
+
+    Raises:
+        ValueError: the folder is not a SEAL adapter, or its layers have different numbers of heads.
+    """
+    tensors = saved_tensors(adapter).values()
+    heads = json.loads((adapter / "adapter_config.json").read_text()).get("num_heads")
+    if not heads or any(tensor.size % heads for tensor in tensors):
+        raise ValueError(f"{adapter}: its layers have different numbers of heads, which is not supported")
+    rows = [tensor.reshape(heads, -1) for tensor in tensors]
+    return np.stack(rows if len({row.shape for row in rows}) == 1 else [row.mean(1, keepdims=True) for row in rows])
 
 
 def summary(scales: dict[int, torch.Tensor]) -> dict[str, float]:

@@ -368,8 +368,8 @@ def test_heads_are_counted_from_the_module_not_from_the_config():
     from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
     settings = {**COMMON, "num_key_value_heads": 2, "num_global_key_value_heads": 2, "head_dim": 8,
-                "global_head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0,
-                "layer_types": ["sliding_attention", "full_attention"]}  # fmt: skip
+                "global_head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY,
+                "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]}  # fmt: skip
     for granularity, sizes in (("head", [4, 4]), ("channel", [32, 64])):
         model = get_peft_model(Gemma4ForCausalLM(Gemma4TextConfig(**settings)), SealConfig(granularity=granularity))
         assert [scale.numel() for scale in scales(model).values()] == sizes
@@ -391,9 +391,8 @@ def test_each_row_of_a_batch_has_the_adapter_named_for_it(grains):
         torch.testing.assert_close(row, wanted[name][0], atol=1e-5, rtol=0)
     assert (wanted["b"] - wanted["default"]).abs().max() > 1e-2
     assert torch.equal(logits_of(model, ids, "b"), wanted["b"])  # afterwards the active adapter is used again
-    generated = model.generate(
-        input_ids=ids.repeat(2, 1), adapter_names=["default", "b"], num_beams=2, max_new_tokens=4
-    )
+    options = {"num_beams": 2, "max_new_tokens": 4}
+    generated = model.generate(input_ids=ids.repeat(2, 1), adapter_names=["default", "b"], **options)
     for row, name in zip(generated, ["default", "b"], strict=True):
         model.set_adapter(name)
         assert row.tolist() == model.generate(input_ids=ids, **options)[0].tolist()

@@ -12,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import postprocess_generated_text
 from tqdm import tqdm
 
+from axolotl_plugins.common.tokenizer import prompt_turns
 from axolotl_plugins.seal.model_loading import LoadedModel
 from axolotl_plugins.seal.provenance import text_hash
 from eval.generation import generate_answers, stop_ids
@@ -111,4 +112,4 @@ class Harness(HFLM):
 
 def is_contaminated(document: dict[str, Any], texts: frozenset[str]) -> bool:
     """Return whether the hash of a sample's prompt is among those of training texts."""
-    return text_hash(document["messages"][0]["content"]) in texts
+    return text_hash(prompt_turns(document)[-1]["content"]) in texts

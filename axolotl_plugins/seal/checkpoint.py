@@ -14,6 +14,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from axolotl_plugins.common.io import load_json
+from axolotl_plugins.common.window import read_config
 
 from .model_loading import BROKEN
 from .provenance import FILE as TRAINING_DATA
@@ -252,7 +253,7 @@ def write_config(folder: Path, source: Path, out: Path) -> None:
     """
     original = load_json(folder / "config.json")
     raw = json.loads(json.dumps(original))
-    old, new = (meaning(AutoConfig.from_pretrained(name).to_dict()) for name in (folder, source))
+    old, new = (meaning(config.to_dict()) for config in (AutoConfig.from_pretrained(folder), read_config(str(source))))
     overlay(raw, old, new)
     both = json.loads(json.dumps(raw))
     for part in (both, *(value for key, value in both.items() if key.endswith("_config") and isinstance(value, dict))):

@@ -54,6 +54,6 @@ def export_ia3(adapter: Path, out: Path) -> None:
 
 def scaled_layers(adapter: Path) -> dict[str, SealLayer]:
     """Return the name of each tensor in an adapter's file and the layer, on the meta device, that it belongs to."""
-    model = load(adapter, weights=False, needs_template=False).model
+    model = load(adapter, weights=False, needs_template=False, default_window=1).model  # the window does not matter
     layers = get_peft_model(model, SealConfig.from_pretrained(str(adapter))).named_modules()
     return {f"{name}.seal_scale": layer for name, layer in layers if isinstance(layer, SealLayer)}

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 Into = Literal["auto", "o_proj", "v_proj"]
 # Tolerance of a merge. Where float32 rounds by more, float64 distinguishes rounding from a wrong merge.
 MAX_LOGIT_DIFFERENCE = 1e-4
+PROOF_WINDOW = 2048  # tokens; bounds the proof's prompts where the config states no window
 PLAIN_TOKENS = 256  # of a prompt for models without a chat template
 # Attention modules whose values reach the output projection through attention alone, and their projection of values.
 VALUE_PROJECTIONS = {
@@ -201,7 +202,7 @@ def load_adapter(adapter: Path, dtype: torch.dtype = torch.float32) -> LoadedMod
         raise ValueError(f"{adapter}: is a merged model, expected an adapter folder")
     if not is_adapter(adapter):
         raise ValueError(f"{adapter}: not an adapter folder (it has no adapter_config.json)")
-    loaded = load(adapter, dtype=dtype, needs_template=False)
+    loaded = load(adapter, dtype=dtype, default_window=PROOF_WINDOW, needs_template=False)
     if not loaded.method.startswith("SEAL"):
         raise ValueError(f"{adapter}: found a {loaded.method} adapter; use `axolotl merge-lora` for it")
     if load_json(model_folder(loaded.base) / "config.json").get("quantization_config"):
@@ -306,7 +307,8 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Path, out: Path) -
     except (OSError, ValueError):
         own = None
     if own is not None and tokenizer_state(own) == tokenizer_state(tokenizer):
-        if own.chat_template == tokenizer.chat_template:
+        template = own.chat_template
+        if tokenizer.chat_template == (template.get("default") if isinstance(template, dict) else template):
             return
         if isinstance(tokenizer.chat_template, str):
             (out / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")

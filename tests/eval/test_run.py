@@ -242,8 +242,10 @@ def test_a_recipes_model_config_holds_for_a_base_model(tmp_path):
     assert loaded.model.config._attn_implementation == "self_extend" and load(TINY).window == 2048
 
 
-@pytest.mark.parametrize("task", ["line", "niah", "vt", "cwe", "fwe"])
-def test_prompt_ids_are_the_first_of_the_training_ids(task):
+@pytest.mark.parametrize(
+    ("task", "version"), [("line", None), ("niah", None), ("vt", None), ("cwe", None), ("fwe", None), ("cwe", 2025)]
+)
+def test_prompt_ids_are_the_first_of_the_training_ids(task, version):
     """Also where the prompt goes on into the assistant's turn."""
     from dataclasses import asdict
 
@@ -251,11 +253,9 @@ def test_prompt_ids_are_the_first_of_the_training_ids(task):
 
     loaded = load(TINY)
     harness = Harness(pretrained=loaded.model, tokenizer=loaded.tokenizer, add_bos_token=False)
-    request = Request(task, "1500", samples=2)
+    request = Request(task, "1900", samples=2, ruler_version=version)
     lm_task = lm_eval_task(task, tokenizer=str(TINY), requests=[asdict(request)])
-    lm_task.build_all_requests(
-        apply_chat_template=True, chat_template=harness.apply_chat_template, tokenizer_name=harness.tokenizer_name
-    )
+    lm_task.build_all_requests()
     samples = list(generate(request, loaded.tokenizer))
     for instance, sample in zip(lm_task.instances, samples, strict=True):
         ids, mask = harness.tok_batch_encode([instance.args[0]])
@@ -281,7 +281,9 @@ def test_an_example_with_its_answer_comes_before_the_prompt():
     rows = documents(tokenizer=tokenizer, requests=requests, examples=example)["test"]
     first = next(generate(Request(**example), AutoTokenizer.from_pretrained(TINY)))["messages"]
     for row, bare in zip(rows, without, strict=True):
-        assert prompt(row) == f"{first[0]['content']}\n{first[1]['content']}\n\n{prompt(bare)}"
+        start = "<s><|user|>"
+        expected = f"{start}{first[0]['content']}\n{first[1]['content']}\n\n{prompt(bare).removeprefix(start)}"
+        assert prompt(bare).startswith(start) and prompt(row) == expected
 
 
 def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(tmp_path, monkeypatch):

@@ -110,11 +110,7 @@ def command_of(
     arguments = json.dumps(template_arguments) if template_arguments else None
     options = {"tokenizer": tokenizer, "chat-template": chat_template, "chat-template-kwargs": arguments,
                **asdict(request), "out": out}  # fmt: skip
-    pairs = [
-        [f"--{key.replace('_', '-')}", str(value)]
-        for key, value in options.items()
-        if key != "task" and value is not None
-    ]
+    pairs = [[f"--{key.replace('_', '-')}", str(value)] for key, value in options.items() if key != "task" and value is not None]
     return shlex.join(["python", "-m", "data_gen", request.task, *itertools.chain(*pairs)])
 
 

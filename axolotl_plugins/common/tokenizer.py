@@ -89,9 +89,7 @@ def parse_arguments(text: str | None) -> dict[str, Any] | None:
     except json.JSONDecodeError:
         arguments = None
     if not isinstance(arguments, dict):
-        raise ValueError(
-            f"chat-template-kwargs: found {text!r}, expected JSON such as '{{\"enable_thinking\": false}}'"
-        )
+        raise ValueError(f"chat-template-kwargs: found {text!r}, expected JSON such as '{{\"enable_thinking\": false}}'")
     return arguments
 
 
@@ -191,7 +189,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple
         raise ValueError(
             f"chat-template: its generation prompt ends in {prompt[shared:][-40:]!r}, where the same chat with its answer "
             f"goes on with {text[shared:][:40]!r}, so that training and scoring would see different prompts: set template "
-            "arguments, if it has any (--chat-template-kwargs '{\"enable_thinking\": false}', in a recipe "
+            'arguments, if it has any (--chat-template-kwargs \'{"enable_thinking": false}\', in a recipe '
             "`chat_template_kwargs`), or name another template"
         )
     return ids, len(prompt_ids)

@@ -86,7 +86,9 @@ def sample(request: Request, rng: random.Random, index: int, budget: LengthBudge
 
     step = STEP_2024 if version == 2024 else 1
     first = COMMON + step
-    return of_size(largest(lambda n: length(of_size(n), budget), budget.tokens, first=first, step=step, what="cwe"))
+    return of_size(
+        largest(lambda n: length(of_size(n), budget), budget.tokens, first=first, step=step, what="cwe")
+    )
 
 
 register(Task(

@@ -16,19 +16,24 @@ from transformers.pytorch_utils import Conv1D
 from .config import SealConfig
 from .layer import SealLayer, projection_shape
 
-# Attention output projections of the Transformers library: Llama, Mistral, Qwen, Gemma, Phi-3 and most others; OPT;
-# Phi; GPT-NeoX; Falcon and Bloom; GPT-2; GPT-J and MPT; GPT-Neo; InternLM; BERT.
+# Attention output projections in the Transformers library, and some of the models that have them.
 ATTENTION_OUTPUTS = (
-    "self_attn.o_proj",
-    "self_attn.out_proj",
-    "self_attn.dense",
-    "attention.dense",
-    "attention.output.dense",
-    "self_attention.dense",
-    "attn.c_proj",
-    "attn.out_proj",
-    "attn.attention.out_proj",
-    "attention.wo",
+    "self_attn.o_proj",  # Llama, Mistral, Qwen, Gemma, Phi-3 and most others
+    "self_attn.out_proj",  # OPT
+    "self_attn.dense",  # Phi
+    "self_attn.0.o_proj",  # LongCat, with two attention modules in a layer
+    "self_attn.1.o_proj",
+    "self_attn.o_proj.linear",  # Moshi
+    "attention.dense",  # GPT-NeoX
+    "attention.output.dense",  # BERT
+    "self_attention.dense",  # Falcon, Bloom
+    "self_attention.attention_out",  # CPM-Ant
+    "multi_head_attention.dense",  # CTRL
+    "attn.c_proj",  # GPT-2
+    "attn.out_proj",  # GPT-J, MPT
+    "attn.attention.out_proj",  # GPT-Neo
+    "attention.wo",  # InternLM
+    "mixer.o_proj",  # Nemotron-H
 )
 
 

@@ -21,13 +21,16 @@ def scale_matrix(model: nn.Module) -> dict[int, torch.Tensor]:
     """Return the active scales of a wrapped model.
 
     Returns:
-        Layer index -> float32 of shape (heads, head_dim), on the CPU; heads of a SEAL-H adapter have equal rows.
+        Layer index -> float32 of shape (heads, head_dim), on the CPU; heads of a SEAL-H adapter have equal rows. Heads
+        of several attention modules in a layer follow each other.
     """
     scales: dict[int, torch.Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, SealLayer) and (scale := module.active_scale()) is not None:
             index = layer_index(name)
-            scales[len(scales) if index is None else index] = scale.detach().float().cpu().view(module.num_heads, -1)
+            index = len(scales) if index is None else index
+            rows = scale.detach().float().cpu().view(module.num_heads, -1)
+            scales[index] = torch.cat([scales[index], rows]) if index in scales else rows
     return scales
 
 

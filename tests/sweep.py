@@ -34,11 +34,12 @@ LARGEST = 1_000_000  # parameters
 
 # Value in a miniature -> the keys of configs that get it, if the config has them.
 SHRUNK_KEYS = {
-    32: "hidden_size d_model n_embd dim embedding_size hidden_dim emb_dim dim_model lru_width attention_hidden_size",
+    32: "hidden_size d_model n_embd dim embedding_size hidden_dim emb_dim dim_model lru_width attention_hidden_size "
+    "input_embedding_size output_embedding_size",
     48: "intermediate_size ffn_dim d_ff n_inner decoder_ffn_dim encoder_ffn_dim moe_intermediate_size "
     "shared_expert_intermediate_size mlp_hidden_size dim_ff ffn_hidden_size intermediate_size_mlp "
     "moe_shared_expert_intermediate_size expert_ffn_hidden_size shared_intermediate_size "
-    "dense_intermediate_size d_inner",
+    "dense_intermediate_size d_inner dff",
     4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads kv_n_heads "
     "num_decoder_attention_heads num_encoder_attention_heads mamba_n_heads mamba_num_heads n_mamba_heads "
     "linear_num_value_heads linear_num_key_heads index_n_heads num_hidden_layers n_layer n_layers num_layers "
@@ -69,6 +70,8 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"zero_expert_num": 4},
     "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2},
+    "roc_bert": {"pronunciation_vocab_size": 97, "shape_vocab_size": 97},
+    "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_hidden_size": 64,
               "attention_head_dim": 16},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_hidden_size": 64,
@@ -113,9 +116,9 @@ def miniature(model_type: str, vocab_size: int) -> PreTrainedModel:
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
     except Exception as error:  # whatever a config raises for keys that it does not know
-        raise NotBuilt(f"no miniature: {type(error).__name__}: {error}") from error
+        raise NotBuilt(f"{type(error).__name__}: {error}") from error
     if size > LARGEST:
-        raise NotBuilt(f"no miniature: its smallest has {size:,} parameters")
+        raise NotBuilt(f"its smallest miniature has {size:,} parameters")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
@@ -150,6 +153,10 @@ def check(model_type: str, folder: Path) -> tuple[str, str, str]:
     model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
+    try:
+        AutoModelForCausalLM.from_pretrained(base)
+    except Exception as error:
+        raise NotBuilt(f"AutoModelForCausalLM cannot load what it saved ({type(error).__name__})") from error
     for granularity in ("head", "channel"):
         into, remark = check_adapter(base, folder / granularity, granularity)
     return ", ".join(scaled), into, remark

@@ -28,7 +28,7 @@ from axolotl_plugins.seal.model_loading import LoadedModel, load
 from eval.generation import base_model, default_generation, generate_answers
 
 TABLE = ROOT / "docs/architectures.md"
-TIMEOUT = 60  # seconds per architecture
+TIMEOUT = 60  # seconds of CPU time per architecture
 WINDOW = 1024  # tokens
 LARGEST = 1_000_000  # parameters
 
@@ -177,11 +177,13 @@ def check_adapter(base: Path, folder: Path, granularity: str) -> tuple[str, str]
     assert torch.equal(logits(loaded.model, ids), tuned), "the adapter is another after saving and loading"
     remark = check_decoding(loaded)
     # Where float32 itself rounds by more, that is the tolerance.
+    model.get_base_model().set_experts_implementation("eager")
     tolerance = max(1e-4, 4 * (logits(model.double(), ids) - tuned).abs().max().item())
     export_ia3(folder / "adapter", folder / "ia3")
     ia3 = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder / "ia3")
     torch.testing.assert_close(logits(ia3, ids), tuned, atol=tolerance, rtol=0)
-    for into in ("o_proj", "auto"):
+    modules = ""
+    for into in ("auto", "o_proj"):
         try:
             record = merge(folder / "adapter", folder / into, into, report=len)
         except ValueError as error:
@@ -191,7 +193,10 @@ def check_adapter(base: Path, folder: Path, granularity: str) -> tuple[str, str]
         verify(folder / into, report=len)
         merged = AutoModelForCausalLM.from_pretrained(folder / into)
         torch.testing.assert_close(logits(merged, ids), tuned, atol=tolerance, rtol=0)
-    return ", ".join(sorted({name.split(".")[-2] for name in record["changed"]})), remark
+        modules = modules or ", ".join(sorted({name.split(".")[-2] for name in record["changed"]}))
+        if modules in ("o_proj", "out_proj", "dense"):
+            break  # both do the same
+    return modules, remark
 
 
 def train_step(model: PeftModel, ids: torch.Tensor) -> None:
@@ -236,14 +241,14 @@ def greedy(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
 
 
 def row(model_type: str) -> str:
-    """Check an architecture for at most ``TIMEOUT`` seconds and return its row of the table.
+    """Check an architecture for at most ``TIMEOUT`` seconds of CPU time and return its row of the table.
 
     Raises:
         Exception: it has a miniature and can be wrapped, but a check failed.
     """
     cells = ["", "", ""]
-    signal.signal(signal.SIGALRM, stop_check)
-    signal.alarm(TIMEOUT)
+    signal.signal(signal.SIGPROF, stop_check)
+    signal.setitimer(signal.ITIMER_PROF, TIMEOUT)
     try:
         with tempfile.TemporaryDirectory() as folder:
             cells = list(check(model_type, Path(folder)))
@@ -254,13 +259,13 @@ def row(model_type: str) -> str:
             raise
         cells[2] = "cannot be wrapped: " + str(error).partition("candidates: ")[2]
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     return f"| {model_type} | {' | '.join(cells)} |"
 
 
 def stop_check(*_: object) -> None:
     """Raise that an architecture takes too long."""
-    raise NotBuilt(f"takes more than {TIMEOUT} s on one core")
+    raise NotBuilt(f"takes more than {TIMEOUT} s of CPU time")
 
 
 HEAD = """# Architectures

@@ -180,6 +180,20 @@ class SealModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _check_merge_allowed(self) -> None:
+        """Raise if layers share a weight, which would be scaled once for each of them.
+
+        Raises:
+            ValueError: see above.
+        """
+        super()._check_merge_allowed()
+        owners: dict[int, str] = {}
+        for name, layer in self.named_modules():
+            if isinstance(layer, SealLayer):
+                owner = owners.setdefault(id(layer.get_base_layer().weight), name)
+                if owner != name:
+                    raise ValueError(f"{owner} and {name} share one weight, which cannot be merged: use the adapter")
+
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Let each row of a batch have the adapter that the argument ``adapter_names`` of a call names for it.

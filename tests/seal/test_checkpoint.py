@@ -289,3 +289,76 @@ def test_a_base_named_by_its_hub_id_is_read_from_the_local_snapshot(tmp_path):
         )
         assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "merged" / RECORD).read_text())["base"] == "someone/tiny"
+
+
+OLDER_LIBRARY = """
+import sys
+sys.modules["kernels"] = None  # the tests' own environment has one that needs a newer huggingface_hub
+import torch, transformers
+from safetensors.torch import save_file
+assert transformers.__version__.startswith("4."), transformers.__version__
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+with torch.no_grad():
+    save_file({"logits": model(input_ids=torch.arange(3, 203)[None], use_cache=False).logits}, sys.argv[2])
+"""
+LINEAR = {"rope_type": "linear", "rope_theta": 40889.94, "factor": 4.0}
+LONG = {"rope_type": "longrope", "rope_theta": 40889.94, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+        "factor": 8.0, "original_max_position_embeddings": 64}  # fmt: skip
+BY_LAYER = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+    "full_attention": {**LINEAR, "rope_theta": 1e6},
+}
+SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], "num_key_value_heads": 2}
+PARTIAL = {"rope_parameters": {**LINEAR, "partial_rotary_factor": 0.75}}
+ROPES = {
+    "default": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 40889.94}}),
+    "linear": ("llama", {"rope_parameters": LINEAR}),
+    "llama3": ("llama", {"rope_parameters": {**LINEAR, "rope_type": "llama3", "low_freq_factor": 1.0,
+                         "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
+    "yarn": ("qwen3", {"head_dim": 8, "rope_parameters": {**LINEAR, "rope_type": "yarn",
+                       "original_max_position_embeddings": 128}}),
+    "longrope": ("llama", {"rope_parameters": LONG}),
+    "phi3": ("phi3", {"num_key_value_heads": 4, "rope_parameters": LONG}),
+    "gemma3": ("gemma3_text", {**SLIDING, "head_dim": 8, "rope_parameters": BY_LAYER}),
+    "gemma3n": ("gemma3n_text", {**SLIDING, "head_dim": 8, "rope_parameters": BY_LAYER, "num_kv_shared_layers": 0,
+                "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 8223, "intermediate_size": [48, 48],
+                "activation_sparsity_pattern": [0.0, 0.0], "laurel_rank": 8}),
+    "olmo3": ("olmo3", {**SLIDING, "rope_parameters": {**BY_LAYER, "sliding_attention": {
+              "rope_type": "default", "rope_theta": 1e6}}}),
+    "modernbert": ("modernbert-decoder", {**SLIDING, "rope_parameters": {
+                   **BY_LAYER, "full_attention": {"rope_type": "default", "rope_theta": 1e6}}}),
+    "cohere2": ("cohere2", {**SLIDING, "rope_parameters": {"rope_type": "default", "rope_theta": 40889.94}}),
+    "neox": ("gpt_neox", PARTIAL), "phi": ("phi", PARTIAL), "stablelm": ("stablelm", PARTIAL),
+    "persimmon": ("persimmon", PARTIAL), "glm": ("glm", {"head_dim": 8, **PARTIAL}),
+    "glm4": ("glm4", {"head_dim": 8, **PARTIAL}), "nemotron": ("nemotron", {"head_dim": 8, **PARTIAL}),
+    "falcon": ("falcon", {"rope_parameters": LINEAR}),
+    "deepseek": ("deepseek_v3", {**DEEPSEEK, "rope_parameters": {**LINEAR, "rope_type": "yarn", "mscale": 1.0,
+                 "mscale_all_dim": 1.0, "original_max_position_embeddings": 128}}),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROPES)
+def test_an_older_transformers_reads_a_merged_folders_rope(name, tmp_path):
+    """Needs Transformers 4 in a folder of its own: ``pip install --target DIR --no-deps`` of transformers==4.57.6,
+    huggingface_hub==0.36.2 and tokenizers==0.22.2, then ``TRANSFORMERS_4=DIR pytest -m slow``."""
+    if not (older := os.environ.get("TRANSFORMERS_4")):
+        pytest.skip("TRANSFORMERS_4 names no folder with Transformers 4")
+    model_type, settings = ROPES[name]
+    save_base(tmp_path / "base", model_type, **settings)
+    save_adapter(tmp_path / "base", tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "merged", report=lambda _: None)
+    command = [sys.executable, "-c", OLDER_LIBRARY, str(tmp_path / "merged"), str(tmp_path / "logits")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": older}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = load_file(tmp_path / "logits")["logits"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        wanted = model(input_ids=torch.arange(3, 203)[None]).logits
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=0)
+    config = AutoConfig.from_pretrained(tmp_path / "merged")
+    config.rope_parameters = type(config)(num_hidden_layers=2).rope_parameters
+    plain = type(model)(config).eval()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert (plain(input_ids=torch.arange(3, 203)[None]).logits - found).abs().max() > 1e-2  # RoPE matters

@@ -52,7 +52,7 @@ class SealBlock(BaseModel):
     layers_to_transform: Annotated[list[int], BeforeValidator(as_list)] | None = Field(
         default=None, description="Decoder layers to scale, as indices from 0; default: all. Former name: `layers`."
     )
-    num_heads: int | None = Field(default=None, description="Query heads per layer; default: from the model's config.")
+    num_heads: int | None = Field(default=None, description="Query heads per layer; default: from the model.")
     context_parallel: int = Field(default=1, ge=1, description="Processes that share each sample, a part of it each.")
     data: Annotated[list[DataArgs], BeforeValidator(as_list)] | None = Field(
         default=None, description="Data to generate if the dataset file does not exist; a list has an entry per file."

@@ -219,7 +219,7 @@ def with_adapter(loaded: LoadedModel, config: PeftConfig) -> LoadedModel:
 def load(
     name: str | Path, *, dtype: torch.dtype | str = "auto", chat_template: str | None = None,
     trust_remote_code: bool = False, weights: bool = True, model_config: dict[str, Any] | None = None,
-    template_arguments: dict[str, Any] | None = None, default_window: int | None = None,
+    template_arguments: dict[str, Any] | None = None, needs_template: bool = True, default_window: int | None = None,
 ) -> LoadedModel:  # fmt: skip
     """Load a model for inference.
 
@@ -233,6 +233,7 @@ def load(
             models served by another process.
         model_config: keys of the model's config to override, as a recipe's ``model_config``.
         template_arguments: see ``axolotl_plugins.common.tokenizer.with_arguments``; adapters carry those of training.
+        needs_template: refuse a tokenizer without a chat template.
         default_window: context window where the config states none.
 
     Raises:
@@ -266,7 +267,8 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(name if has_tokenizer else base, **trust)
     except BROKEN as error:
         raise cannot_load(name, error) from error
-    set_template(tokenizer, name, chat_template, template_arguments)
+    if needs_template or chat_template or tokenizer.chat_template:
+        set_template(tokenizer, name, chat_template, template_arguments)
     window = context_window(config, name, default_window)
     method = method_name(adapter) if adapter else "base"
     if (file := Path(name) / RECORD).is_file():

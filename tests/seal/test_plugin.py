@@ -197,7 +197,7 @@ LIGER = {"plugins": ["axolotl_plugins.seal.SealPlugin", "axolotl.integrations.li
             | {"plugins": ["axolotl_plugins.self_extend.SelfExtendPlugin", "axolotl_plugins.seal.SealPlugin"]},
             "no effect on Self-Extend's attention",
         ),
-        (SELECTIVE | {"seal": {"granularity": "head", "context_parallel": 2}}, "the attention of seal.context_parallel"),
+        (SELECTIVE | {"seal": {"granularity": "head", "context_parallel": 2}}, "attention of seal.context_parallel"),
         ({"torch_compile": True}, "a mask of T x T"),
         (
             {"plugins": [*LIGER["plugins"], f"{CCE}.CutCrossEntropyPlugin"]},

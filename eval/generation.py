@@ -78,7 +78,8 @@ def can_join_caches(model: PreTrainedModel | PeftModel) -> bool:
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     # Without layer types in its config, a model may apply its sliding window in the mask alone.
     typed = getattr(model.config.get_text_config(), "layer_types", None)
-    return keeps_all and (bool(typed) or not window) and "position_ids" in inspect.signature(model.forward).parameters
+    arguments = inspect.signature(model.forward).parameters
+    return keeps_all and (bool(typed) or not window) and {"position_ids", "past_key_values"} <= arguments.keys()
 
 
 def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

@@ -12,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import postprocess_generated_text
 from tqdm import tqdm
 
+from axolotl_plugins.common.tokenizer import prompt_turns
 from axolotl_plugins.seal.model_loading import LoadedModel
 from axolotl_plugins.seal.provenance import text_hash
 from eval.generation import generate_answers, stop_ids
@@ -45,6 +46,18 @@ class Harness(HFLM):
     journal: Responses
     prompts_together: int | None = None
     refused: frozenset[str] = frozenset()
+
+    @property
+    def eot_token_id(self) -> int:
+        """Return an id that ends texts; where the tokenizer names none, one of the model's."""
+        own = self.tokenizer.eos_token_id
+        return min(stop_ids(self.model, self.tokenizer), default=0) if own is None else own
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Return an id that texts begin with."""
+        own = self.tokenizer.bos_token_id
+        return self.eot_token_id if own is None else own
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Check every prompt, then answer those that are not in the journal.
@@ -111,4 +124,4 @@ class Harness(HFLM):
 
 def is_contaminated(document: dict[str, Any], texts: frozenset[str]) -> bool:
     """Return whether the hash of a sample's prompt is among those of training texts."""
-    return text_hash(document["messages"][0]["content"]) in texts
+    return text_hash(prompt_turns(document)[-1]["content"]) in texts

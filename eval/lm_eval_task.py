@@ -14,7 +14,7 @@ from axolotl_plugins.common.io import read_rows
 from axolotl_plugins.common.tokenizer import count_tokens, load_tokenizer
 from data_gen.dataset import Request, draw
 from eval.metrics import METRICS
-from eval.scoring import generation_settings
+from eval.scoring import generation_settings, prompt_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,35 +43,60 @@ def documents(
     rows += [
         {"length": int(request["tokens"]), **row} for request in requests for row in draw(Request(**request), loaded)
     ]
-    return {"test": Dataset.from_list([{"prefix": "", "shown": shown, **row} for row in rows])}
+    return {"test": Dataset.from_list([{**row, "prompt": prompt_text(loaded, row, shown)} for row in rows])}
 
 
-def read_cases(folder: str, samples: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
-    """Yield LongEval's published line cases (``*_lines.jsonl``) unchanged; their length is the number of lines.
+def case_files(folder: str, lines: list[int] | None) -> list[Path]:
+    """Return the files of LongEval's line cases (``*_lines.jsonl``) in a folder, by number of lines.
 
     Args:
         folder: of the files.
-        samples: at most, of each file.
-        tokenizer: counts tokens.
+        lines: numbers of lines to take; None takes all.
 
     Raises:
-        ValueError: there are no such files, or a row is not a case of LongEval.
+        ValueError: there are no such files, or one that ``lines`` asks for is missing.
     """
-    files = sorted(Path(folder).glob("*_lines.jsonl"), key=lambda file: int("0" + file.name.split("_")[0]))
+    files = {int("0" + file.name.split("_")[0]): file for file in Path(folder).glob("*_lines.jsonl")}
     if not files:
         raise ValueError(f"cases: no *_lines.jsonl in {folder!r}: name the folder with LongEval's line cases")
-    for file in files:
+    if missing := set(lines or ()) - files.keys():
+        raise ValueError(f"lines: {folder} has no {min(missing)}_lines.jsonl, only those of "
+                         f"{', '.join(map(str, sorted(files)))} lines")  # fmt: skip
+    return [files[count] for count in sorted(lines or files)]
+
+
+def read_cases(
+    folder: str, samples: int, lines: list[int] | None, tokenizer: PreTrainedTokenizerBase, longest: int
+) -> Iterator[dict[str, Any]]:
+    """Yield LongEval's published line cases unchanged; their length is the number of lines.
+
+    Args:
+        folder: see ``case_files``.
+        samples: at most, of each file.
+        lines: see ``case_files``.
+        tokenizer: counts tokens.
+        longest: most tokens of a prompt.
+
+    Raises:
+        ValueError: see ``case_files``; or a row is not a case of LongEval, or too long.
+    """
+    for file in case_files(folder, lines):
         for index, (row, case) in enumerate(islice(read_rows(file), samples)):
             try:
-                number, lines = int(case["expected_number"]), int(case["num_lines"])
+                number, length = int(case["expected_number"]), int(case["num_lines"])
                 messages = [{"role": "user", "content": str(case["prompt"])}]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file}, line {row}: not a case of LongEval's ({error!r})") from None
+            if (tokens := count_tokens(tokenizer, messages)) > longest:
+                raise ValueError(
+                    f"{file}: a case of {tokens} tokens does not fit into the model's window with its answer "
+                    f"({longest} are left for prompts): choose shorter files by --lines"
+                )
             yield {
                 "task": "line",
-                "length": lines,
+                "length": length,
                 "index": index,
-                "tokens": count_tokens(tokenizer, messages),
+                "tokens": tokens,
                 "messages": messages,
                 "answer": str(number),
                 "references": [str(number)],
@@ -79,8 +104,8 @@ def read_cases(folder: str, samples: int, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def prompt(document: dict[str, Any]) -> str:
-    """Return the user's turn; lm-eval applies the model's chat template."""
-    return document["shown"] + document["messages"][0]["content"]
+    """Return the rendered prompt."""
+    return document["prompt"]
 
 
 def target(document: dict[str, Any]) -> str:
@@ -102,7 +127,7 @@ def lm_eval_task(task: str, **arguments: Any) -> ConfigurableTask:
     """
     return ConfigurableTask(config={
         "task": f"seal_{task}", "custom_dataset": documents, "test_split": "test", "output_type": "generate_until",
-        "doc_to_text": prompt, "doc_to_target": target, "process_results": score, "gen_prefix": "prefix",
+        "doc_to_text": prompt, "doc_to_target": target, "process_results": score,
         "num_fewshot": 0, "generation_kwargs": {"do_sample": False, **generation_settings(task)},
         "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": 1.0, **arguments},

@@ -146,7 +146,7 @@ def task_section(task: str, results: Sequence[EvalResult]) -> dict[str, Any]:
 
 def scale_figures(results: Sequence[Result]) -> list[str]:
     """Draw the scales of every scored adapter that still exists, with its number of trainable parameters."""
-    from axolotl_plugins.seal.scales import saved_scales
+    from axolotl_plugins.seal.scales import saved_scales, saved_tensors
 
     paper = read_paper()["parameters"]
     figures = []
@@ -156,7 +156,8 @@ def scale_figures(results: Sequence[Result]) -> list[str]:
             continue  # a merged folder has no scales of its own
         scales = saved_scales(Path(model))
         printed = paper.get(result.base, {}).get(result.method)
-        count = f"{scales.size:,} trainable parameters" + (f" (paper {printed[0]}K, table 8)" if printed else "")
+        size = sum(tensor.size for tensor in saved_tensors(Path(model)).values())
+        count = f"{size:,} trainable parameters" + (f" (paper {printed[0]}K, table 8)" if printed else "")
         figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
         draw_scales(figure, axes, scales.mean(-1), f"{model}\nmean scale of each head; {count}")
         figures.append(embed(figure))

@@ -9,6 +9,7 @@ from typing import Any
 
 from lm_eval import evaluate
 
+from axolotl_plugins.seal import provenance
 from axolotl_plugins.seal.model_loading import LoadedModel
 from data_gen.dataset import Request
 from data_gen.tasks import Split
@@ -17,6 +18,7 @@ from eval.harness import Harness, Responses, is_contaminated
 from eval.lm_eval_task import lm_eval_task
 from eval.metrics import METRICS
 from eval.results import EvalResult, LengthScore
+from eval.scoring import answer_budget
 from eval.spec import default_lengths
 from eval.vllm_backend import Served, ServedHarness
 
@@ -40,6 +42,7 @@ def harness_for(
         add_bos_token=add_bos_token,
     )  # fmt: skip
     harness.loaded = loaded
+    harness.chat_template_args = {}  # lm-eval would set enable_thinking, which training does not
     harness.prompts_together = batch_size
     harness.journal = Responses(journal)
     return harness
@@ -48,7 +51,8 @@ def harness_for(
 def run(
     loaded: LoadedModel, task: str, *, lengths: list[int] | None = None, samples: int = 50, seed: int = 0,
     split: Split = "test", shots: int = 0, shot_tokens: int = 1000, haystack: str | None = None,
-    depths: int | None = None, cases: str | None = None, batch_size: int | None = None, journal: Path | None = None,
+    depths: int | None = None, cases: str | None = None, lines: list[int] | None = None,
+    ruler_version: int | None = None, batch_size: int | None = None, journal: Path | None = None,
     allow_contamination: bool = False,
 ) -> EvalResult:  # fmt: skip
     """Score a model on a task.
@@ -65,6 +69,8 @@ def run(
         haystack: see ``data_gen.dataset.Request``.
         depths: see ``data_gen.dataset.Request``.
         cases: folder of LongEval's published line cases, scored instead of generated samples; ``samples`` of each file.
+        lines: numbers of lines of the files of ``cases`` to score; None scores all.
+        ruler_version: see ``data_gen.dataset.Request``.
         batch_size: prompts decoded together; None uses what memory allows.
         journal: file that caches responses as they come in; an interrupted run resumes from it.
         allow_contamination: also score samples that the model was tuned on.
@@ -76,20 +82,28 @@ def run(
         raise ValueError(f"task: found {task!r}, expected one of {', '.join(METRICS)}")
     if cases and task != "line":
         raise ValueError(f"cases: they are LongEval's line cases, but the task is {task}")
+    if ruler_version is None and (tuned := provenance.ruler_version(Path(loaded.name), task)):
+        raise ValueError(
+            f"ruler-version: {loaded.name} was tuned on {task} of RULER {tuned}: add --ruler-version {tuned}"
+        )
     lengths = [] if cases else lengths or default_lengths(loaded.window)
     if max(lengths, default=0) > loaded.window:
         raise ValueError(f"lengths: {max(lengths)} tokens do not fit into the model's window of {loaded.window}")
     requests = [
-        Request(task, str(length), samples=samples, seed=seed, split=split, haystack=haystack, depths=depths)
+        Request(task, str(length), samples=samples, seed=seed, split=split, haystack=haystack, depths=depths,
+                ruler_version=ruler_version)
         for length in lengths
-    ]
-    example = asdict(Request(task, str(shot_tokens), samples=shots, seed=seed, haystack=haystack)) if shots else None
+    ]  # fmt: skip
+    shot = None
+    if shots:
+        shot = Request(task, str(shot_tokens), samples=shots, seed=seed, haystack=haystack, ruler_version=ruler_version)
+    longest = loaded.window - answer_budget(task)
     metadata = {
         "tokenizer": loaded.tokenizer.name_or_path,
         "chat_template": loaded.tokenizer.chat_template,
         "requests": [asdict(request) for request in requests],
-        "examples": example,
-        "cases": {"folder": cases, "samples": samples} if cases else None,
+        "examples": asdict(shot) if shot else None,
+        "cases": {"folder": cases, "samples": samples, "lines": lines, "longest": longest} if cases else None,
     }
     responses = generate_responses(loaded, task, metadata, batch_size, journal, allow_contamination)
     seen = [row.pop("seen") for row in responses]
@@ -142,7 +156,7 @@ def generate_responses(
     harness = harness_for(loaded, batch_size, journal)
     trained_on = loaded.trained_on or frozenset()
     harness.refused = frozenset() if allow_contamination else trained_on
-    results = evaluate(harness, {name: lm_eval_task(task, **metadata)}, apply_chat_template=True, bootstrap_iters=0)
+    results = evaluate(harness, {name: lm_eval_task(task, **metadata)}, bootstrap_iters=0)
     return [
         {
             **{key: row["doc"][key] for key in SAMPLE_FIELDS if key in row["doc"]},

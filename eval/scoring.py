@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from axolotl_plugins.common.tokenizer import prompt_turns, render_prompt
+from axolotl_plugins.common.window import stated_window
 from data_gen.tasks import TASKS
 from eval.generation import generate_answers, stop_ids
 from eval.metrics import METRICS
@@ -25,18 +27,22 @@ def answer_budget(task: str) -> int:
     return generation_settings(task)["max_gen_toks"]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, sample: dict[str, Any], shown: str = "") -> list[int]:
-    """Return the token ids of a sample's prompt.
+def prompt_text(tokenizer: PreTrainedTokenizerBase, sample: dict[str, Any], shown: str = "") -> str:
+    """Render a sample's prompt with the model's chat template.
 
     Args:
         tokenizer: with a chat template.
-        sample: its ``messages`` begin with the user's turn; ``prefix``, if any, begins the assistant's turn.
+        sample: its ``messages`` may end with the answer; ``prefix``, if any, begins the model's.
         shown: worked examples, put before the prompt in the same turn.
     """
-    content = shown + sample["messages"][0]["content"]
-    turns = [{"role": "user", "content": content}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text + sample.get("prefix", ""), add_special_tokens=False)["input_ids"]
+    turns = prompt_turns(sample)
+    last = {**turns[-1], "content": shown + turns[-1]["content"]}
+    return render_prompt(tokenizer, [*turns[:-1], last], sample.get("prefix", ""))
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, sample: dict[str, Any], shown: str = "") -> list[int]:
+    """Return the token ids of ``prompt_text``."""
+    return tokenizer(prompt_text(tokenizer, sample, shown), add_special_tokens=False)["input_ids"]
 
 
 def truncate_at(text: str, until: list[str]) -> str:
@@ -70,8 +76,8 @@ def score_samples(
     settings = generation_settings(task)
     budget, until = settings["max_gen_toks"], settings["until"]
     prompts = [prompt_ids(tokenizer, sample, shown) for sample in samples]
-    window = model.config.get_text_config().max_position_embeddings
-    if (longest := max(map(len, prompts))) + budget > window:
+    window = stated_window(model.config)
+    if window and (longest := max(map(len, prompts))) + budget > window:
         raise ValueError(f"a prompt of {longest} tokens and {budget} tokens of answer do not fit into {window} tokens")
 
     def text_of(ids: list[int]) -> str:

@@ -13,7 +13,8 @@ LM_EVAL_TASKS = ("longbench", "mmlu")
 TASK_GROUPS = {"ruler": tasks_of("ruler"), "all": (*SEAL_TASKS, *LM_EVAL_TASKS)}
 # Options that apply to some tasks only.
 TASK_OPTIONS = {
-    **{option: tasks_with(option) for option in ("cases", "haystack", "depths")},
+    **{option: tasks_with(option) for option in ("cases", "haystack", "depths", "ruler_version")},
+    "lines": tasks_with("cases"),
     "data": LM_EVAL_TASKS,
     "lengths": SEAL_TASKS,
     "shots": SEAL_TASKS,
@@ -36,12 +37,14 @@ class EvalSpec:
         haystack: see ``data_gen.dataset.Request`` (niah).
         depths: see ``data_gen.dataset.Request`` (niah).
         cases: folder of LongEval's published line cases, scored instead of generated samples (line).
+        lines: numbers of lines of the files of ``cases`` to score; None scores all.
+        ruler_version: see ``data_gen.dataset.Request`` (RULER's tasks).
         data: folder with the files of longbench or mmlu; None fetches them from the hub.
         batch_size: prompts decoded together; None uses what memory allows.
         allow_contamination: also score samples that the model was tuned on.
 
     Raises:
-        ValueError: a number is too small.
+        ValueError: a number is too small, or lengths are given another way than the samples have them.
     """
 
     lengths: list[int] | None = None
@@ -53,6 +56,8 @@ class EvalSpec:
     haystack: str | None = None
     depths: int | None = None
     cases: str | None = None
+    lines: list[int] | None = None
+    ruler_version: int | None = None
     data: str | None = None
     batch_size: int | None = None
     allow_contamination: bool = False
@@ -64,6 +69,10 @@ class EvalSpec:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ValueError(f"{name.replace('_', '-')}: found {value}, expected at least {minimum}")
+        if self.lengths and self.cases:
+            raise ValueError("lengths: published cases have their own: choose files by --lines, such as 200,300")
+        if self.lines and not self.cases:
+            raise ValueError("lines: choose files of --cases, which is not given; generated samples have --lengths")
 
     def sample_options(self, task: str, window: int) -> dict[str, Any]:
         """Return the options that determine a task's samples, for a model with a window of so many tokens.
@@ -75,7 +84,7 @@ class EvalSpec:
             return {"data": self.data, "limit": min(bounds, default=None)}
         task_only = {
             option: getattr(self, option) if task in TASK_OPTIONS[option] else None
-            for option in ("haystack", "depths", "cases")
+            for option in ("haystack", "depths", "cases", "lines", "ruler_version")
         }
         return {
             "lengths": None if self.cases else self.lengths or default_lengths(window),
@@ -107,5 +116,5 @@ def resolve_tasks(name: str, spec: EvalSpec) -> tuple[str, ...]:
         raise ValueError(f"data: holds one benchmark, but {name} stands for several tasks: score them one by one")
     for option, applicable in TASK_OPTIONS.items():
         if getattr(spec, option) and not set(applicable) & set(tasks):
-            raise ValueError(f"{option}: {name} has no such option, only {' and '.join(applicable)}")
+            raise ValueError(f"{option.replace('_', '-')}: {name} has no such option, only {' and '.join(applicable)}")
     return tasks

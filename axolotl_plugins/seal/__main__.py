@@ -25,7 +25,7 @@ def merge(
     out: Annotated[Path, typer.Argument(help="Model folder to write.")],
     into: Annotated[
         Literal["auto", "o_proj", "v_proj"],
-        typer.Option(help="o_proj: any model; v_proj: no grouped-query attention; auto: v_proj if possible."),
+        typer.Option(help="o_proj: any model; v_proj: some without grouped queries; auto: v_proj if equivalent."),
     ] = "auto",
 ) -> None:
     """Fold an adapter's scales into its base model's weights, so that inference costs nothing."""

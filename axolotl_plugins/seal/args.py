@@ -24,6 +24,9 @@ class DataArgs(BaseModel):
     haystack: str | None = Field(default=None, description="niah: folder of text files, `essays` (hub) or `prose`.")
     needles: str | None = Field(default=None, description="niah: file of training needles; default: the paper's ten.")
     data: str | None = Field(default=None, description="longbench: a local file instead of the hub's.")
+    ruler_version: int | None = Field(
+        default=None, description="vt, cwe, fwe: 2024 (the paper's) or 2025, as NVIDIA's program was then."
+    )
 
 
 def as_list(value: Any) -> Any:
@@ -49,7 +52,7 @@ class SealBlock(BaseModel):
     layers_to_transform: Annotated[list[int], BeforeValidator(as_list)] | None = Field(
         default=None, description="Decoder layers to scale, as indices from 0; default: all. Former name: `layers`."
     )
-    num_heads: int | None = Field(default=None, description="Query heads per layer; default: from the model's config.")
+    num_heads: int | None = Field(default=None, description="Query heads per layer; default: from the model.")
     context_parallel: int = Field(default=1, ge=1, description="Processes that share each sample, a part of it each.")
     data: Annotated[list[DataArgs], BeforeValidator(as_list)] | None = Field(
         default=None, description="Data to generate if the dataset file does not exist; a list has an entry per file."

@@ -55,7 +55,7 @@ class SealConfig(PeftConfig):
         exclude_modules: modules not to scale, in the same two forms.
         layers_to_transform: index or indices of the decoder layers to scale; ``None`` means all. Not with a regular
             expression as ``target_modules``, which can select layers itself.
-        num_heads: query heads per layer; ``None`` reads it from the model's config.
+        num_heads: query heads per layer; ``None`` reads it from each module, or the model's config.
         layers: former name of ``layers_to_transform``, as in adapters saved by earlier versions; never saved.
 
     Raises:
@@ -73,7 +73,7 @@ class SealConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Decoder layers to scale; None means all."}
     )
-    num_heads: int | None = field(default=None, metadata={"help": "Query heads per layer; None reads the config."})
+    num_heads: int | None = field(default=None, metadata={"help": "Query heads per layer; None reads the model."})
     layers: InitVar[list[int] | None] = None
 
     def __post_init__(self, layers: list[int] | None) -> None:

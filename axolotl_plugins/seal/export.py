@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import IA3Config
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from peft import IA3Config, get_peft_model
+from safetensors.torch import save_file
 
 from axolotl_plugins.common.io import check_output, written_whole
 
 from . import provenance
 from .config import SealConfig
-from .scales import saved_scales
+from .layer import SealLayer
+from .model_loading import load
+from .scales import saved_tensors
 
 
 def export_ia3(adapter: Path, out: Path) -> None:
@@ -26,14 +27,19 @@ def export_ia3(adapter: Path, out: Path) -> None:
     Raises:
         ValueError: ``adapter`` is not a SEAL adapter, or ``out`` exists.
     """
-    saved_scales(adapter)  # raises if the folder is not a SEAL adapter
+    scales = saved_tensors(adapter)  # raises if the folder is not a SEAL adapter
     check_output(out, folder=True)
     config = SealConfig.from_pretrained(str(adapter))
+    layers = scaled_layers(adapter)
     tensors = {}
-    for name, scale in load_file(adapter / "adapter_model.safetensors").items():
-        if config.granularity == "head":
-            scale = scale.repeat_interleave(head_dim(config))
-        tensors[name.removesuffix("seal_scale") + "ia3_l"] = scale.reshape(1, -1).to(torch.float32).contiguous()
+    for name, scale in scales.items():
+        layer = layers.get(name)
+        size = 0 if layer is None else layer.seal_scale["default"].numel()
+        if layer is None or len(scale) != size:
+            raise ValueError(f"{adapter}: found {len(scale)} scales of {name}, the model has {size}: it belongs to "
+                             "another model or configuration")  # fmt: skip
+        channels = torch.from_numpy(scale).repeat_interleave(layer.in_features // size)
+        tensors[name.removesuffix("seal_scale") + "ia3_l"] = channels[None].contiguous()
     modules = [name.removeprefix("base_model.model.").removesuffix(".ia3_l") for name in tensors]
     ia3_config = IA3Config(
         base_model_name_or_path=config.base_model_name_or_path, task_type="CAUSAL_LM", inference_mode=True,
@@ -46,7 +52,8 @@ def export_ia3(adapter: Path, out: Path) -> None:
         provenance.copy(adapter, partial)
 
 
-def head_dim(config: SealConfig) -> int:
-    """Return the channels per head of the adapter's base model, from its config."""
-    base_config = AutoConfig.from_pretrained(config.base_model_name_or_path).get_text_config()
-    return getattr(base_config, "head_dim", None) or base_config.hidden_size // base_config.num_attention_heads
+def scaled_layers(adapter: Path) -> dict[str, SealLayer]:
+    """Return the name of each tensor in an adapter's file and the layer, on the meta device, that it belongs to."""
+    model = load(adapter, weights=False, needs_template=False, default_window=1).model  # the window does not matter
+    layers = get_peft_model(model, SealConfig.from_pretrained(str(adapter))).named_modules()
+    return {f"{name}.seal_scale": layer for name, layer in layers if isinstance(layer, SealLayer)}

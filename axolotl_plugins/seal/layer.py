@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ class SealLayer(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = projection_shape(base_layer)
         self.num_heads = num_heads
         self.seal_scale = nn.ParameterDict({})
+        self.row_adapters: Sequence[str] | None = None  # see SealModel._enable_peft_forward_hooks
         self._disable_adapters = False
         self._unmerged_weight: torch.Tensor | None = None
         self.merged_adapters: list[str] = []
@@ -102,6 +103,20 @@ class SealLayer(nn.Module, BaseTunerLayer):
                 product = scale if product is None else product * scale
         return product
 
+    def row_scale(self, rows: int) -> torch.Tensor:
+        """Return the scale of each row of a batch by its adapter in ``row_adapters``, float32 of shape (rows, C).
+
+        Raises:
+            ValueError: the batch has another number of rows, or adapters are merged.
+        """
+        names = self.row_adapters or ()
+        if self.merged:
+            raise ValueError("adapter_names: adapters are merged into the weights of all rows: unmerge them first")
+        if len(names) != rows:
+            raise ValueError(f"adapter_names: found {len(names)} names for {rows} rows, expected one for each row")
+        identity = torch.ones(self.in_features, device=self.get_base_layer().weight.device)
+        return torch.stack([self.channel_scale(name) if name in self.seal_scale else identity for name in names])
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Project the scaled input.
 
@@ -115,7 +130,11 @@ class SealLayer(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
-        scale = None if self.disable_adapters or self.merged else self.active_scale()
+        scale = None
+        if self.row_adapters is not None and not self.disable_adapters:
+            scale = self.row_scale(x.shape[0]).view(x.shape[0], *[1] * (x.dim() - 2), -1)
+        elif not (self.disable_adapters or self.merged):
+            scale = self.active_scale()
         if scale is not None:
             x = Scale.apply(x, scale)
         return self.base_layer(x, *args, **kwargs)

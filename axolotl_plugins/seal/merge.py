@@ -6,100 +6,152 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from axolotl_plugins.common.console import first_line
 from axolotl_plugins.common.io import check_output, file_hash, load_json, written_whole
 
 from . import provenance
-from .layer import SealLayer, scale_columns
+from .checkpoint import (
+    TOKENIZER_FILES,
+    Place,
+    check_copy,
+    copy_model,
+    find_tensors,
+    model_folder,
+    read_tensor,
+    write_config,
+)
+from .layer import SealLayer
 from .model_loading import RECORD, LoadedModel, check_adapter, check_name, load
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Into = Literal["auto", "o_proj", "v_proj"]
 # Tolerance of a merge. Where float32 rounds by more, float64 distinguishes rounding from a wrong merge.
 MAX_LOGIT_DIFFERENCE = 1e-4
+PROOF_WINDOW = 2048  # tokens; bounds the proof's prompts where the config states no window
+PLAIN_TOKENS = 256  # of a prompt for models without a chat template
+# Attention modules whose values reach the output projection through attention alone, and their projection of values.
+VALUE_PROJECTIONS = {
+    **dict.fromkeys(("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma"), "v_proj"),
+    "Phi3": "qkv_proj", "GPTNeoX": "query_key_value", "GPT2": "c_attn",
+}  # fmt: skip
 
 
-def value_rows(parent: nn.Module, num_heads: int, head_dim: int) -> tuple[str, torch.Tensor]:
+def value_rows(attention: nn.Module, size: int, num_heads: int) -> tuple[str, torch.Tensor]:
     """Find the output rows of an attention module's projections that compute its values.
 
     Args:
-        parent: the module that contains the attention output projection.
-        num_heads: H, query heads.
-        head_dim: D, channels of one head.
+        attention: the module that contains the attention output projection.
+        size: C, input channels of the output projection.
+        num_heads: query heads.
 
     Returns:
-        Name of the projection inside ``parent``, and the indices of its value rows, int64 of shape (H * D,), in the
+        Name of the projection inside ``attention``, and the indices of its value rows, int64 of shape (C,), in the
         order of the concatenated heads.
 
     Raises:
-        ValueError: there are fewer value heads than query heads, or the layout is unknown.
+        ValueError: there are fewer value heads than query heads, or values may change on their way to the output
+            projection, which the class of the module tells.
     """
-    size = num_heads * head_dim
-    for name in ("v_proj", "qkv_proj", "query_key_value", "c_attn"):
-        projection = getattr(parent, name, None)
-        if projection is None:
-            continue
-        rows = projection.nf if isinstance(projection, Conv1D) else projection.out_features
-        expected = size if name == "v_proj" else 3 * size
-        if rows != expected:
-            raise ValueError(
-                f"{name} has {rows} rows where {num_heads} value heads of {head_dim} would need {expected}: with "
-                "grouped-query attention one value row serves several query heads that have different scales; "
-                "merge into o_proj"
-            )
-        if name == "query_key_value":  # GPT-NeoX: for each head its query, key and value
-            return name, torch.arange(3 * size).view(num_heads, 3, head_dim)[:, 2].flatten()
-        return name, torch.arange(rows - size, rows)
-    raise ValueError(f"{type(parent).__name__} has no known value projection: merge into o_proj")
+    kind = type(attention)
+    name = VALUE_PROJECTIONS.get(kind.__name__.removesuffix("Attention"))
+    if name is None or not kind.__module__.startswith("transformers.models."):
+        raise ValueError(f"{kind.__name__} may change values between their projection and attention: merge into o_proj")
+    projection = getattr(attention, name)
+    rows = projection.nf if isinstance(projection, Conv1D) else projection.out_features
+    expected = size if name == "v_proj" else 3 * size
+    if rows != expected:
+        raise ValueError(
+            f"{name} has {rows} rows where values of {num_heads} heads would need {expected}: with grouped-query "
+            "attention one value row serves several query heads that have different scales; merge into o_proj"
+        )
+    if name == "query_key_value":  # for each head its query, key and value
+        return name, torch.arange(3 * size).view(num_heads, 3, -1)[:, 2].flatten()
+    return name, torch.arange(rows - size, rows)
 
 
-def merged_tensors(model: nn.Module, into: Into) -> dict[str, torch.Tensor]:
-    """Compute the tensors that a merge changes.
+def scale_factors(model: nn.Module, into: Literal["o_proj", "v_proj"]) -> dict[str, torch.Tensor]:
+    """Compute what a merge multiplies parameters by.
 
     Args:
         model: wrapped by SEAL, with active adapters, not merged.
-        into: ``o_proj`` scales the columns of attention output projections; ``v_proj`` the value rows and biases;
-            ``auto`` takes ``v_proj`` without grouped-query attention, else ``o_proj``, as the paper does.
+        into: ``o_proj`` scales the columns of attention output projections, ``v_proj`` the value rows and biases.
 
     Returns:
-        Parameter name -> new tensor, in the dtype of the old one; products are computed in float32 or, if that is
-        wider, in that dtype.
+        Parameter name, without PEFT's prefix -> float32 factor of a shape that broadcasts to the parameter's.
 
     Raises:
         ValueError: the architecture does not allow ``into``.
     """
-    if into == "auto":
-        try:
-            return merged_tensors(model, "v_proj")
-        except ValueError:
-            return merged_tensors(model, "o_proj")
-    changed: dict[str, torch.Tensor] = {}
+    factors: dict[str, torch.Tensor] = {}
+    owners: dict[int, str] = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, SealLayer) or (scale := layer.active_scale()) is None:
             continue
-        scale = scale.detach()
-        if into == "o_proj":
-            changed[f"{name}.weight"] = scale_columns(layer.get_base_layer(), scale)
-            continue
-        parent_name = name.rpartition(".")[0]
-        parent = model.get_submodule(parent_name)
-        child, rows = value_rows(parent, layer.num_heads, layer.in_features // layer.num_heads)
-        projection = getattr(parent, child)
-        factor = torch.ones(projection.nf if isinstance(projection, Conv1D) else projection.out_features)
-        factor[rows] = scale.cpu()
-        factor = factor.to(scale.device)
-        for kind in ("weight", "bias"):
-            tensor = getattr(projection, kind)
-            if tensor is not None:
-                by_row = factor if tensor.dim() == 1 or isinstance(projection, Conv1D) else factor[:, None]
-                changed[f"{parent_name}.{child}.{kind}"] = (tensor.detach() * by_row).to(tensor.dtype)
-    return changed
+        scale = scale.detach().cpu()
+        name = name.removeprefix("base_model.model.")
+        projection = layer.get_base_layer()
+        by_column = into == "o_proj"
+        if not by_column:
+            parent = name.rpartition(".")[0]
+            attention = model.get_submodule(f"base_model.model.{parent}")
+            child, rows = value_rows(attention, layer.in_features, layer.num_heads)
+            name, projection = f"{parent}.{child}", getattr(attention, child)
+            of_values = scale
+            scale = torch.ones(projection.nf if isinstance(projection, Conv1D) else projection.out_features)
+            scale[rows] = of_values
+        factor = scale[None] if by_column != isinstance(projection, Conv1D) else scale[:, None]
+        owner = owners.setdefault(id(projection.weight), name)
+        if owner == name:
+            factors[f"{name}.weight"] = factor
+            if not by_column and projection.bias is not None:
+                factors[f"{name}.bias"] = scale
+        elif not torch.equal(factors[f"{owner}.weight"], factor):
+            raise ValueError(
+                f"{owner} and {name} share one weight but have different scales, which cannot be merged: use the "
+                "adapter, or `export` it"
+            )
+    return factors
+
+
+def choose(
+    loaded: LoadedModel, into: Into, report: Callable[[str], object]
+) -> tuple[dict[str, torch.Tensor], dict[str, Place]]:
+    """Compute what a merge multiplies, and where that is in the base model's files.
+
+    Args:
+        loaded: see ``load_adapter``.
+        into: see ``merge``.
+        report: called with the reason if ``auto`` does not take ``v_proj``.
+
+    Returns:
+        ``scale_factors``, and parameter name -> tensor in the files.
+
+    Raises:
+        ValueError: the architecture does not allow ``into``, or the files hold a tensor in another form.
+    """
+    try:
+        factors = scale_factors(loaded.model, "o_proj" if into == "o_proj" else "v_proj")
+        parameters = loaded.model.get_base_model().named_parameters(remove_duplicate=False)
+        values = {name.replace(".base_layer.", "."): value for name, value in parameters}
+        places = find_tensors(model_folder(loaded.base), {name: values[name] for name in factors})
+        if missing := sorted(factors.keys() - places.keys()):
+            raise ValueError(f"{loaded.base}: its files hold {missing[0]} in another form: load it in Transformers, "
+                             "save it, and tune the copy")  # fmt: skip
+        return factors, places
+    except ValueError as error:
+        if into != "auto":
+            raise
+        report(f"merging into the output projections, not into values: {first_line(error)}")
+        return choose(loaded, "o_proj", report)
 
 
 @torch.no_grad()
@@ -114,28 +166,20 @@ def difference(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
     return max((a - b).abs().max().item() for a, b in zip(left, right, strict=True))
 
 
-def write_older_rope_keys(folder: Path) -> None:
-    """Add ``rope_theta``, ``rope_scaling`` and LongRoPE's original window to config.json, for Transformers 4."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        config["rope_theta"] = rope["rope_theta"]
-        if rope.get("rope_type", "default") != "default":
-            config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-        if rope.get("rope_type") == "longrope":
-            config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
 def prompts_for(loaded: LoadedModel) -> list[torch.Tensor]:
-    """Return token ids of two line retrieval prompts with answers, int64 of shape (T,): 16 lines, or what fits.
+    """Return token ids of two prompts, int64 of shape (T,): line retrieval with answers, of 16 lines or what fits.
+
+    For models without a chat template they are random tokens.
 
     Raises:
         ValueError: the model's context window is too short for one line.
     """
     from data_gen.dataset import Request, generate
 
+    if not loaded.tokenizer.chat_template:
+        vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
+        shape = (2, min(PLAIN_TOKENS, loaded.window))
+        return list(torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0)))
     for lines in (16, 8, 4, 2, 1):
         samples = generate(Request("line", lines=lines, samples=2, split="test"), loaded.tokenizer)
         prompts = [
@@ -147,7 +191,7 @@ def prompts_for(loaded: LoadedModel) -> list[torch.Tensor]:
     raise ValueError(f"{loaded.base}: its window of {loaded.window} tokens is too short for a prompt to verify a merge")
 
 
-def load_adapter(adapter: Path) -> LoadedModel:
+def load_adapter(adapter: Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """Load a SEAL adapter and its base model, which must not be quantised.
 
     Raises:
@@ -155,10 +199,10 @@ def load_adapter(adapter: Path) -> LoadedModel:
     """
     check_name(str(adapter))
     check_adapter(adapter)
-    loaded = load(adapter)
+    loaded = load(adapter, dtype=dtype, default_window=PROOF_WINDOW, needs_template=False)
     if not loaded.method.startswith("SEAL"):
         raise ValueError(f"{adapter}: found a {loaded.method} adapter; use `axolotl merge-lora` for it")
-    if not all(parameter.is_floating_point() for parameter in loaded.model.parameters()):
+    if load_json(model_folder(loaded.base) / "config.json").get("quantization_config"):
         raise ValueError(f"{loaded.base}: is quantised: merge into the full-precision model that it was quantised from")
     return loaded
 
@@ -168,84 +212,119 @@ class MergeResult:
     """A merge in memory, verified in float32.
 
     Attributes:
-        plain: the merged model, float32.
-        changed: parameter name -> tensor that the merge changed, float32.
-        dtype: dtype of the base model's weights.
+        factors: parameter name -> what the merge multiplies it by, see ``scale_factors``.
+        places: parameter name -> tensor in the files of the base model.
         prompts: prompts on which logits were compared, see ``prompts_for``.
         unmerged: logits of the model with its adapter, see ``last_logits``.
         difference: maximum change of any logit.
     """
 
-    plain: PreTrainedModel
-    changed: dict[str, torch.Tensor]
-    dtype: torch.dtype
+    factors: dict[str, torch.Tensor]
+    places: dict[str, Place]
     prompts: list[torch.Tensor]
     unmerged: list[torch.Tensor]
     difference: float
 
+    @property
+    def file_factors(self) -> dict[Place, torch.Tensor]:
+        """Tensor in the files -> what the merge multiplies it by."""
+        return {place: self.factors[name] for name, place in self.places.items()}
 
-def fold(loaded: LoadedModel, into: Into) -> MergeResult:
-    """Merge in memory, and compare the logits on line retrieval prompts.
+
+def fold(loaded: LoadedModel, into: Into, report: Callable[[str], object]) -> MergeResult:
+    """Merge in memory, and compare the logits on the prompts.
 
     Args:
         loaded: see ``load_adapter``; unusable afterwards.
-        into: see ``merged_tensors``.
+        into: see ``merge``.
+        report: see ``choose``.
 
     Raises:
-        ValueError: the architecture does not allow ``into``, or a logit changes by more than ``MAX_LOGIT_DIFFERENCE``
-            in float32 and, to rule out rounding, in float64.
+        ValueError: see ``choose``; or a logit changes by more than ``MAX_LOGIT_DIFFERENCE`` in float32 and, to rule
+            out rounding, in float64.
     """
-    dtype, prompts = loaded.model.dtype, prompts_for(loaded)
-    merged = fold_in(torch.float32, loaded, into, dtype, prompts)
-    if not merged.difference <= MAX_LOGIT_DIFFERENCE:
-        exact = fold_in(torch.float64, load_adapter(Path(loaded.name)), into, dtype, prompts).difference
+    prompts = prompts_for(loaded)
+    factors, places = choose(loaded, into, report)
+    unmerged, merged = logits_of_both(loaded, factors, prompts)
+    change = difference(merged, unmerged)
+    if not change <= MAX_LOGIT_DIFFERENCE:
+        exact_model = load_adapter(Path(loaded.name), torch.float64)
+        exact_model.model.get_base_model().set_experts_implementation("eager")  # others compute in 32 bits at most
+        exact = difference(*logits_of_both(exact_model, factors, prompts))
         if not exact <= MAX_LOGIT_DIFFERENCE:
-            raise ValueError(f"merging would change logits by {merged.difference:.1e} in float32 and {exact:.1e} in "
-                             f"float64, more than {MAX_LOGIT_DIFFERENCE:.0e}")  # fmt: skip
-    return merged
+            raise ValueError(f"merging would change logits by {change:.1e} in float32 and {exact:.1e} in float64, more "
+                             f"than {MAX_LOGIT_DIFFERENCE:.0e}")  # fmt: skip
+    return MergeResult(factors, places, prompts, unmerged, change)
 
 
-def fold_in(
-    dtype: torch.dtype, loaded: LoadedModel, into: Into, base_dtype: torch.dtype, prompts: list[torch.Tensor]
-) -> MergeResult:
-    """Merge in memory with weights cast to ``dtype``, without a check of the logits; see ``fold``."""
-    # Without PEFT's prefix the names are those of the base model.
-    exact = loaded.model.to(dtype)
-    unmerged = last_logits(exact, prompts)
-    changed = {name.removeprefix("base_model.model."): tensor for name, tensor in merged_tensors(exact, into).items()}
-    plain: PreTrainedModel = exact.unload()
-    parameters = dict(plain.named_parameters())
-    for name, tensor in changed.items():
-        parameters[name].data = tensor
-    return MergeResult(plain, changed, base_dtype, prompts, unmerged, difference(last_logits(plain, prompts), unmerged))
+@torch.no_grad()
+def logits_of_both(
+    loaded: LoadedModel, factors: dict[str, torch.Tensor], prompts: list[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return the logits of a model with its adapter and of the same model merged in place, see ``last_logits``."""
+    unmerged = last_logits(loaded.model, prompts)
+    plain = loaded.model.unload()
+    parameters = dict(plain.named_parameters(remove_duplicate=False))
+    for name, factor in factors.items():
+        parameters[name] *= factor.to(parameters[name].device)
+    return unmerged, last_logits(plain, prompts)
 
 
-def check_saved(folder: Path, base: str, merged: MergeResult) -> float:
-    """Load a merged folder and compare every tensor with the base model and the merge in memory.
+def check_saved(folder: Path, base: str, merged: MergeResult) -> tuple[int, float]:
+    """Compare every tensor in a merged folder's files with the base model's, and its logits with the unmerged model's.
 
     Returns:
-        Maximum difference of its logits from the unmerged model's, due to rounding to the base's dtype.
+        Number of tensors in the files, and the maximum difference of logits, due to rounding to the base's dtype.
 
     Raises:
         ValueError: a tensor differs; the message names it.
     """
-    saved_model = AutoModelForCausalLM.from_pretrained(folder, dtype=merged.dtype, use_safetensors=True).eval()
-    base_model = AutoModelForCausalLM.from_pretrained(base, dtype=merged.dtype, use_safetensors=True)
-    for (name, saved), original in zip(saved_model.named_parameters(), base_model.parameters(), strict=True):
-        if not torch.equal(saved, merged.changed[name].to(merged.dtype) if name in merged.changed else original):
-            raise ValueError(f"{folder}: {name} differs from a merge into {base}: merge again")
-    del base_model
-    return difference(last_logits(saved_model.float(), merged.prompts), merged.unmerged)
+    count = check_copy(model_folder(base), folder, merged.file_factors)
+    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+    parameters = dict(saved.named_parameters(remove_duplicate=False))
+    for name, place in merged.places.items():
+        if not torch.equal(parameters[name], read_tensor(folder, place).float()):
+            raise ValueError(f"{folder}: {name} is not read from {place.name}, into which it was merged")
+    return count, difference(last_logits(saved, merged.prompts), merged.unmerged)
 
 
 def weight_hashes(name: str | Path) -> dict[str, str]:
-    """Return the SHA-256 of the safetensors files of a model folder, or of a downloaded hub id."""
-    from huggingface_hub import snapshot_download
+    """Return the SHA-256 of the safetensors files of a model or adapter folder, or of a downloaded hub id."""
+    return {file.name: file_hash(file) for file in sorted(model_folder(name).glob("*.safetensors"))}
 
-    weights = "*.safetensors"
-    if not Path(name).is_dir():
-        name = snapshot_download(str(name), allow_patterns=weights, local_files_only=True)
-    return {file.name: file_hash(file) for file in sorted(Path(name).glob(weights))}
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of a merged folder's files, but for its record."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != RECORD)
+    return {file.relative_to(folder).as_posix(): file_hash(file) for file in files}
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Path, out: Path) -> None:
+    """Replace a merged folder's tokenizer, copied from the base model, if the adapter's tokenizer differs from it."""
+    try:
+        own = AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError):
+        own = None
+    if own is not None and tokenizer_state(own) == tokenizer_state(tokenizer):
+        template = own.chat_template
+        if tokenizer.chat_template == (template.get("default") if isinstance(template, dict) else template):
+            return
+        if isinstance(tokenizer.chat_template, str):
+            (out / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+            return
+    for file in out.iterdir():
+        if file.name.startswith(TOKENIZER_FILES):
+            file.unlink()
+    tokenizer.save_pretrained(out)
+
+
+def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> tuple[object, ...]:
+    """Return what two tokenizers that encode alike have in common."""
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
+        return tokenizer.get_vocab(), tokenizer.special_tokens_map
+    backend.no_truncation()
+    backend.no_padding()
+    return backend.to_str(), tokenizer.special_tokens_map
 
 
 def merge(
@@ -253,21 +332,23 @@ def merge(
 ) -> dict[str, Any]:
     """Write a plain Hugging Face folder with a SEAL adapter's scales in its weights.
 
-    The folder is renamed to ``out`` after it was loaded again and verified: in float32 its logits on line retrieval
-    prompts are those of the unmerged model, and only scaled tensors differ from the base model's. Otherwise nothing is
-    left. The folder records the merge in ``RECORD``, so that ``verify`` can repeat the check.
+    The base model's files are copied and only scaled tensors are overwritten. The folder is renamed to ``out`` after it
+    was verified: every tensor in its files is the base model's byte by byte or its product with the scales, and in
+    float32 its logits are those of the unmerged model. Otherwise nothing is left. The folder records the merge in
+    ``RECORD``, so that ``verify`` can repeat the check.
 
     Args:
         adapter: folder of a SEAL adapter.
         out: folder to write; must not exist.
-        into: see ``merged_tensors``.
+        into: ``o_proj`` scales the columns of attention output projections; ``v_proj`` the value rows and biases;
+            ``auto`` takes ``v_proj``, as the paper does, where the architecture makes that equivalent, else ``o_proj``.
         report: called with lines that report progress.
 
     Returns:
-        ``adapter`` and ``base`` (names), ``method``, ``into`` (the argument), ``changed`` (parameter names), ``dtype``,
-        ``difference`` (maximum change of any logit by the merge, in float32), ``rounded_difference`` (the same after
-        rounding to ``dtype``), and ``adapter_files``, ``base_files`` and ``files`` (file name -> SHA-256; the last are
-        the merged folder's).
+        ``adapter`` and ``base`` (names), ``method``, ``into`` (the argument), ``changed`` (parameter names), ``dtype``
+        (of the changed tensors), ``difference`` (maximum change of any logit by the merge, in float32),
+        ``rounded_difference`` (the same after rounding to ``dtype``), and ``adapter_files``, ``base_files`` and
+        ``files`` (file name -> SHA-256; the last are the merged folder's).
 
     Raises:
         ValueError: invalid input, or verification failed; the message is one line.
@@ -275,33 +356,32 @@ def merge(
     check_output(out, folder=True)
     adapter = Path(adapter)
     loaded = load_adapter(adapter)
-    report(f"{loaded.method} on {loaded.base} ({str(loaded.model.dtype).removeprefix('torch.')})")
-    merged = fold(loaded, into)
+    base, tokenizer = model_folder(loaded.base), loaded.tokenizer
+    record: dict[str, Any] = {"adapter": str(adapter), "base": loaded.base, "method": loaded.method, "into": into}
+    report(f"{loaded.method} on {loaded.base}")
+    merged = fold(loaded, into, report)
+    del loaded  # frees its memory
     report(f"float32: the merge changes no logit by more than {merged.difference:.1e}")
-    merged.plain.to(merged.dtype)
     with written_whole(out) as partial:
-        merged.plain.save_pretrained(partial)
-        loaded.tokenizer.save_pretrained(partial)
-        write_older_rope_keys(partial)
+        copy_model(base, partial, merged.file_factors)
+        write_config(base, adapter if (adapter / "config.json").is_file() else base, partial)
+        write_tokenizer(tokenizer, base, partial)
         provenance.copy(adapter, partial)
-        rounded = check_saved(partial, loaded.base, merged)
-        record = {
-            "adapter": str(adapter),
-            "base": loaded.base,
-            "method": loaded.method,
-            "into": into,
-            "changed": sorted(merged.changed),
-            "dtype": str(merged.dtype).removeprefix("torch."),
+        count, rounded = check_saved(partial, record["base"], merged)
+        dtype = read_tensor(base, next(iter(merged.places.values()))).dtype
+        record |= {
+            "changed": sorted(merged.factors),
+            "dtype": str(dtype).removeprefix("torch."),
             "difference": merged.difference,
             "rounded_difference": rounded,
             "adapter_files": weight_hashes(adapter),
-            "base_files": weight_hashes(loaded.base),
-            "files": {file.name: file_hash(file) for file in sorted(partial.iterdir())},
+            "base_files": weight_hashes(base),
+            "files": file_hashes(partial),
         }
         (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-    modules = {name.split(".")[-2] for name in merged.changed}
-    report(f"{out}: {len(merged.changed)} tensors changed ({', '.join(sorted(modules))}), all others unchanged")
-    if merged.dtype != torch.float32:
+    modules = sorted({name.split(".")[-2] for name in merged.factors})
+    report(f"{out}: {len(merged.factors)} of {count} tensors changed ({', '.join(modules)}), all others unchanged")
+    if dtype != torch.float32:
         report(f"rounded to {record['dtype']}, logits differ by up to {rounded:.1e}")
     return record
 
@@ -324,18 +404,19 @@ def verify(folder: Path, adapter: Path | None = None, *, report: Callable[[str],
         sources = {adapter: record["adapter_files"], base: record["base_files"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: has no valid {RECORD} as `merge` writes it ({first_line(error)})") from None
-    current = {file.name: file_hash(file) for file in folder.iterdir() if file.is_file() and file.name != RECORD}
+    current = file_hashes(folder)
     if different := sorted(name for name in current.keys() | files.keys() if current.get(name) != files.get(name)):
         raise ValueError(f"{folder / different[0]}: differs from the file that was written: merge again")
     for name, hashes in sources.items():
         if weight_hashes(name) != hashes:
             raise ValueError(f"{name}: its weights are missing or changed since the merge: restore them, or give the "
                              "adapter's path by --adapter")  # fmt: skip
-    merged = fold(load_adapter(adapter), into)
-    if sorted(merged.changed) != changed:
+    merged = fold(load_adapter(adapter), into, lambda _: None)
+    if sorted(merged.factors) != changed:
         raise ValueError(f"{folder}: merging changes other tensors than its {RECORD} lists: merge again")
-    rounded = check_saved(folder, base, merged)
+    count, rounded = check_saved(folder, base, merged)
     report(
-        f"{folder}: {len(files)} files, the adapter and the base model unchanged; {len(changed)} tensors merged, all "
-        f"others equal the base model's; logits differ by {merged.difference:.1e} in float32, by {rounded:.1e} as saved"
+        f"{folder}: {len(files)} files, the adapter and the base model unchanged; {len(changed)} of {count} tensors "
+        f"merged, all others equal the base model's; logits differ by {merged.difference:.1e} in float32, by "
+        f"{rounded:.1e} as saved"
     )

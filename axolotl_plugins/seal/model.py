@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -9,23 +10,30 @@ from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import SealConfig
 from .layer import SealLayer, projection_shape
 
-# Attention output projections of the Transformers library: Llama, Mistral, Qwen, Gemma, Phi-3 and most others; OPT;
-# Phi; GPT-NeoX; Falcon and Bloom; GPT-2; GPT-J and MPT; GPT-Neo; InternLM.
+# Attention output projections in the Transformers library, and some of the models that have them.
 ATTENTION_OUTPUTS = (
-    "self_attn.o_proj",
-    "self_attn.out_proj",
-    "self_attn.dense",
-    "attention.dense",
-    "self_attention.dense",
-    "attn.c_proj",
-    "attn.out_proj",
-    "attn.attention.out_proj",
-    "attention.wo",
+    "self_attn.o_proj",  # Llama, Mistral, Qwen, Gemma, Phi-3 and most others
+    "self_attn.out_proj",  # OPT
+    "self_attn.dense",  # Phi
+    "self_attn.0.o_proj",  # LongCat, with two attention modules in a layer
+    "self_attn.1.o_proj",
+    "self_attn.o_proj.linear",  # Moshi
+    "attention.dense",  # GPT-NeoX
+    "attention.output.dense",  # BERT
+    "self_attention.dense",  # Falcon, Bloom
+    "self_attention.attention_out",  # CPM-Ant
+    "multi_head_attention.dense",  # CTRL
+    "attn.c_proj",  # GPT-2
+    "attn.out_proj",  # GPT-J, MPT
+    "attn.attention.out_proj",  # GPT-Neo
+    "attention.wo",  # InternLM
+    "mixer.o_proj",  # Nemotron-H
 )
 
 
@@ -35,11 +43,24 @@ def layer_index(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def text_modules(model: Any) -> set[nn.Module]:
+    """Return the modules of a model's text decoder, without towers that read images or sound."""
+    if not isinstance(model, PreTrainedModel):
+        return set(model.modules())
+    modules = set(model.get_decoder().modules())
+    for part in model.modules():
+        if part is not model and isinstance(part, PreTrainedModel) and "text" not in part.input_modalities:
+            modules -= set(part.modules())
+    return modules
+
+
 def _projections(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every Linear and Conv1D with its name, or its wrapper where there is one."""
+    """Yield every Linear and Conv1D of the text decoder with its name, or its wrapper where there is one."""
+    modules = text_modules(model)
     for name, module in model.named_modules():
-        if isinstance(module, SealLayer) or (
-            isinstance(module, nn.Linear | Conv1D) and not name.endswith("base_layer")
+        if module in modules and (
+            isinstance(module, SealLayer)
+            or (isinstance(module, nn.Linear | Conv1D) and not name.endswith("base_layer"))
         ):
             yield name, module
 
@@ -62,14 +83,24 @@ def find_attention_outputs(model: nn.Module) -> list[str]:
     return suffixes
 
 
-def num_query_heads(model_config: dict) -> int:
-    """Return the query heads per layer from a Transformers config as a dict.
+def num_query_heads(attention: nn.Module, channels: int, config: dict) -> int:
+    """Return the query heads of an attention module.
+
+    Args:
+        attention: contains the output projection.
+        channels: input channels of the output projection, all heads concatenated.
+        config: Transformers config of the model, as a dict.
 
     Raises:
-        ValueError: the config has no field for it.
+        ValueError: neither the module nor the config has a field for it.
     """
-    config = model_config.get("text_config") or model_config
-    for field in ("num_attention_heads", "n_head", "n_heads", "num_heads"):
+    # The module's own sizes come first: in some models they differ by layer, in others values are of another size.
+    for field in ("v_head_dim", "head_dim", "head_size"):
+        size = getattr(attention, field, None)
+        if isinstance(size, int) and size > 0 and channels % size == 0:
+            return channels // size
+    config = config.get("text_config") or config
+    for field in ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"):
         if isinstance(config.get(field), int):
             return config[field]
     raise ValueError("the model's config has no number of query heads: set num_heads")
@@ -82,20 +113,18 @@ class SealModel(BaseTuner):
     tuner_layer_cls = SealLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
-    @staticmethod
-    def _check_target_module_exists(peft_config: SealConfig, key: str) -> bool | re.Match[str] | None:
+    def _check_target_module_exists(self, peft_config: SealConfig, key: str) -> bool | re.Match[str] | None:
         """Return whether to scale the module named ``key``."""
         layers = peft_config.layers_to_transform
-        if isinstance(layers, list) and layer_index(key) not in layers:
+        if key not in self._scalable or (isinstance(layers, list) and layer_index(key) not in layers):
             return False
         # Without the layers: PEFT finds no index in the names of a model without head, such as `layers.0.self_attn`.
         names = SimpleNamespace(target_modules=peft_config.target_modules, exclude_modules=peft_config.exclude_modules)
         return check_target_module_exists(names, key)
 
     def _prepare_adapter_config(self, peft_config: SealConfig, model_config: dict) -> SealConfig:
-        """Set the number of heads; ``_prepare_model`` sets the modules because it has access to the model."""
-        if peft_config.num_heads is None:
-            peft_config.num_heads = num_query_heads(model_config)
+        """Keep the model's config; ``_prepare_model`` sets modules and heads because it has access to the model."""
+        self._model_config = model_config
         return peft_config
 
     def _prepare_model(self, peft_config: SealConfig, model: nn.Module) -> None:
@@ -106,16 +135,14 @@ class SealModel(BaseTuner):
         """
         if peft_config.target_modules is None:
             peft_config.target_modules = find_attention_outputs(model)
-        targets = [
-            (name, module)
-            for name, module in _projections(model)
-            if self._check_target_module_exists(peft_config, name)
-        ]
-        layers = {layer_index(name) for name, _ in targets}
+        projections = dict(_projections(model))
+        self._scalable = frozenset(projections)
+        names = [name for name in projections if self._check_target_module_exists(peft_config, name)]
+        layers = {layer_index(name) for name in names}
         selected = peft_config.layers_to_transform
         missing = set(selected) - layers if isinstance(selected, list) else set()
-        if not targets or missing:
-            indices = sorted({index for name, _ in _projections(model) if (index := layer_index(name)) is not None})
+        if not names or missing:
+            indices = sorted({index for name in projections if (index := layer_index(name)) is not None})
             where = f"layers {sorted(missing)}" if missing else "the model"
             excluded = f" outside exclude_modules {peft_config.exclude_modules}" if peft_config.exclude_modules else ""
             raise ValueError(
@@ -123,15 +150,20 @@ class SealModel(BaseTuner):
                 f"the model has layers {indices[0] if indices else 'none'} to {indices[-1] if indices else 'none'}, "
                 f"and its attention outputs are {find_attention_outputs(model)}"
             )
-        heads = peft_config.num_heads
-        assert heads is not None  # see _prepare_adapter_config
-        for name, module in targets:
+        self._heads = {}
+        for name in names:
+            module = projections[name]
             channels = module.in_features if isinstance(module, SealLayer) else projection_shape(module)[0]
+            attention = model.get_submodule(name.rpartition(".")[0])
+            heads = peft_config.num_heads or num_query_heads(attention, channels, self._model_config)
             if channels % heads:
                 raise ValueError(
                     f"{name} has {channels} input channels, which is not divisible by {heads} heads: "
                     "set num_heads, or other target_modules"
                 )
+            self._heads[name] = heads
+        if len(numbers := set(self._heads.values())) == 1:
+            peft_config.num_heads = numbers.pop()
 
     def _create_and_replace(
         self, peft_config: SealConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
@@ -143,9 +175,47 @@ class SealModel(BaseTuner):
             return
         if isinstance(target, BaseTunerLayer):
             raise ValueError(f"{current_key} already has an adapter of another PEFT method: merge that adapter first")
-        heads = peft_config.num_heads
-        assert heads is not None
-        layer = SealLayer(target, adapter_name, peft_config, heads)
+        layer = SealLayer(target, adapter_name, peft_config, self._heads[current_key])
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _check_merge_allowed(self) -> None:
+        """Raise if layers share a weight, which would be scaled once for each of them.
+
+        Raises:
+            ValueError: see above.
+        """
+        super()._check_merge_allowed()
+        owners: dict[int, str] = {}
+        for name, layer in self.named_modules():
+            if isinstance(layer, SealLayer):
+                owner = owners.setdefault(id(layer.get_base_layer().weight), name)
+                if owner != name:
+                    raise ValueError(f"{owner} and {name} share one weight, which cannot be merged: use the adapter")
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Let each row of a batch have the adapter that the argument ``adapter_names`` of a call names for it.
+
+        Raises:
+            ValueError: an adapter does not exist, or the model is in training mode, where activations may be
+                recomputed after the call.
+        """
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names: call the model in evaluation mode (`model.eval()`)")
+        if unknown := set(names) - {"__base__", *self.peft_config}:
+            raise ValueError(f"adapter_names: there is no adapter {min(unknown)!r}: found {sorted(self.peft_config)}")
+        beams = kwargs.get("num_beams") or 1
+        layers = [module for module in self.modules() if isinstance(module, SealLayer)]
+        try:
+            for layer in layers:
+                layer.row_adapters = [name for name in names for _ in range(beams)]
+            yield
+        finally:
+            for layer in layers:
+                layer.row_adapters = None

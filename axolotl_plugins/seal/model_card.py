@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from axolotl_plugins.common.io import load_json, write_text
 
 from . import provenance
 from .config import SealConfig
 from .model_loading import method_name
-from .scales import saved_scales
+from .scales import saved_tensors
 
 PAPER = "[arXiv 2501.15225](https://arxiv.org/abs/2501.15225)"
 
@@ -37,18 +39,18 @@ def card(adapter: Path, scores: Sequence[str] = ()) -> str:
     Raises:
         ValueError: ``adapter`` is not a SEAL adapter.
     """
-    scales = saved_scales(adapter)
+    layers = saved_tensors(adapter).values()
     config = SealConfig.from_pretrained(str(adapter))
     method = method_name(config)
     data = data_lines(adapter)
-    layers, heads, channels = scales.shape
-    units = f"{channels} channels of {heads} heads" if channels > 1 else f"{heads} heads"
+    scales = np.concatenate(list(layers))
     base = config.base_model_name_or_path
     parts = [
         f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [seal, long-context]\n---",
         f"# {method} on {base}",
-        f"{scales.size:,} learned scales of attention outputs ({units} in {layers} layers; from {scales.min():.3f} to "
-        f"{scales.max():.3f}, mean {scales.mean():.3f}), trained as in {PAPER}. The model's own weights are unchanged.",
+        f"{scales.size:,} learned scales of attention outputs (one per {config.granularity} in {len(layers)} layers; "
+        f"from {scales.min():.3f} to {scales.max():.3f}, mean {scales.mean():.3f}), trained as in {PAPER}. The model's "
+        "own weights are unchanged.",
         "## Use",
         "```python\nimport axolotl_plugins.seal  # registers SEAL\nfrom peft import AutoPeftModelForCausalLM\n\n"
         "model = AutoPeftModelForCausalLM.from_pretrained(THIS_REPOSITORY)\n```",

@@ -24,21 +24,24 @@ def scale_matrix(model: nn.Module) -> dict[int, torch.Tensor]:
     """Return the active scales of a wrapped model.
 
     Returns:
-        Layer index -> float32 of shape (heads, head_dim), on the CPU; heads of a SEAL-H adapter have equal rows.
+        Layer index -> float32 of shape (heads, head_dim), on the CPU; heads of a SEAL-H adapter have equal rows. Heads
+        of several attention modules in a layer follow each other.
     """
     scales: dict[int, torch.Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, SealLayer) and (scale := module.active_scale()) is not None:
             index = layer_index(name)
-            scales[len(scales) if index is None else index] = scale.detach().float().cpu().view(module.num_heads, -1)
+            index = len(scales) if index is None else index
+            rows = scale.detach().float().cpu().view(module.num_heads, -1)
+            scales[index] = torch.cat([scales[index], rows]) if index in scales else rows
     return scales
 
 
-def saved_scales(adapter: Path) -> np.ndarray:
-    """Return the scales in an adapter folder: float32 of shape (layers, heads, head_dim), or (..., 1) for SEAL-H.
+def saved_tensors(adapter: Path) -> dict[str, np.ndarray]:
+    """Return the scales in an adapter folder: name -> float32 of shape (heads,) or (channels,), in order of layers.
 
     Raises:
-        ValueError: the folder is not a SEAL adapter, or its layers have different numbers of scales.
+        ValueError: the folder is not a SEAL adapter.
     """
     check_adapter(adapter)
     try:
@@ -48,10 +51,24 @@ def saved_scales(adapter: Path) -> np.ndarray:
         raise ValueError(f"{adapter}: not an adapter folder ({first_line(error)})") from error
     if config.get("peft_type") != "SEAL":
         raise ValueError(f"{adapter}: found a {config.get('peft_type')} adapter, expected a SEAL adapter")
-    if len({tensor.shape for tensor in tensors.values()}) != 1:
-        raise ValueError(f"{adapter}: its layers have different numbers of scales, which is not supported")
-    by_layer = sorted(tensors.items(), key=lambda item: layer_index(item[0]) or 0)
-    return np.stack([tensor.float().numpy().reshape(config["num_heads"], -1) for _, tensor in by_layer])
+    names = sorted(tensors, key=lambda name: layer_index(name) or 0)
+    return {name: tensors[name].float().numpy() for name in names}
+
+
+def saved_scales(adapter: Path) -> np.ndarray:
+    """Return the scales in an adapter folder: float32 of shape (layers, heads, head_dim), or (..., 1) for SEAL-H.
+
+    Where heads are of different sizes in different layers, the shape is (layers, heads, 1), with a head's mean.
+
+    Raises:
+        ValueError: the folder is not a SEAL adapter, or its layers have different numbers of heads.
+    """
+    tensors = saved_tensors(adapter).values()
+    heads = json.loads((adapter / "adapter_config.json").read_text()).get("num_heads")
+    if not heads or any(tensor.size % heads for tensor in tensors):
+        raise ValueError(f"{adapter}: its layers have different numbers of heads, which is not supported")
+    rows = [tensor.reshape(heads, -1) for tensor in tensors]
+    return np.stack(rows if len({row.shape for row in rows}) == 1 else [row.mean(1, keepdims=True) for row in rows])
 
 
 def summary(scales: dict[int, torch.Tensor]) -> dict[str, float]:

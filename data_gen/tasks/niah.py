@@ -208,13 +208,18 @@ def sample(request: Request, rng: random.Random, index: int, budget: LengthBudge
     }
 
 
+def haystack_hash(source: str | None) -> str:
+    """Return the SHA-256 of a haystack's text."""
+    text = repr(PROSE) if source in (None, "prose") else read(source)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def sources(request: Request) -> dict[str, str]:
     """Return the hashes of the files that samples are built from, for the manifest."""
-    digest = lambda text: hashlib.sha256(text.encode()).hexdigest()  # noqa: E731
-    source = request.haystack or "prose"
+    pairs = json.dumps(needles(Path(request.needles) if request.needles else NEEDLES))
     return {
-        "haystack_sha256": digest(repr(PROSE) if source == "prose" else read(source)),
-        "needles_sha256": digest(json.dumps(needles(Path(request.needles) if request.needles else NEEDLES))),
+        "haystack_sha256": haystack_hash(request.haystack),
+        "needles_sha256": hashlib.sha256(pairs.encode()).hexdigest(),
     }
 
 

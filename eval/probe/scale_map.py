@@ -28,13 +28,13 @@ def scale_map(adapter: Path, map_file: Path | None = None) -> dict[str, Any]:
     """
     values = saved_scales(adapter)
     mean = values.mean(-1)
+    config = load_json(adapter / "adapter_config.json")
     result: dict[str, Any] = {
-        "kind": "scales", "model": str(adapter), "method": "SEAL-H" if values.shape[-1] == 1 else "SEAL-C",
+        "kind": "scales", "model": str(adapter), "method": f"SEAL-{config['granularity'][0].upper()}",
         "mean": mean.tolist(), "spread": values.std(-1).tolist(),
     }  # fmt: skip
     if map_file is not None:
-        base = load_json(adapter / "adapter_config.json")["base_model_name_or_path"]
-        quadrants = head_quadrants(read_map(map_file, base))
+        quadrants = head_quadrants(read_map(map_file, config["base_model_name_or_path"]))
         if quadrants.shape != mean.shape:
             raise ValueError(
                 f"{map_file}: of a model with {quadrants.shape} layers and heads, the adapter has {mean.shape}"

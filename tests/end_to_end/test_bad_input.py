@@ -310,7 +310,7 @@ CASES = [
     ("axolotl_plugins.seal", "verify {file}/no", "no: has no valid seal_merge.json"),
     ("axolotl_plugins.seal", "export {tiny} {tmp}/x", "tiny: not an adapter folder"),
     ("axolotl_plugins.seal", "export {adapter}/truncated {tmp}/x", "truncated: not an adapter folder"),
-    ("axolotl_plugins.seal", "export {adapter}/shape {tmp}/x", "shape: its layers have different numbers of scales"),
+    ("axolotl_plugins.seal", "export {adapter}/shape {tmp}/x", "shape: found 7 scales of .*, the model has"),
     ("axolotl_plugins.seal", "export {adapter}/good {file}/folder", "folder: exists already"),
     ("axolotl_plugins.seal", "fold", "No such command 'fold'"),
     # recipes

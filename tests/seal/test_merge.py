@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from miniatures import MINIATURES, build, token_ids
+from miniatures import COMMON, MINIATURES, build, token_ids
 from paths import TINY
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_plugins.common.io import file_hash
 from axolotl_plugins.seal import SealConfig, provenance
 from axolotl_plugins.seal.export import export_ia3
-from axolotl_plugins.seal.layer import scale_columns
-from axolotl_plugins.seal.merge import RECORD, merge, merged_tensors, verify
+from axolotl_plugins.seal.merge import RECORD, merge, scale_factors, verify
 from axolotl_plugins.seal.model_loading import load
 from axolotl_plugins.seal.provenance import seen_texts
 
@@ -55,20 +51,18 @@ def test_value_rows_do_what_output_columns_do(name, grain):
     for into in ("v_proj", "o_proj"):
         plain = build(name)
         parameters = dict(plain.named_parameters())
-        changed = merged_tensors(model, into)
-        for key, tensor in changed.items():
-            parameters[key.removeprefix("base_model.model.")].data = tensor
+        factors = scale_factors(model, into)
+        for key, factor in factors.items():
+            parameters[key].data *= factor
         torch.testing.assert_close(logits(plain), wanted, atol=5e-5, rtol=0)
         different = {key for key, p in base.named_parameters() if not torch.equal(p, parameters[key])}
-        assert different == {key.removeprefix("base_model.model.") for key in changed}
+        assert different == set(factors)
 
 
 @pytest.mark.parametrize("name", sorted(set(MINIATURES) - set(MHA)))
-def test_grouped_queries_refuse_value_rows_and_auto_avoids_them(name):
-    model = tuned(name, "channel")
-    with pytest.raises(ValueError, match=r"one value row serves several query heads|not known"):
-        merged_tensors(model, "v_proj")
-    assert all("o_proj" in key for key in merged_tensors(model, "auto"))
+def test_grouped_queries_refuse_value_rows(name):
+    with pytest.raises(ValueError, match="one value row serves several query heads"):
+        scale_factors(tuned(name, "channel"), "v_proj")
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +140,11 @@ def test_exported_to_stock_ia3_it_does_the_same(base_folder, options, tmp_path):
         export_ia3(tmp_path / "ia3", tmp_path / "again")
 
 
+def multiplied(number):
+    """``scale_factors`` with wrong factors."""
+    return lambda *args: {name: factor * number for name, factor in scale_factors(*args).items()}
+
+
 def test_a_merge_that_cannot_be_proved_leaves_nothing(base_folder, tmp_path, monkeypatch):
     """A wrong merge, here one whose scales were disturbed between measuring and merging, is caught."""
     model = get_peft_model(
@@ -153,7 +152,7 @@ def test_a_merge_that_cannot_be_proved_leaves_nothing(base_folder, tmp_path, mon
         SealConfig(granularity="head", base_model_name_or_path=str(base_folder[torch.float32])),
     )
     model.save_pretrained(tmp_path / "adapter")
-    monkeypatch.setattr("axolotl_plugins.seal.merge.scale_columns", lambda layer, scale: layer.weight.data * 1.5)
+    monkeypatch.setattr("axolotl_plugins.seal.merge.scale_factors", multiplied(1.5))
     with pytest.raises(ValueError, match="would change logits"):
         merge(tmp_path / "adapter", tmp_path / "merged", "o_proj", report=lambda _: None)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -171,9 +170,16 @@ def save_adapter(base, out):
     model.save_pretrained(out)
 
 
-def test_what_float32_rounds_is_told_from_a_wrong_merge(base_folder, tmp_path, monkeypatch):
-    """Logits so large that float32 keeps no four decimals of them."""
+@pytest.mark.parametrize("experts", [0, 4])
+def test_what_float32_rounds_is_told_from_a_wrong_merge(base_folder, experts, tmp_path, monkeypatch):
+    """Logits so large that float32 keeps no four decimals of them; also with experts, whose kernels lack float64."""
     base = AutoModelForCausalLM.from_pretrained(base_folder[torch.float32])
+    if experts:
+        settings = {key: value for key, value in base.config.to_dict().items() if key in COMMON}
+        config = CONFIG_MAPPING["mixtral"](
+            **settings, num_key_value_heads=4, num_local_experts=experts, initializer_range=0.1
+        )
+        base = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         base.lm_head.weight *= 1e6
     base.save_pretrained(tmp_path / "base")
@@ -181,10 +187,7 @@ def test_what_float32_rounds_is_told_from_a_wrong_merge(base_folder, tmp_path, m
     save_adapter(tmp_path / "base", tmp_path / "adapter")
     found = merge(tmp_path / "adapter", tmp_path / "merged", "o_proj", report=lambda _: None)
     assert found["difference"] > 1e-4
-    right = scale_columns
-    monkeypatch.setattr(
-        "axolotl_plugins.seal.merge.scale_columns", lambda layer, scale: right(layer, scale * (1 + 1e-5))
-    )
+    monkeypatch.setattr("axolotl_plugins.seal.merge.scale_factors", multiplied(1 + 1e-5))
     with pytest.raises(ValueError, match="in float64, more than 1e-04"):
         merge(tmp_path / "adapter", tmp_path / "again", "o_proj", report=lambda _: None)
 
@@ -209,7 +212,7 @@ def change_weights(file, name, factor=2.0):
 def test_verify_repeats_the_proof(merged_once):
     said = []
     verify(merged_once / "merged", report=said.append)
-    assert "2 tensors merged, all others equal the base model's" in said[0]
+    assert "2 of 21 tensors merged, all others equal the base model's" in said[0]
     assert seen_texts(merged_once / "merged") == {"0123456789abcdef"}
 
 
@@ -260,62 +263,26 @@ def test_verify_knows_what_was_merged(merged_once, tmp_path):
             verify(tmp_path / "merged")
 
 
-OLDER = """
-import sys
-sys.modules["kernels"] = None  # the tests' own environment has one that needs a newer huggingface_hub
-import torch, transformers
-from safetensors.torch import save_file
-assert transformers.__version__.startswith("4."), transformers.__version__
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-ids = torch.tensor([[int(i) for i in sys.argv[3].split(",")]])
-with torch.no_grad():
-    save_file({"logits": model(input_ids=ids).logits}, sys.argv[2])
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rope", ["default", "linear", "llama3", "longrope"])
-def test_an_older_transformers_reads_a_merged_folders_rope(base_folder, rope, tmp_path):
-    """Needs Transformers 4 in a folder of its own: ``pip install --target DIR --no-deps`` of transformers==4.57.6,
-    huggingface_hub==0.36.2 and tokenizers==0.22.2, then ``TRANSFORMERS_4=DIR pytest -m slow``."""
-    if not (older := os.environ.get("TRANSFORMERS_4")):
-        pytest.skip("TRANSFORMERS_4 names no folder with Transformers 4")
-    parameters = {"rope_type": rope, "rope_theta": 40889.94, "factor": 4.0, "low_freq_factor": 1.0,
-                  "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
-    kept = {"default": 2, "linear": 3, "llama3": 6, "longrope": 6}[rope]
-    base = AutoModelForCausalLM.from_pretrained(base_folder[torch.float32])
-    base.config.rope_parameters = dict(list(parameters.items())[:kept])
-    if rope == "longrope":
-        pairs = base.config.hidden_size // base.config.num_attention_heads // 2
-        factor = base.config.max_position_embeddings / 64  # Transformers 4 takes no other
-        base.config.rope_parameters |= {"factor": factor, "short_factor": [1.0] * pairs, "long_factor": [4.0] * pairs}
-    folder = tmp_path / "base"
-    base.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base_folder[torch.float32]).save_pretrained(folder)
-    config = SealConfig(granularity="head", base_model_name_or_path=str(folder))
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "seal_scale" in key:
-                parameter += torch.linspace(-0.5, 0.5, parameter.numel())
-    model.save_pretrained(tmp_path / "adapter")
-    merge(tmp_path / "adapter", tmp_path / "merged", report=lambda _: None)
-    ids = torch.arange(5, 205)[None]
-    command = [sys.executable, "-c", OLDER, str(tmp_path / "merged"), str(tmp_path / "logits"),
-               ",".join(map(str, ids[0].tolist()))]  # fmt: skip
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": older}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = load_file(tmp_path / "logits")["logits"]
-    with torch.no_grad():
-        wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=ids).logits
-        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
-        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-        plain.config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
-        stock = type(plain)(plain.config)
-        stock.load_state_dict(plain.state_dict())
-        assert (stock(input_ids=ids).logits - found).abs().max() > 1e-2  # the extension matters
-
-
 def test_not_an_adapter(base_folder, tmp_path):
     with pytest.raises(ValueError, match="not an adapter folder"):
         merge(base_folder[torch.float32], tmp_path / "merged")
+
+
+def test_layers_that_share_one_weight_are_not_merged(tmp_path):
+    """Zamba's attention layers share weights, but not scales."""
+    from sweep import miniature
+
+    miniature("zamba", 8223).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+                           SealConfig(granularity="head", base_model_name_or_path=str(tmp_path / "base")))  # fmt: skip
+    first, second = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    second.data += 0.5
+    with pytest.raises(ValueError, match="share one weight, which cannot be merged"):
+        model.merge_adapter()
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="share one weight but have different scales"):
+        merge(tmp_path / "adapter", tmp_path / "merged", report=lambda _: None)
+    first.data += 0.5
+    model.save_pretrained(tmp_path / "adapter")
+    assert len(merge(tmp_path / "adapter", tmp_path / "merged", report=lambda _: None)["changed"]) == 1

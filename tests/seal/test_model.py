@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from miniatures import COMMON, MINIATURES, build, token_ids
+from miniatures import COMMON, MINIATURES, VOCABULARY, build, token_ids
 from paths import ROOT
 from peft import IA3Config, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from torch import nn
 
 from axolotl_plugins.seal import SealConfig, SealLayer, find_attention_outputs
 from axolotl_plugins.seal.args import parse_block
+from axolotl_plugins.seal.scales import saved_scales
 
 GRAINS = ("head", "channel")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -341,3 +343,82 @@ def test_the_tuner_needs_torch_transformers_peft_and_safetensors_only(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split()[-2:] == ["missing", "axolotl"]
     assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
+
+
+def test_only_the_text_decoder_of_a_multimodal_model_is_scaled(tmp_path):
+    """Gemma 3 with 4 heads for text and 8 for images."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {**COMMON, "num_key_value_heads": 2, "head_dim": 8}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    base = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1))
+    names = [f"base_model.model.model.language_model.layers.{layer}.self_attn.o_proj" for layer in (0, 1)]
+    for fields in ({}, {"target_modules": ["o_proj", "out_proj"]}, {"target_modules": r".*(o|out)_proj"}):
+        model = get_peft_model(base, SealConfig(granularity="head", **fields))
+        assert list(scales(model)) == [f"{name}.seal_scale.default" for name in names]
+        assert all(scale.shape == (4,) for scale in scales(model).values())
+        model.save_pretrained(tmp_path)
+        assert saved_scales(tmp_path).shape == (2, 4, 1)
+        base = model.unload()
+
+
+def test_heads_are_counted_from_the_module_not_from_the_config():
+    """Gemma 4 has heads of one size in full and of another in sliding attention; values may differ from keys."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    settings = {**COMMON, "num_key_value_heads": 2, "num_global_key_value_heads": 2, "head_dim": 8,
+                "global_head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY,
+                "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]}  # fmt: skip
+    for granularity, sizes in (("head", [4, 4]), ("channel", [32, 64])):
+        model = get_peft_model(Gemma4ForCausalLM(Gemma4TextConfig(**settings)), SealConfig(granularity=granularity))
+        assert [scale.numel() for scale in scales(model).values()] == sizes
+        assert [layer.num_heads for layer in model.modules() if isinstance(layer, SealLayer)] == [4, 4]
+
+
+@pytest.mark.parametrize("grains", [("head", "channel"), ("channel", "head")])
+def test_each_row_of_a_batch_has_the_adapter_named_for_it(grains):
+    model = wrap(grain=grains[0]).eval()
+    model.add_adapter("b", SealConfig(granularity=grains[1], layers_to_transform=[1]))
+    randomise(model)
+    ids = token_ids(batch=1)
+    wanted = {"__base__": logits_of(model, ids, None), "default": logits_of(model, ids, "default"),
+              "b": logits_of(model, ids, "b")}  # fmt: skip
+    names = ["b", "__base__", "default", "b"]
+    with torch.no_grad():
+        mixed = model(input_ids=ids.repeat(4, 1), adapter_names=names).logits
+    for row, name in zip(mixed, names, strict=True):
+        torch.testing.assert_close(row, wanted[name][0], atol=1e-5, rtol=0)
+    assert (wanted["b"] - wanted["default"]).abs().max() > 1e-2
+    assert torch.equal(logits_of(model, ids, "b"), wanted["b"])  # afterwards the active adapter is used again
+    options = {"num_beams": 2, "max_new_tokens": 4}
+    generated = model.generate(input_ids=ids.repeat(2, 1), adapter_names=["default", "b"], **options)
+    for row, name in zip(generated, ["default", "b"], strict=True):
+        model.set_adapter(name)
+        assert row.tolist() == model.generate(input_ids=ids, **options)[0].tolist()
+
+
+def logits_of(model, ids, name):
+    """The logits with one adapter active, or with none."""
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        if name is None:
+            stack.enter_context(model.disable_adapter())
+        else:
+            model.set_adapter(name)
+        return model(input_ids=ids).logits
+
+
+def test_rows_that_cannot_have_their_adapter_are_refused():
+    model = wrap().eval()
+    call = lambda names: model(input_ids=token_ids(), adapter_names=names)  # noqa: E731
+    with pytest.raises(ValueError, match=r"there is no adapter 'c': found \['default'\]"):
+        call(["default", "c"])
+    with pytest.raises(ValueError, match="found 1 names for 2 rows"):
+        call(["default"])
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged into the weights of all rows"):
+        call(["default", "default"])
+    model.unmerge_adapter()
+    model.train()
+    with pytest.raises(ValueError, match="evaluation mode"):
+        call(["default", "default"])

@@ -48,7 +48,7 @@ def test_a_card_has_method_data_and_scores_beside_the_papers(adapter, tmp_path):
     text = card(adapter, score_tables(results, str(adapter)))
     front = yaml.safe_load(text.split("---\n")[1])
     assert front["base_model"] == LONGCHAT and front["library_name"] == "peft"
-    assert "8 learned scales of attention outputs (4 heads in 2 layers; from 0.750 to 1.250, mean 1.000)" in text
+    assert "8 learned scales of attention outputs (one per head in 2 layers; from 0.750 to 1.250, mean 1.000)" in text
     assert "- task line, tokens 31000, samples 50, seed 0 (SHA-256 ab12)" in text
     rows = [line for line in text.splitlines() if line.startswith("| ") and "0.90" in line]
     assert [row.split("|")[1].strip() for row in rows] == ["9,000", "31,000", "33,000"]

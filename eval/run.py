@@ -78,14 +78,7 @@ def run(
     Raises:
         ValueError: bad input; the message is one line.
     """
-    if task not in METRICS:
-        raise ValueError(f"task: found {task!r}, expected one of {', '.join(METRICS)}")
-    if cases and task != "line":
-        raise ValueError(f"cases: they are LongEval's line cases, but the task is {task}")
-    if ruler_version is None and (tuned := provenance.ruler_version(Path(loaded.name), task)):
-        raise ValueError(
-            f"ruler-version: {loaded.name} was tuned on {task} of RULER {tuned}: add --ruler-version {tuned}"
-        )
+    check_task(loaded, task, cases, ruler_version)
     lengths = [] if cases else lengths or default_lengths(loaded.window)
     if max(lengths, default=0) > loaded.window:
         raise ValueError(f"lengths: {max(lengths)} tokens do not fit into the model's window of {loaded.window}")
@@ -114,6 +107,22 @@ def run(
         depths=mean_scores(responses, "length", "depth") if task == "niah" else [],
         mean=mean_scores(responses)[0], responses=responses,
     )  # fmt: skip
+
+
+def check_task(loaded: LoadedModel, task: str, cases: str | None, ruler_version: int | None) -> None:
+    """Raise unless a model can be scored on a task with these options of ``run``.
+
+    Raises:
+        ValueError: the task is unknown, has no such cases, or is of another version of RULER than the adapter's.
+    """
+    if task not in METRICS:
+        raise ValueError(f"task: found {task!r}, expected one of {', '.join(METRICS)}")
+    if cases and task != "line":
+        raise ValueError(f"cases: they are LongEval's line cases, but the task is {task}")
+    if ruler_version is None and (tuned := provenance.ruler_version(Path(loaded.name), task)):
+        raise ValueError(
+            f"ruler-version: {loaded.name} was tuned on {task} of RULER {tuned}: add --ruler-version {tuned}"
+        )
 
 
 def mean_scores(responses: list[dict[str, Any]], *keys: str) -> list[LengthScore]:

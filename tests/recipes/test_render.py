@@ -24,10 +24,10 @@ from recipes.__main__ import app
 from recipes.tools.estimate import Shape, recipe_cost
 from recipes.tools.methods import METHODS, count_parameters
 from recipes.tools.new import recipe_for
-from recipes.tools.render import Recipe, all_recipes, matrix_recipes, measurement, read_matrix
+from recipes.tools.render import Recipe, matrix_recipes, measurement, read_matrix
 from recipes.tools.table import README, readme
 
-TEXTS = all_recipes()
+TEXTS = {recipe.name: recipe.text for recipe in matrix_recipes()}
 REPRODUCE = ROOT / "docs" / "reproduce.md"
 # A user's own recipes may lie beside them.
 FILES = sorted(

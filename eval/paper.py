@@ -34,7 +34,8 @@ def paper_scores() -> list[dict[str, Any]]:
 def paper_value(result: EvalResult, length: int | None) -> tuple[float, int] | None:
     """Return the paper's score and table number for a result's base model, task and method at a length.
 
-    Lengths match to the thousand; those of LongEval's own cases are numbers of lines. None where the paper prints no such score.
+    Lengths match to the thousand; those of LongEval's own cases are numbers of lines. None where the paper prints no
+    such score.
     """
     if (result.asked or {}).get("cases"):
         length = 1000 * LONGEVAL_COLUMNS.get(length or 0, 0)

@@ -13,16 +13,15 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from axolotl_plugins.common.console import first_line, in_rust, out_of_memory, stop
-from axolotl_plugins.common.io import check_output, read_rows, write_text
-from axolotl_plugins.common.tokenizer import load_tokenizer
-from data_gen.dataset import Request, remark, write
+from axolotl_plugins.common.io import write_text
 
 from . import provenance
-from .args import SealBlock, parse_block
+from .args import parse_block
 from .config import SealConfig
 from .context_parallel import check_processes
 from .model_loading import apply_adapter
 from .trainer import AnswerTrainer, SealTrainer
+from .training_data import check_files, generate_files
 from .validation import check_keys, check_paths, check_recipe
 
 
@@ -35,43 +34,6 @@ def print_one_line(kind: type[BaseException], error: BaseException, trace: Any) 
         print(f"\nseal: {first_line(error)}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
-
-
-def prepare_data(cfg: dict[str, Any], block: SealBlock) -> None:
-    """Generate the recipe's dataset files, or check that existing files match the recipe.
-
-    Raises:
-        ValueError: a file does not match the recipe, or the recipe's data cannot be generated.
-    """
-    if block.data is None:
-        return
-    datasets = cfg.get("datasets") or []
-    paths = [Path(dataset["path"]) for dataset in datasets if dataset.get("path")]
-    if len(datasets) != len(block.data) or len(set(paths)) != len(block.data):
-        raise ValueError(
-            f"seal.data: describes {len(block.data)} file{'s' if len(block.data) > 1 else ''}, so `datasets` must have "
-            f"as many entries, each with its own `path`; found {len(datasets)}"
-        )
-    from filelock import FileLock
-
-    template = cfg.get("chat_template_jinja") if cfg.get("chat_template") == "jinja" else None
-    tokenizer = load_tokenizer(cfg.get("tokenizer_config") or cfg.get("base_model") or "", template)
-    for data, out in zip(block.data, paths, strict=True):
-        check_output(out)
-        request = Request(**data.model_dump(), split="train")
-        if request.tokens and (longest := request.token_range()[1]) > cfg["sequence_len"]:
-            raise ValueError(
-                f"seal.data.tokens: found {request.tokens!r}, expected at most {cfg['sequence_len']} (sequence_len): "
-                f"raise sequence_len to {longest}, or lower tokens"
-            )
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # Every process of a distributed run gets here; the first one writes the file.
-        with FileLock(out.with_name(f".{out.name}.lock")):
-            written = write(request, tokenizer, out, chat_template=template)
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            status = "generated" if written else "already exist"
-            note = remark(row for _, row in read_rows(out))
-            print(f"seal: {out}: {data.samples} samples of {data.task} {status}{note}")
 
 
 def quantise_for_seal() -> None:
@@ -127,7 +89,8 @@ class SealPlugin(BasePlugin):
             quantise_for_seal()
             sys.excepthook = print_one_line
             if not (cfg.get("inference") or cfg.get("merge_lora")):
-                prepare_data(cfg, block)
+                generate_files(cfg, block)
+                check_files(cfg)
                 self.training_data = provenance.record(cfg.get("datasets") or [])
         except (ValueError, OSError) as error:
             stop("seal", error)

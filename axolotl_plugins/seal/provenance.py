@@ -29,33 +29,18 @@ def texts(row: Any) -> Iterator[str]:
             yield from texts(part)
 
 
-def check_chat(file: Path, number: int, row: dict[str, Any], field: str) -> None:
-    """Raise if a row is not a chat that ends with an answer.
-
-    Raises:
-        ValueError: see above; the message names file and line.
-    """
-    turns = row.get(field)
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns) or not turns:
-        raise ValueError(f"{file}, line {number}: found no chat, expected a list of turns under {field!r}")
-    last = turns[-1].get("content", turns[-1].get("value"))
-    if not isinstance(last, str) or not last.strip():
-        raise ValueError(f"{file}, line {number}: the last turn is empty, expected the assistant's answer")
-
-
 def record(datasets: list[dict[str, Any]]) -> dict[str, Any]:
-    """Read and check a recipe's training data, and return its record.
+    """Read a recipe's training data, and return its record.
 
     Args:
-        datasets: ``datasets`` of an Axolotl recipe; JSON lines files are read, and those of type ``chat_template``
-            checked.
+        datasets: ``datasets`` of an Axolotl recipe, whose JSON lines files are read.
 
     Returns:
         ``files``, with ``path``, ``sha256`` and, for generated data, their ``manifest``; ``unread``, names of datasets
         that are not local JSON lines files; and ``texts``, hashes of all texts that were read.
 
     Raises:
-        ValueError: a row cannot be trained on; the message names file and line.
+        ValueError: a file has no samples, or a line is no JSON object; the message names file and line.
     """
     files: list[dict[str, Any]] = []
     unread: list[str] = []
@@ -66,9 +51,7 @@ def record(datasets: list[dict[str, Any]]) -> dict[str, Any]:
             unread.append(str(path))
             continue
         count = 0
-        for count, (number, row) in enumerate(read_rows(path), 1):  # noqa: B007
-            if dataset.get("type") == "chat_template":
-                check_chat(path, number, row, dataset.get("field_messages") or "messages")
+        for count, (_, row) in enumerate(read_rows(path), 1):  # noqa: B007
             hashes.update(map(text_hash, texts(row)))
         if not count:
             raise ValueError(f"{path}: has no samples: remove it, or set another path")

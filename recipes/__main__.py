@@ -11,9 +11,9 @@ import typer
 from axolotl_plugins.common.console import quiet_libraries, stop
 from axolotl_plugins.common.console import run as run_app
 from axolotl_plugins.common.io import check_output, write_text
-from recipes.tools.estimate import GPUS
+from recipes.tools.estimate import CARDS, GPUS
 from recipes.tools.methods import METHODS
-from recipes.tools.render import FOLDER, TASKS, matrix_recipes, read_matrix
+from recipes.tools.render import CARD, FOLDER, TASKS, matrix_recipes, read_matrix
 from recipes.tools.smollm2 import MODEL
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -74,8 +74,11 @@ def new(
         str | None, typer.Option(help="For tokenizers without one: a name in recipes/templates, such as vicuna_v1.1.")
     ] = None,
     gpu: Annotated[
-        bool | None, typer.Option(help="Train in bfloat16 with FlashAttention; default: if this machine has a GPU.")
+        bool | None, typer.Option(help="Train in bfloat16 on a GPU; default: if this machine has one.")
     ] = None,
+    card: Annotated[
+        int, typer.Option(help=f"GiB of the GPU, one of {', '.join(map(str, CARDS))}: the fastest setting that fits.")
+    ] = CARD,
     out: Annotated[Path | None, typer.Option(help="File to write; left out, the recipe is printed.")] = None,
 ) -> None:
     """Make a recipe for any model that SEAL can wrap."""
@@ -85,7 +88,7 @@ def new(
     try:
         if out is not None:
             check_output(out, new=True)
-        text, modules = recipe_for(base, task, method, tokens, chat_template, out, gpu)
+        text, modules = recipe_for(base, task, method, tokens, chat_template, out, gpu, card)
     except (ValueError, OSError) as error:
         stop("recipes", error)
     if out is None:

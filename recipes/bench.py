@@ -46,6 +46,7 @@ METHODS = {
     "IA3": lambda: IA3Config(target_modules=["o_proj"], feedforward_modules=["o_proj"]),
     "LoRA": lambda: peft_config("seall"),
 }
+OFFLOAD = {"offload": "inputs", "offload_all": "all"}
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 # Forward kernels of scaled dot-product attention, whose outputs `selective_checkpointing: true` stores.
 ATTENTION = {getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default for kernel in (
@@ -63,6 +64,7 @@ class Setting:
         selective: whether attention outputs are stored nevertheless (``selective_checkpointing: true``).
         every: only every N-th layer is recomputed (``gradient_checkpointing_kwargs: every_n_layers``).
         liger: whether Liger's RMSNorm, RoPE and SwiGLU are used.
+        offload: what recomputed layers store in host memory, see ``StepConfig``; Axolotl's own code does it.
         backend: of scaled dot-product attention, one of ``BACKENDS``; None leaves the choice to PyTorch.
     """
 
@@ -70,6 +72,7 @@ class Setting:
     selective: bool = False
     every: int = 1
     liger: bool = False
+    offload: str = ""
     backend: str | None = None
 
     @classmethod
@@ -81,18 +84,21 @@ class Setting:
         """
         parts = set(name.split("+"))
         every = {int(part[5:]) for part in parts if part.startswith("every") and part[5:].isdecimal()}
-        valid = {"full", "none", "selective", "liger", *BACKENDS, *(f"every{n}" for n in every)}
+        valid = {"full", "none", "selective", "liger", *OFFLOAD, *BACKENDS, *(f"every{n}" for n in every)}
         if unknown := parts - valid:
             raise ValueError(f"settings: found {min(unknown)!r}, expected full, none, selective, everyN, liger, "
-                             f"{', '.join(BACKENDS)} or several joined by +")  # fmt: skip
-        backends = [part for part in BACKENDS if part in parts]
-        recomputed = "full" in parts or "selective" in parts or bool(every)
-        if ("none" in parts and recomputed) or ("full" in parts and every) or len(every) > 1 or len(backends) > 1:
+                             f"{', '.join([*OFFLOAD, *BACKENDS])} or several joined by +")  # fmt: skip
+        backend, offload = ([part for part in names if part in parts] for names in (BACKENDS, OFFLOAD))
+        recomputed = bool(parts & {"full", "selective"} or every or offload)
+        several = max(len(every), len(backend), len(offload)) > 1
+        if several or ("none" in parts and recomputed) or ("full" in parts and every):
             raise ValueError(f"settings: the parts of {name!r} exclude each other")
+        if "offload_all" in parts and "selective" not in parts:
+            raise ValueError("settings: offload_all stores attention outputs: add +selective, or take offload")
         if 0 in every:
             raise ValueError("settings: found 'every0', expected every1 or more")
         return cls("none" not in parts, "selective" in parts, max(every, default=1), "liger" in parts,
-                   backends[0] if backends else None)  # fmt: skip
+                   OFFLOAD[offload[0]] if offload else "", backend[0] if backend else None)  # fmt: skip
 
     def check(self, device: str) -> None:
         """Check that its kernels can run.
@@ -102,6 +108,8 @@ class Setting:
         """
         if self.liger and find_spec("liger_kernel") is None:
             raise ValueError("settings: liger: liger_kernel is not installed: pip install liger-kernel")
+        if self.offload and find_spec("axolotl") is None:
+            raise ValueError("settings: offload: axolotl is not installed: pip install --no-deps axolotl==0.19.0")
         if device != "cuda" and (self.liger or self.backend):
             raise ValueError(f"settings: {'liger' if self.liger else self.backend} needs a GPU")
 
@@ -137,7 +145,15 @@ def applied(model: Any, setting: Setting) -> Iterator[None]:
     with ExitStack() as undo:
         if setting.recompute:
             options: dict[str, Any] = {"use_reentrant": False}
-            if setting.selective:
+            if setting.offload:
+                from axolotl.monkeypatch.checkpoint_activation_offload import CheckpointHiddenStatesOffload
+
+                undo.enter_context(CheckpointHiddenStatesOffload())
+            if setting.offload == "all":
+                from axolotl.monkeypatch.selective_checkpointing_offload import build_sac_offload_context_fn
+
+                options["context_fn"] = build_sac_offload_context_fn()
+            elif setting.selective:
                 options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_attention)
             base.gradient_checkpointing_enable(options, every_n_layers=setting.every)
             base.disable_input_require_grads()  # backprop stops at the lowest scale, as in training

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from axolotl_plugins.common.console import first_line
-from recipes.tools.estimate import Shape
+from recipes.tools.estimate import CARDS, Shape
 from recipes.tools.methods import METHODS
-from recipes.tools.render import FOLDER, TASKS, TEMPLATES, Recipe, rate, read_matrix
+from recipes.tools.render import CARD, FOLDER, TASKS, TEMPLATES, Recipe, rate, read_matrix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,7 +19,7 @@ PAPER_WINDOW_SHARE = (31, 32)  # of the window that the longest training sample 
 
 def recipe_for(
     base: str, task: str, method: str, tokens: str | None = None, chat_template: str | None = None,
-    out: Path | None = None, gpu: bool | None = None,
+    out: Path | None = None, gpu: bool | None = None, card: int = CARD,
 ) -> tuple[str, str]:  # fmt: skip
     """Render a recipe, and return it with the names of the modules that it scales.
 
@@ -31,6 +31,7 @@ def recipe_for(
         chat_template: name of a chat template in recipes/templates.
         out: file that the recipe is for; it is not written.
         gpu: whether the recipe is for a GPU; None checks this machine.
+        card: memory of that GPU in GiB, a key of ``CARDS``.
 
     Raises:
         ValueError: SEAL cannot wrap the model, it has no chat template, or an option is invalid.
@@ -40,9 +41,9 @@ def recipe_for(
     from axolotl_plugins.common.tokenizer import load_tokenizer
     from axolotl_plugins.seal import find_attention_outputs
 
-    for option, value, expected in (("task", task, TASKS), ("method", method, METHODS)):
+    for option, value, expected in (("task", task, TASKS), ("method", method, METHODS), ("card", card, CARDS)):
         if value not in expected:
-            raise ValueError(f"{option}: found {value!r}, expected one of {', '.join(expected)}")
+            raise ValueError(f"{option}: found {value!r}, expected one of {', '.join(map(str, expected))}")
     tokenizer = load_tokenizer(base, str(template_file(chat_template)) if chat_template else None)
     model = meta_model(base)
     modules = find_attention_outputs(model)
@@ -50,7 +51,9 @@ def recipe_for(
         raise ValueError(f"{base}: has {embeddings} embeddings, fewer than its tokenizer has tokens: call the model's "
                          f"`resize_token_embeddings({len(tokenizer)})` and save it")  # fmt: skip
     window, lengths = sample_lengths(model, base, task, tokens)
+    config = model.config.get_text_config()
     entry: dict[str, Any] = {"name": base, "base_model": base, "window": window, "tokens": lengths,
+                             "type": config.model_type, "window_attention": getattr(config, "sliding_window", None),
                              "gpu": torch.cuda.is_available() if gpu is None else gpu}  # fmt: skip
     if chat_template:
         entry["template"] = chat_template
@@ -59,7 +62,7 @@ def recipe_for(
         raise ValueError(f"out: found the name {out.name!r}, expected letters, digits and any of . _ + -, then .yml")
     recipe = Recipe(
         out, entry, task, method, rate=rate(read_matrix()["rates"], "", task, method), shape=shape_of(model),
-        shows="not a model of the paper; its rate is that of the task",
+        shows="not a model of the paper; its rate is that of the task", card=card,
     )  # fmt: skip
     return recipe.text, ", ".join(modules)
 

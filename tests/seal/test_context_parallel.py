@@ -17,7 +17,7 @@ from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.answer_logits import IGNORED, answers_only, next_labels
 from axolotl_plugins.seal.context_parallel import MODEL_TYPES, ContextParallel, check_model, check_processes
 from recipes import bench
-from recipes.tools.estimate import MemoryConfig, Shape, training_bytes
+from recipes.tools.estimate import Shape, StepConfig, training_bytes
 
 # The last one's frequencies are others for samples longer than 22 tokens, which one process alone can see.
 MODELS = ("llama_mha", "llama_gqa", "mistral", "qwen2", "qwen3", "gpt_neox", "phi3")
@@ -141,7 +141,7 @@ def test_memory_of_each_process_is_what_the_formula_says(processes, tokens, tmp_
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "0")
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     mp.spawn(peak, (str(tmp_path), processes, tokens), nprocs=processes)
-    shape, memory = Shape.of(bench.SMALL), MemoryConfig(element=4, context_parallel_size=processes)
-    full, empty = (training_bytes(shape, length, memory=memory) for length in (tokens, 0))
+    shape, step = Shape.of(bench.SMALL), StepConfig(element=4, context_parallel_size=processes)
+    full, empty = (training_bytes(shape, length, step=step) for length in (tokens, 0))
     for rank in range(processes):
         assert int((tmp_path / str(rank)).read_text()) == pytest.approx(full - empty, rel=0.15)

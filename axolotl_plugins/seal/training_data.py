@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from axolotl_plugins.common.io import check_file, check_output, read_rows
-from axolotl_plugins.common.tokenizer import load_tokenizer, read_template
+from axolotl_plugins.common.tokenizer import load_tokenizer
 from data_gen.dataset import Request, manifest_path, remark, write
 
 from .args import SealBlock
 from .chats import chat_lengths
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Files are generated in folders of this name alone, so that a mistyped path elsewhere is an error.
 GENERATED = "data"
@@ -25,13 +29,24 @@ def chat_template(cfg: dict[str, Any], dataset: dict[str, Any]) -> str | None:
     Raises:
         ValueError: Axolotl has no such template.
     """
-    from axolotl.utils.chat_templates import get_chat_template
-    from axolotl.utils.chat_templates.base import extract_chat_template_args
-
-    name, jinja = extract_chat_template_args(cfg, dataset)
-    if str(name).startswith("tokenizer_default"):
+    settings = dataset if dataset.get("chat_template") else cfg
+    name = str(settings.get("chat_template") or "tokenizer_default")
+    if name.startswith("tokenizer_default"):
         return None
-    return jinja if name == "jinja" else get_chat_template(str(name))
+    if name == "jinja":
+        return settings.get("chat_template_jinja")
+    from axolotl.utils.chat_templates import get_chat_template
+
+    return get_chat_template(name)
+
+
+def recipe_tokenizer(cfg: dict[str, Any], dataset: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a recipe, with the chat template of one of its datasets.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no chat template.
+    """
+    return load_tokenizer(cfg.get("tokenizer_config") or cfg.get("base_model") or "", chat_template(cfg, dataset))
 
 
 def check_generated_path(out: Path) -> None:
@@ -73,8 +88,7 @@ def generate_files(cfg: dict[str, Any], block: SealBlock) -> None:
         )
     from filelock import FileLock
 
-    template = chat_template(cfg, datasets[0])
-    tokenizer = load_tokenizer(cfg.get("tokenizer_config") or cfg.get("base_model") or "", template)
+    tokenizer = recipe_tokenizer(cfg, datasets[0])
     for data, out in zip(block.data, paths, strict=True):
         check_output(out)
         request = Request(**data.model_dump(), split="train")
@@ -95,27 +109,30 @@ def generate_files(cfg: dict[str, Any], block: SealBlock) -> None:
             print(f"seal: {out}: {data.samples} samples of {data.task} {status}{note}")
 
 
-def check_files(cfg: dict[str, Any]) -> None:
-    """Raise if a local file of the recipe's datasets is missing, or a chat in it cannot be trained on.
+def file_lengths(cfg: dict[str, Any]) -> Iterator[tuple[Path, dict[int, int]]]:
+    """Yield each local JSON lines file of chats of a recipe with the length in tokens of every line.
 
     Raises:
-        ValueError: see above; the message names file and line, and for a chat longer than ``sequence_len`` the value
-            that fits all.
+        ValueError: a local file is missing, or a row cannot be trained on; the message names file and line.
     """
     for dataset in [*(cfg.get("datasets") or []), *(cfg.get("test_datasets") or [])]:
         file = Path(str(dataset.get("path")))
         if file.suffix in FILES and not file.is_dir():
             check_file(file)
-        if file.suffix != ".jsonl" or not file.is_file() or dataset.get("type") != "chat_template":
-            continue
-        template = chat_template(cfg, dataset)
-        tokenizer = load_tokenizer(cfg.get("tokenizer_config") or cfg.get("base_model") or "",
-                                   read_template(template) if template else None)  # fmt: skip
-        lengths = chat_lengths(file, dataset, tokenizer)
-        limit = cfg["sequence_len"]
+        if file.suffix == ".jsonl" and file.is_file() and dataset.get("type") == "chat_template":
+            yield file, chat_lengths(file, dataset, recipe_tokenizer(cfg, dataset))
+
+
+def check_files(cfg: dict[str, Any]) -> None:
+    """Raise if a local file of a recipe's datasets is missing, or a chat in it cannot be trained on.
+
+    Raises:
+        ValueError: see ``file_lengths``; or a chat is longer than ``sequence_len``.
+    """
+    for file, lengths in file_lengths(cfg):
         for number, length in lengths.items():
-            if length > limit:
+            if length > cfg["sequence_len"]:
                 raise ValueError(
-                    f"{file}, line {number}: has {length} tokens, but sequence_len is {limit}: set "
+                    f"{file}, line {number}: has {length} tokens, but sequence_len is {cfg['sequence_len']}: set "
                     f"`sequence_len: {max(lengths.values())}` (the longest sample), or shorten it"
                 )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from axolotl_plugins.common.console import first_line
 from axolotl_plugins.common.io import write_text, written_whole
 from axolotl_plugins.common.tokenizer import as_messages, count_tokens
-from data_gen.tasks import TASKS, LengthBudget, Request, in_split
+from data_gen.tasks import LengthBudget, Request, in_split, resolve_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,9 +36,10 @@ def generate(request: Request, tokenizer: PreTrainedTokenizerBase) -> Iterator[d
     Raises:
         ValueError: no sample fits into the length.
     """
+    task = resolve_task(request.task)
     for index in range(request.samples):
         length = request.tokens if request.tokens is not None else f"{request.lines} lines"
-        rng = random.Random(f"{request.task}/{request.split}/{request.seed}/{length}/{index}")
+        rng = random.Random(f"{task.name}/{request.split}/{request.seed}/{length}/{index}")
         count = functools.lru_cache(maxsize=64)(
             lambda prompt, answer: count_tokens(tokenizer, as_messages(prompt, answer))
         )
@@ -49,11 +50,11 @@ def generate(request: Request, tokenizer: PreTrainedTokenizerBase) -> Iterator[d
             encode=lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
             decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
         )
-        sample = TASKS[request.task].sample(request, rng, index, budget)
+        sample = task.sample(request, rng, index, budget)
         prompt = sample.pop("prompt")
         yield {
             "messages": as_messages(prompt, sample["answer"]),
-            "task": request.task,
+            "task": task.name,
             "split": request.split,
             "seed": request.seed,
             "index": index,
@@ -87,9 +88,11 @@ def draw(request: Request, tokenizer: PreTrainedTokenizerBase) -> list[dict[str,
 
 def describe(request: Request, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return everything that the bytes of a data file depend on."""
+    task = resolve_task(request.task)
     return {
         **{key: value for key, value in asdict(request).items() if value is not None},
-        **TASKS[request.task].sources(request),
+        "task": task.name,
+        **task.sources(request),
         "tokenizer": tokenizer_hash(tokenizer),
         "wonderwords": version("wonderwords"),
     }

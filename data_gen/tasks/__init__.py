@@ -7,11 +7,22 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from data_gen.fit_length import LengthBudget, largest
-from data_gen.tasks.task import TASKS, Request, Split, Task, TaskAttribute, in_split, register, tasks_of, tasks_with
+from data_gen.tasks.task import (
+    TASKS,
+    Request,
+    Split,
+    Task,
+    TaskAttribute,
+    in_split,
+    register,
+    resolve_task,
+    tasks_of,
+    tasks_with,
+)
 
 __all__ = [
-    "TASKS", "LengthBudget", "Request", "Split", "Task", "TaskAttribute", "in_split", "largest", "register", "tasks_of",
-    "tasks_with",
+    "TASKS", "LengthBudget", "Request", "Split", "Task", "TaskAttribute", "in_split", "largest", "register",
+    "resolve_task", "tasks_of", "tasks_with",
 ]  # fmt: skip
 
 ORDER = ("line_retrieval", "niah", "vt", "cwe", "fwe", "longbench")  # in lists; other modules follow by name

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import random
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from data_gen.fit_length import LengthBudget, largest
+from data_gen.metrics import equal_integers
 from data_gen.tasks.task import Request, Task, register
 
 HEADER = (
@@ -26,17 +26,6 @@ CLOSING = "\nNow the record is over. "
 QUESTION = "Tell me what is the <REGISTER_CONTENT> in line {key}? I need the number."
 ANSWER = "The <REGISTER_CONTENT> in line {key} is {number}."
 MAX_NUMBER = 50_000
-
-
-def last_integer(response: str) -> int | None:
-    """Return the last integer of a response, as LongEval parses it (``longeval/utils.py``); None without digits."""
-    integers = re.findall(r"\d+", response)
-    return int(integers[-1]) if integers else None
-
-
-def score(response: str, references: list[str]) -> float:
-    """Return 1 if the last integer of a response is the requested number, else 0."""
-    return float(last_integer(response) == int(references[0]))
 
 
 class Record:
@@ -138,6 +127,6 @@ def sample(request: Request, rng: random.Random, index: int, budget: LengthBudge
 
 register(Task(
     name="line", title="Line retrieval", description="line retrieval", source="LongEval (Li et al. 2023)",
-    sample=sample, shortest=300, metric=score, max_new_tokens=100,  # longeval/utils.py: max_new_tokens=100
+    sample=sample, shortest=300, metric=equal_integers, max_new_tokens=100,  # longeval/utils.py: max_new_tokens=100
     options=("lines", "cases"),
 ))  # fmt: skip

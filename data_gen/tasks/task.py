@@ -6,10 +6,12 @@ import hashlib
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from data_gen.fit_length import LengthBudget
+from data_gen.objects import import_object
 
 Split = Literal["train", "test"]
 # Options that only some tasks accept: fields of ``Request``, and cases, which only ``python -m eval run`` has.
@@ -21,7 +23,7 @@ class Task:
     """A benchmark's prompts, answers and metric.
 
     Attributes:
-        name: on command lines, in files and results.
+        name: in files and results; of a registered task, on command lines.
         title: heading of tables and figures.
         description: the title within a sentence.
         source: paper or program whose wording, metric and generation settings the task takes.
@@ -38,6 +40,7 @@ class Task:
         group: name that stands for several tasks in ``python -m eval run --task``.
         shortest: length in tokens that holds a sample with any usual tokenizer.
         sources: hashes of the files that samples depend on, for the manifest.
+        spec: what ``resolve_task`` finds a task by that is not registered: its file, or ``module:object``.
     """
 
     name: str
@@ -53,6 +56,12 @@ class Task:
     splits: tuple[Split, ...] = ("train", "test")
     group: str | None = None
     sources: Callable[[Request], dict[str, str]] = lambda request: {}
+    spec: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Return what ``resolve_task`` finds the task by."""
+        return self.spec or self.name
 
 
 TASKS: dict[str, Task] = {}
@@ -75,6 +84,30 @@ def register(task: Task) -> Task:
         raise ValueError(f"task {task.name}: a task with a metric needs max_new_tokens and a test split")
     TASKS[task.name] = task
     return task
+
+
+def resolve_task(spec: str | Task) -> Task:
+    """Return the task of a registered name, a description (``.yml``), or a Python object (``module:object``).
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    if isinstance(spec, Task):
+        return spec
+    if spec in TASKS:
+        return TASKS[spec]
+    if Path(spec).suffix in (".yml", ".yaml"):
+        from data_gen.description import load_description
+
+        return replace(load_description(Path(spec)), spec=spec)
+    if ":" not in spec:
+        raise ValueError(
+            f"task: found {spec!r}, expected one of {', '.join(TASKS)}, a description (.yml), or module:object"
+        )
+    task = import_object(spec, "task")
+    if not isinstance(task, Task):
+        raise ValueError(f"task: {spec} is a {type(task).__name__}, expected a data_gen.tasks.Task")
+    return task if TASKS.get(task.name) is task else replace(task, spec=spec)
 
 
 class TaskAttribute(Mapping[str, Any]):
@@ -114,7 +147,7 @@ class Request:
     """A set of samples; equal requests give equal bytes.
 
     Attributes:
-        task: a name in ``TASKS``.
+        task: see ``resolve_task``.
         tokens: longest sample, as ``"31000"``, or a range ``"8000:31000"`` that lengths are drawn from.
         lines: number of lines instead, for the line task.
         samples: how many.
@@ -142,16 +175,15 @@ class Request:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        if self.task not in TASKS:
-            raise ValueError(f"task: found {self.task!r}, expected one of {', '.join(TASKS)}")
+        task = resolve_task(self.task)
         if self.split not in get_args(Split):
             raise ValueError(f"split: found {self.split!r}, expected train or test")
         if self.samples < 1:
             raise ValueError(f"samples: found {self.samples}, expected at least 1")
         for option in OPTIONS:
-            if getattr(self, option, None) is not None and self.task not in (names := tasks_with(option)):
-                raise ValueError(f"{option}: {self.task} has no such option, only {' and '.join(names)}")
-        if self.split not in TASKS[self.task].splits:
+            if getattr(self, option, None) is not None and option not in task.options:
+                raise ValueError(f"{option}: {task.name} has no such option, only {' and '.join(tasks_with(option))}")
+        if self.split not in task.splits:
             raise ValueError(
                 f"split: {self.task} samples are for training; score with `python -m eval run --task {self.task}`"
             )

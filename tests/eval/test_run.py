@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.model_loading import load, load_each
 from data_gen.dataset import Request, generate
+from data_gen.metrics import last_integer
 from data_gen.tasks import niah
-from data_gen.tasks.line_retrieval import last_integer
 from eval.evaluate import evaluate
 from eval.harness import Harness, Responses
 from eval.metrics import METRICS, wilson

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from .config import Granularity
+from . import Granularity
 
 
 class DataArgs(BaseModel):

@@ -128,5 +128,5 @@ def sample(request: Request, rng: random.Random, index: int, budget: LengthBudge
 register(Task(
     name="line", title="Line retrieval", description="line retrieval", source="LongEval (Li et al. 2023)",
     sample=sample, shortest=300, metric=equal_integers, max_new_tokens=100,  # longeval/utils.py: max_new_tokens=100
-    options=("lines", "cases"),
+    options=("lines",),
 ))  # fmt: skip

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from axolotl_plugins.common.console import first_line
 from axolotl_plugins.common.io import write_text, written_whole
 from axolotl_plugins.common.tokenizer import as_messages, count_tokens
-from data_gen.tasks import LengthBudget, Request, in_split, resolve_task
+from data_gen.file_task import select
+from data_gen.tasks import LengthBudget, Request, Task, in_split, resolve_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,6 +117,34 @@ def draw(request: Request, tokenizer: PreTrainedTokenizerBase) -> list[dict[str,
     if key not in CACHE:
         CACHE[key] = list(generate(request, tokenizer))
     return CACHE[key]
+
+
+def samples_by_length(
+    task: Task, tokenizer: PreTrainedTokenizerBase, lengths: list[int] | None, samples: int | None = None, *,
+    drawn: Callable[[Request, PreTrainedTokenizerBase], Iterable[dict[str, Any]]] = generate, **options: Any,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Yield samples of a task with the ``length`` that their scores are grouped by.
+
+    Args:
+        task: draws the samples, or has them all.
+        tokenizer: counts tokens.
+        lengths: longest samples, in tokens; None only for a file's samples, see ``data_gen.file_task.select``.
+        samples: of each length; None draws 50, and takes all of a file.
+        drawn: ``generate`` or ``draw``.
+        options: other fields of ``Request``, which a file's samples do not depend on.
+
+    Raises:
+        ValueError: see ``generate`` and ``data_gen.file_task.select``; or no length is given.
+    """
+    if task.rows is not None:
+        yield from select(task.rows(tokenizer), lengths, samples)
+        return
+    if not lengths:
+        raise ValueError(f"lengths: missing: name the longest samples of {task.name}, in tokens")
+    for length in lengths:
+        request = Request(task.key, str(length), samples=samples or Request.samples, **options)
+        for row in drawn(request, tokenizer):
+            yield {"length": length, **row}
 
 
 def describe(request: Request, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

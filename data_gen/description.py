@@ -525,10 +525,10 @@ def task_of(
 
         return sample_of(description, records, largest(length, budget.tokens, what=title.lower()))
 
-    def sources(request: Request) -> dict[str, str]:
+    def digest(without: set[str]) -> dict[str, str]:
         texts = [part.folder for part in (*description.fields.values(), description.filler)
                  if isinstance(part, Text | Filler) and part.folder]  # fmt: skip
-        settings = description.model_dump(mode="json", exclude={"title", "source", "metric", "max_new_tokens", "stop"})
+        settings = description.model_dump(mode="json", exclude=without)
         content = json.dumps([settings, rows, [folder_sentences(folder / text) for text in texts]])
         return {"description_sha256": hashlib.sha256(content.encode()).hexdigest()}
 
@@ -537,5 +537,7 @@ def task_of(
     return Task(
         name=description.name, title=title, description=title[0].lower() + title[1:], source=description.source,
         sample=sample, shortest=len(smallest["prompt"] + smallest["answer"]) // 2, metric=metric,
-        max_new_tokens=description.max_new_tokens, stop=tuple(description.stop), options=("lines",), sources=sources,
+        max_new_tokens=description.max_new_tokens, stop=tuple(description.stop), options=("lines",),
+        sources=lambda request: digest({"title", "source", "metric", "max_new_tokens", "stop"}),  # not in the data
+        identity=digest(set()),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from axolotl_plugins.common.console import quiet_libraries, stop
 from axolotl_plugins.common.console import run as run_app
 from axolotl_plugins.common.io import load_yaml
 from data_gen.dataset import remark
-from eval.cli_options import BatchSize, parse_adapters, parse_numbers
+from eval.cli_options import OWN_TASK, BatchSize, MaxNewTokens, Metric, parse_adapters, parse_numbers
 from eval.probe.cli import app as probe
 from eval.result_cache import result_file, result_name
 from eval.spec import LM_EVAL_TASKS, SEAL_TASKS, EvalSpec, resolve_tasks
@@ -32,15 +32,21 @@ Adapters = Annotated[
     list[str] | None,
     typer.Option(help="NAME=FOLDER, once for each of several adapters of one base, which is loaded once."),
 ]
-Task = Annotated[
-    str, typer.Option(help=f"What to score: {', '.join((*SEAL_TASKS, *LM_EVAL_TASKS))}; ruler for its three, or all.")
-]
+TaskName = Annotated[
+    str,
+    typer.Option("--task", help=f"What to score: {', '.join((*SEAL_TASKS, *LM_EVAL_TASKS))}; ruler for its three, all; "
+                 f"or your own: {OWN_TASK}."),
+]  # fmt: skip
 Lengths = Annotated[
-    str, typer.Option(help="Longest samples in tokens, as 512,2048; default: the paper's fractions of the window.")
-]
+    str,
+    typer.Option(help="Longest samples in tokens, as 512,2048; default: the paper's fractions of the window; of a "
+                 "file, its rows' `length` or powers of two."),
+]  # fmt: skip
 Samples = Annotated[
     int | None,
-    typer.Option(help="Samples per length, by default the paper's 50; for longbench and mmlu at most, by default all."),
+    typer.Option(
+        help="Samples per length, by default the paper's 50; for a file, longbench and mmlu at most, by default all."
+    ),
 ]
 Limit = Annotated[int | None, typer.Option(help="At most so many samples of each length or set, for a first look.")]
 Seed = Annotated[int, typer.Option(help="Seed of the test samples.")]
@@ -86,12 +92,13 @@ def main() -> None:
     epilog="Example: python -m eval run --model outputs/smollm2_line_sealc --lengths 512,1024,2048 --samples 100"
 )
 def run(
-    model: Models = None, adapter: Adapters = None, task: Task = "line", lengths: Lengths = "",
-    samples: Samples = None, limit: Limit = None, seed: Seed = 0, shots: Shots = 0, shot_tokens: ShotTokens = 1000,
-    haystack: Haystack = None, depths: Depths = None, cases: Cases = None, data: Data = None,
-    chat_template: ChatTemplate = None, model_config: ModelConfig = None, backend: Backend = "hf",
-    base_url: BaseUrl = "http://localhost:8000/v1", batch_size: BatchSize = None, out: Out = Path("results"),
-    allow_contamination: AllowContamination = False, trust_remote_code: TrustRemoteCode = False,
+    model: Models = None, adapter: Adapters = None, task: TaskName = "line", metric: Metric = None,
+    max_new_tokens: MaxNewTokens = None, lengths: Lengths = "", samples: Samples = None, limit: Limit = None,
+    seed: Seed = 0, shots: Shots = 0, shot_tokens: ShotTokens = 1000, haystack: Haystack = None, depths: Depths = None,
+    cases: Cases = None, data: Data = None, chat_template: ChatTemplate = None, model_config: ModelConfig = None,
+    backend: Backend = "hf", base_url: BaseUrl = "http://localhost:8000/v1", batch_size: BatchSize = None,
+    out: Out = Path("results"), allow_contamination: AllowContamination = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:  # fmt: skip
     """Score a model, and write a table, a JSON file and a plot."""
     quiet_libraries()
@@ -99,12 +106,13 @@ def run(
         spec = EvalSpec(
             lengths=list(dict.fromkeys(parse_numbers(lengths, "lengths"))) if lengths else None, samples=samples,
             limit=limit, seed=seed, shots=shots, shot_tokens=shot_tokens, haystack=haystack, depths=depths,
-            cases=cases, data=data, batch_size=batch_size, allow_contamination=allow_contamination,
+            data=data, batch_size=batch_size, allow_contamination=allow_contamination,
         )  # fmt: skip
-        tasks = resolve_tasks(task, spec)
+        tasks = resolve_tasks(task, spec, metric=metric, max_new_tokens=max_new_tokens, cases=cases)
+        names = [task.name for task in tasks]
         models, folders = model or [], parse_adapters(adapter or [])
         check_models(models, folders, backend, model_config)
-        outputs = output_files(list(folders) or [result_name(name) for name in models], tasks, out, shots, model_config)
+        outputs = output_files(list(folders) or [result_name(name) for name in models], names, out, shots, model_config)
         changes = read_model_config(model_config) if model_config else None
         from eval.evaluate import evaluate
 
@@ -116,7 +124,7 @@ def run(
         )  # fmt: skip
     except (ValueError, OSError) as error:
         stop("eval", error)
-    print_comparisons(results, tasks, list(outputs))
+    print_comparisons(results, names, list(outputs))
 
 
 def check_models(models: list[str], folders: dict[str, str], backend: str, model_config: Path | None) -> None:
@@ -148,7 +156,7 @@ def read_model_config(recipe: Path) -> dict[str, Any]:
 
 
 def output_files(
-    names: list[str], tasks: tuple[str, ...], out: Path, shots: int, model_config: Path | None
+    names: list[str], tasks: list[str], out: Path, shots: int, model_config: Path | None
 ) -> dict[str, dict[str, Path]]:
     """Return result files by model and task; a model's name gets a suffix for shots and config.
 
@@ -197,7 +205,8 @@ def load_models(
 def print_start(task: str, options: dict[str, Any]) -> None:
     """Print how many samples are scored at which lengths."""
     if options.get("lengths"):
-        print(f"{task}: {options['samples']} samples at each of {', '.join(map(str, options['lengths']))} tokens")
+        count = options["samples"] or "all"
+        print(f"{task}: {count} samples at each of {', '.join(map(str, options['lengths']))} tokens")
 
 
 def print_result(result: Result, path: Path | None) -> None:
@@ -214,7 +223,7 @@ def print_result(result: Result, path: Path | None) -> None:
         print(f"{path} and {path.with_suffix('.png')}{remark(result.responses)}")
 
 
-def print_comparisons(results: list[Result], tasks: tuple[str, ...], names: list[str]) -> None:
+def print_comparisons(results: list[Result], tasks: list[str], names: list[str]) -> None:
     """Print the scores of several models side by side, a table per task."""
     from eval.results import EvalResult
     from eval.table import print_scores

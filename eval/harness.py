@@ -16,6 +16,7 @@ from axolotl_plugins.seal.model_loading import LoadedModel
 from axolotl_plugins.seal.provenance import text_hash
 from eval.generation import generate_answers, stop_ids
 from eval.result_cache import Journal
+from eval.scoring import prompt_turns
 
 
 class Responses(Journal):
@@ -110,5 +111,5 @@ class Harness(HFLM):
 
 
 def is_contaminated(document: dict[str, Any], texts: frozenset[str]) -> bool:
-    """Return whether the hash of a sample's prompt is among those of training texts."""
-    return text_hash(document["messages"][0]["content"]) in texts
+    """Return whether the hashes of all turns before a sample's answer are among those of training texts."""
+    return all(text_hash(turn["content"]) in texts for turn in prompt_turns(document))

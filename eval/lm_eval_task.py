@@ -1,109 +1,47 @@
-"""Build lm-eval's tasks from the registry: documents, prompts and scores."""
+"""Build lm-eval's task of a task and its samples."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 
-from axolotl_plugins.common.io import read_rows
-from axolotl_plugins.common.tokenizer import count_tokens, load_tokenizer
-from data_gen.dataset import Request, draw
-from eval.metrics import METRICS
-from eval.scoring import generation_settings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from data_gen.tasks import Task
+from eval.scoring import prompt_turns
 
 
-def documents(
-    *, tokenizer: str, requests: list[dict[str, Any]], examples: dict[str, Any] | None = None,
-    cases: dict[str, Any] | None = None, chat_template: str | None = None, **_: Any,
-) -> dict[str, Dataset]:  # fmt: skip
-    """Return the test samples as lm-eval's documents.
+class ChatTask(ConfigurableTask):
+    """Samples whose prompts are chats, of one turn or several."""
 
-    Args:
-        tokenizer: folder or hub id.
-        requests: fields of the ``Request`` of each length.
-        examples: fields of the ``Request`` of worked examples, put before every prompt in the same turn (paper
-            section 8).
-        cases: arguments of ``read_cases``, whose samples come first.
-        chat_template: see ``load_tokenizer``.
-    """
-    loaded = load_tokenizer(tokenizer, chat_template)
-    shown = "".join(
-        "\n".join(message["content"] for message in row["messages"]) + "\n\n"
-        for row in (draw(Request(**examples), loaded) if examples else ())
-    )
-    rows = list(read_cases(**cases, tokenizer=loaded)) if cases else []
-    rows += [
-        {"length": int(request["tokens"]), **row} for request in requests for row in draw(Request(**request), loaded)
-    ]
-    return {"test": Dataset.from_list([{"prefix": "", "shown": shown, **row} for row in rows])}
+    def fewshot_context(
+        self, doc: dict[str, Any], *_: Any, chat_template: Callable[..., str], gen_prefix: str | None = None, **__: Any
+    ) -> str:
+        """Render a sample's turns before its answer, and the prefix that begins the answer."""
+        turns = prompt_turns(doc, doc["shown"])
+        if gen_prefix:
+            turns.append({"role": "assistant", "content": gen_prefix})
+        return chat_template(turns, add_generation_prompt=not gen_prefix)
 
 
-def read_cases(folder: str, samples: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
-    """Yield LongEval's published line cases (``*_lines.jsonl``) unchanged; their length is the number of lines.
+def lm_eval_task(task: Task, samples: list[dict[str, Any]], shown: str = "") -> ChatTask:
+    """Build lm-eval's task.
 
     Args:
-        folder: of the files.
-        samples: at most, of each file.
-        tokenizer: counts tokens.
-
-    Raises:
-        ValueError: there are no such files, or a row is not a case of LongEval.
+        task: has a metric.
+        samples: see ``data_gen.dataset.samples_by_length``.
+        shown: see ``prompt_turns``.
     """
-    files = sorted(Path(folder).glob("*_lines.jsonl"), key=lambda file: int("0" + file.name.split("_")[0]))
-    if not files:
-        raise ValueError(f"cases: no *_lines.jsonl in {folder!r}: name the folder with LongEval's line cases")
-    for file in files:
-        for index, (row, case) in enumerate(islice(read_rows(file), samples)):
-            try:
-                number, lines = int(case["expected_number"]), int(case["num_lines"])
-                messages = [{"role": "user", "content": str(case["prompt"])}]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{file}, line {row}: not a case of LongEval's ({error!r})") from None
-            yield {
-                "task": "line",
-                "length": lines,
-                "index": index,
-                "tokens": count_tokens(tokenizer, messages),
-                "messages": messages,
-                "answer": str(number),
-                "references": [str(number)],
-            }
-
-
-def prompt(document: dict[str, Any]) -> str:
-    """Return the user's turn; lm-eval applies the model's chat template."""
-    return document["shown"] + document["messages"][0]["content"]
-
-
-def target(document: dict[str, Any]) -> str:
-    """Return the assistant's turn of the training sample."""
-    return document["answer"]
-
-
-def score(document: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Compute the score of a response, in [0, 1]."""
-    return {"score": METRICS[document["task"]](results[0], document["references"])}
-
-
-def lm_eval_task(task: str, **arguments: Any) -> ConfigurableTask:
-    """Build lm-eval's task ``seal_TASK``.
-
-    Args:
-        task: a key of ``METRICS``.
-        arguments: of ``documents``.
-    """
-    return ConfigurableTask(config={
-        "task": f"seal_{task}", "custom_dataset": documents, "test_split": "test", "output_type": "generate_until",
-        "doc_to_text": prompt, "doc_to_target": target, "process_results": score, "gen_prefix": "prefix",
-        "num_fewshot": 0, "generation_kwargs": {"do_sample": False, **generation_settings(task)},
+    rows = [{"prefix": "", "shown": shown, **sample} for sample in samples]
+    return ChatTask(config={
+        "task": f"seal_{task.name}", "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
+        "test_split": "test", "output_type": "generate_until", "doc_to_target": "answer", "gen_prefix": "prefix",
+        "doc_to_text": lambda document: document["messages"][-2]["content"],
+        "process_results": lambda document, results: {"score": task.score(results[0], document["references"])},
+        "num_fewshot": 0, "generation_kwargs": {
+            "do_sample": False, "max_gen_toks": task.answer_budget, "until": list(task.stop),
+        },
         "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1.0, **arguments},
+        "metadata": {"version": 1.0},
     })  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from axolotl_plugins.common.io import load_json, write_text
 from data_gen.tasks import TaskAttribute
 
-TITLES = TaskAttribute("title", mmlu="MMLU")
+TITLES = TaskAttribute("title", mmlu="MMLU")  # a user's own task has its name as title, wherever a result is read
 Row = TypeVar("Row")
 
 
@@ -66,7 +66,7 @@ class EvalResult:
         model: hub id or folder.
         base: hub id or folder of its base model.
         method: ``base``, ``SEAL-H``, ``SEAL-C``, ``LoRA``, ``DoRA`` or another PEFT type.
-        task: a key of ``eval.metrics.METRICS``.
+        task: its name.
         window: the model's context window, tokens.
         seed: of the samples.
         shots: worked examples before every prompt.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from data_gen.tasks import TASKS
+from axolotl_plugins.common.tokenizer import Messages
+from data_gen.tasks import Task, resolve_task
 from eval.generation import generate_answers, stop_ids
-from eval.metrics import METRICS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,14 +15,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def generation_settings(task: str) -> dict[str, Any]:
-    """Return a task's ``max_gen_toks`` (longest answer in tokens) and ``until`` (texts that end an answer)."""
-    return {"max_gen_toks": TASKS[task].max_new_tokens, "until": list(TASKS[task].stop)}
+def prompt_turns(sample: dict[str, Any], shown: str = "") -> Messages:
+    """Return the turns of a sample's chat before its answer.
 
-
-def answer_budget(task: str) -> int:
-    """Return a task's longest answer in tokens, as in the original program."""
-    return generation_settings(task)["max_gen_toks"]
+    Args:
+        sample: its ``messages`` end with the answer.
+        shown: worked examples, put before the last turn's text.
+    """
+    *context, last = sample["messages"][:-1]
+    return [*context, {**last, "content": shown + last["content"]}]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, sample: dict[str, Any], shown: str = "") -> list[int]:
@@ -30,11 +31,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, sample: dict[str, Any], shown
 
     Args:
         tokenizer: with a chat template.
-        sample: its ``messages`` begin with the user's turn; ``prefix``, if any, begins the assistant's turn.
-        shown: worked examples, put before the prompt in the same turn.
+        sample: see ``prompt_turns``; ``prefix``, if any, begins the assistant's turn.
+        shown: see ``prompt_turns``.
     """
-    content = shown + sample["messages"][0]["content"]
-    turns = [{"role": "user", "content": content}]
+    turns = prompt_turns(sample, shown)
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     return tokenizer(text + sample.get("prefix", ""), add_special_tokens=False)["input_ids"]
 
@@ -47,15 +47,16 @@ def truncate_at(text: str, until: list[str]) -> str:
 
 
 def score_samples(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, task: str, samples: list[dict[str, Any]],
-    *, batch_size: int | None = None, shown: str = "", on_answer: Callable[[int], object] = lambda index: None,
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, task: str | Task,
+    samples: list[dict[str, Any]], *, batch_size: int | None = None, shown: str = "",
+    on_answer: Callable[[int], object] = lambda index: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Answer samples greedily and score the answers.
 
     Args:
         model: in evaluation mode.
         tokenizer: with a chat template.
-        task: a key of ``METRICS``.
+        task: has a metric.
         samples: as ``data_gen.dataset`` draws them, with the nominal ``length``.
         batch_size: see ``generate_answers``.
         shown: see ``prompt_ids``.
@@ -67,8 +68,8 @@ def score_samples(
     Raises:
         ValueError: a prompt with its answer exceeds the model's window.
     """
-    settings = generation_settings(task)
-    budget, until = settings["max_gen_toks"], settings["until"]
+    task = resolve_task(task)
+    budget, until = task.answer_budget, list(task.stop)
     prompts = [prompt_ids(tokenizer, sample, shown) for sample in samples]
     window = model.config.get_text_config().max_position_embeddings
     if (longest := max(map(len, prompts))) + budget > window:
@@ -91,7 +92,7 @@ def score_samples(
             "index": sample["index"],
             "tokens": sample["tokens"],
             "response": response,
-            "score": METRICS[task](response, sample["references"]),
+            "score": task.score(response, sample["references"]),
         }
         for sample, response in zip(samples, responses, strict=True)
     ]

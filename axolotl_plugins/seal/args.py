@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 
 from axolotl_plugins.common.schema import Strict, first_error
 
-from .config import Granularity
+from . import Granularity
 
 
 class DataArgs(Strict):

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils import register_peft_method
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .config import SealConfig
+from .config import SealConfig, peft_type
 from .layer import SealLayer, projection_shape
 
 # Attention output projections of the Transformers library: Llama, Mistral, Qwen, Gemma, Phi-3 and most others; OPT;
@@ -149,3 +151,7 @@ class SealModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+
+if peft_type() not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    register_peft_method(name="seal", config_cls=SealConfig, model_cls=SealModel)

@@ -50,7 +50,8 @@ def card(adapter: Path, scores: Sequence[str] = ()) -> str:
         f"{scales.size:,} learned scales of attention outputs ({units} in {layers} layers; from {scales.min():.3f} to "
         f"{scales.max():.3f}, mean {scales.mean():.3f}), trained as in {PAPER}. The model's own weights are unchanged.",
         "## Use",
-        "```python\nimport axolotl_plugins.seal  # registers SEAL\nfrom peft import AutoPeftModelForCausalLM\n\n"
+        "```python\nfrom axolotl_plugins.seal import SealConfig  # registers SEAL\n"
+        "from peft import AutoPeftModelForCausalLM\n\n"
         "model = AutoPeftModelForCausalLM.from_pretrained(THIS_REPOSITORY)\n```",
         "`python -m axolotl_plugins.seal merge` folds the scales into the weights, `export` writes them as an IA3 "
         "adapter for programs without this package.",

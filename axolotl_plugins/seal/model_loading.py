@@ -20,6 +20,7 @@ from axolotl_plugins.common.console import first_line
 from axolotl_plugins.common.io import load_json
 from axolotl_plugins.common.tokenizer import check_template, load_tokenizer, read_template
 
+from .model import SealModel  # noqa: F401 - registers the tuner with PEFT
 from .provenance import seen_texts
 
 if TYPE_CHECKING:

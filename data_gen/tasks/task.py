@@ -6,16 +6,19 @@ import hashlib
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from data_gen.fit_length import LengthBudget
 from data_gen.objects import import_object
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Split = Literal["train", "test"]
-# Options that only some tasks accept: fields of ``Request``, and cases, which only ``python -m eval run`` has.
-OPTIONS = ("lines", "haystack", "needles", "depths", "data", "cases")
+# Fields of ``Request`` that only some tasks accept.
+OPTIONS = ("lines", "haystack", "needles", "depths", "data")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Task:
         shortest: length in tokens that holds a sample with any usual tokenizer.
         sources: hashes of the files that samples depend on, for the manifest.
         spec: what ``resolve_task`` finds a task by that is not registered: its file, or ``module:object``.
+        rows: returns all samples of a task that draws none, see ``data_gen.file_task``.
+        identity: what determines samples and scores of a task that is not registered; results store it.
     """
 
     name: str
@@ -57,11 +62,24 @@ class Task:
     group: str | None = None
     sources: Callable[[Request], dict[str, str]] = lambda request: {}
     spec: str | None = None
+    rows: Callable[[PreTrainedTokenizerBase], list[dict[str, Any]]] | None = None
+    identity: Mapping[str, str | int] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """Return what ``resolve_task`` finds the task by."""
         return self.spec or self.name
+
+    @property
+    def answer_budget(self) -> int:
+        """Return the longest response of a task with a metric, in tokens."""
+        assert self.max_new_tokens is not None  # see ``register``
+        return self.max_new_tokens
+
+    def score(self, response: str, references: list[str]) -> float:
+        """Return the metric of a response, in [0, 1]."""
+        assert self.metric is not None
+        return self.metric(response, references)
 
 
 TASKS: dict[str, Task] = {}
@@ -86,23 +104,37 @@ def register(task: Task) -> Task:
     return task
 
 
-def resolve_task(spec: str | Task) -> Task:
-    """Return the task of a registered name, a description (``.yml``), or a Python object (``module:object``).
+def resolve_task(spec: str | Task, metric: str | None = None, max_new_tokens: int | None = None) -> Task:
+    """Return a task.
+
+    Args:
+        spec: a registered name, a file of samples (``.jsonl``), a description (``.yml``), or ``module:object``.
+        metric: of a file of samples, see ``data_gen.metrics.resolve_metric``.
+        max_new_tokens: longest response to a sample of a file.
 
     Raises:
-        ValueError: there is no such task.
+        ValueError: there is no such task, or it has a metric and a response length of its own.
     """
     if isinstance(spec, Task):
         return spec
+    suffix = Path(spec).suffix
+    if spec not in TASKS and suffix == ".jsonl":
+        from data_gen.file_task import file_task
+
+        return file_task(Path(spec), metric, max_new_tokens)
+    for option, value in (("metric", metric), ("max-new-tokens", max_new_tokens)):
+        if value is not None:
+            raise ValueError(f"{option}: {spec} has its own; only a file of samples (.jsonl) needs it")
     if spec in TASKS:
         return TASKS[spec]
-    if Path(spec).suffix in (".yml", ".yaml"):
+    if suffix in (".yml", ".yaml"):
         from data_gen.description import load_description
 
         return replace(load_description(Path(spec)), spec=spec)
     if ":" not in spec:
         raise ValueError(
-            f"task: found {spec!r}, expected one of {', '.join(TASKS)}, a description (.yml), or module:object"
+            f"task: found {spec!r}, expected one of {', '.join(TASKS)}, a file of samples (.jsonl), a description "
+            "(.yml), or module:object"
         )
     task = import_object(spec, "task")
     if not isinstance(task, Task):

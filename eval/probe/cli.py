@@ -13,21 +13,32 @@ import typer
 
 from axolotl_plugins.common.console import quiet_libraries, stop
 from axolotl_plugins.common.io import check_output, write_text
-from eval.cli_options import BatchSize, parse_adapters, parse_heads, parse_numbers
+from data_gen.tasks import Task
+from eval.cli_options import OWN_TASK, BatchSize, MaxNewTokens, Metric, parse_adapters, parse_heads, parse_numbers
+from eval.metrics import METRICS as SCORED
 from eval.result_cache import journal_file
+from eval.spec import scored_task
 
 app = typer.Typer(no_args_is_help=True, help="Which heads and channels matter, and why SEAL works.")
 
 Model = Annotated[str, typer.Option(help="Hub id, merged folder, or SEAL adapter folder.")]
 Base = Annotated[str, typer.Option(help="The base model: hub id or folder.")]
-Task = Annotated[str, typer.Option(help="line, niah, vt, cwe or fwe.")]
-Lengths = Annotated[str, typer.Option(help="Longest samples in tokens: a middle and a long one, as 16000,31000.")]
+TaskName = Annotated[str, typer.Option("--task", help=f"{', '.join(SCORED)}; or your own: {OWN_TASK}.")]
+Lengths = Annotated[
+    str,
+    typer.Option(help="Longest samples in tokens: a middle and a long one, as 16000,31000; default, for a file only: "
+                 "its rows' `length` or powers of two."),
+]  # fmt: skip
 TestLengths = Annotated[
     str, typer.Option(help="Longest test samples in tokens; default: the paper's fractions of the window.")
 ]
 ValidationLengths = Annotated[str, typer.Option(help="Longest validation samples, in tokens.")]
-Samples = Annotated[int, typer.Option(help="Samples per length, from the training split: test samples stay unseen.")]
-TestSamples = Annotated[int, typer.Option(help="Test samples per length.")]
+Samples = Annotated[
+    int | None,
+    typer.Option(help="Samples per length, from the training split, so that test samples stay unseen; default: 50, or "
+                 "all of a file."),
+]  # fmt: skip
+TestSamples = Annotated[int | None, typer.Option(help="Test samples per length; default: 50, or all of a file.")]
 Template = Annotated[str | None, typer.Option(help="Jinja file, for base models without a chat template.")]
 Out = Annotated[Path, typer.Option(help="Result file; a PNG lies beside it.")]
 Recipe = Annotated[Path, typer.Option(help="A SEAL recipe that describes its data.")]
@@ -55,9 +66,22 @@ def finish(result: dict[str, Any], out: Path, *journals: Path) -> None:
     print(f"{out} and {out.with_suffix('.png')}")
 
 
+def read_task(task: str, metric: str | None, max_new_tokens: int | None, lengths: str) -> tuple[Task, list[int] | None]:
+    """Return a task and the lengths to draw its samples at, before a model is loaded.
+
+    Raises:
+        ValueError: see ``scored_task``; or no lengths are given for a task whose samples are drawn.
+    """
+    own = scored_task(task, metric, max_new_tokens)
+    if not lengths and own.rows is None:
+        raise ValueError(f"lengths: missing: name the longest samples of {own.name}, in tokens, as 512,2048")
+    return own, parse_numbers(lengths, "lengths") if lengths else None
+
+
 @app.command(epilog="Example: python -m eval probe heads --model models/smollm2-135m --lengths 512,2048 --samples 50")
 def heads(
-    model: Model, lengths: Lengths, task: Task = "line", samples: Samples = 50,
+    model: Model, lengths: Lengths = "", task: TaskName = "line", metric: Metric = None,
+    max_new_tokens: MaxNewTokens = None, samples: Samples = None,
     batch: Annotated[int, typer.Option(help="Heads ablated in one batch; more need more memory.")] = 8,
     chat_template: Template = None, out: Out = Path("results/probes/heads.json"),
 ) -> None:  # fmt: skip
@@ -66,19 +90,21 @@ def heads(
         from axolotl_plugins.seal.model_loading import load
         from eval.probe.head_importance import ablation_map, changes
 
-        token_lengths = parse_numbers(lengths, "lengths")
-        journal = journal_file(out, model, "heads", task, token_lengths, samples, chat_template)
+        own, token_lengths = read_task(task, metric, max_new_tokens, lengths)
+        journal = journal_file(out, model, "heads", own.name, dict(own.identity), token_lengths, samples, chat_template)
         loaded = load(model, chat_template=chat_template)
-        result = ablation_map(loaded, task, token_lengths, samples=samples, batch=batch, journal=journal)
-        print_extremes(model, changes(result, token_lengths[-1]), f"change of the score at {token_lengths[-1]} tokens")
+        result = ablation_map(loaded, own, token_lengths, samples=samples, batch=batch, journal=journal)
+        longest = result["lengths"][-1]
+        print_extremes(model, changes(result, longest), f"change of the score at {longest} tokens")
         finish(result, out, journal)
 
 
 @app.command(epilog="Example: python -m eval probe channels --model models/smollm2-135m --heads L9H4 --lengths 2048")
 def channels(
-    model: Model, lengths: Lengths,
+    model: Model,
     heads: Annotated[str, typer.Option(help="Heads whose channels are ablated one by one, as L1H18,L13H16.")],
-    task: Task = "line", samples: Samples = 20,
+    lengths: Lengths = "", task: TaskName = "line", metric: Metric = None, max_new_tokens: MaxNewTokens = None,
+    samples: Annotated[int | None, typer.Option(help="Samples per length; default: 20, or all of a file.")] = None,
     batch: Annotated[int, typer.Option(help="Channels ablated in one batch.")] = 8,
     chat_template: Template = None, out: Out = Path("results/probes/channels.json"),
 ) -> None:  # fmt: skip
@@ -87,10 +113,14 @@ def channels(
         from axolotl_plugins.seal.model_loading import load
         from eval.probe.head_importance import ablation_map
 
-        token_lengths, chosen = parse_numbers(lengths, "lengths"), parse_heads(heads)
-        journal = journal_file(out, model, "channels", task, token_lengths, samples, chosen, chat_template)
+        own, token_lengths = read_task(task, metric, max_new_tokens, lengths)
+        chosen = parse_heads(heads)
+        if samples is None and own.rows is None:
+            samples = 20
+        identity = (own.name, dict(own.identity), token_lengths, samples, chosen, chat_template)
+        journal = journal_file(out, model, "channels", *identity)
         loaded = load(model, chat_template=chat_template)
-        result = ablation_map(loaded, task, token_lengths, samples=samples, heads=chosen, batch=batch, journal=journal)
+        result = ablation_map(loaded, own, token_lengths, samples=samples, heads=chosen, batch=batch, journal=journal)
         finish(result, out, journal)
 
 
@@ -98,7 +128,8 @@ def channels(
     epilog="Example: python -m eval probe gradient --model models/smollm2-135m --lengths 512,2048 --samples 50"
 )
 def gradient(
-    model: Model, lengths: Lengths, task: Task = "line", samples: Samples = 50,
+    model: Model, lengths: Lengths = "", task: TaskName = "line", metric: Metric = None,
+    max_new_tokens: MaxNewTokens = None, samples: Samples = None,
     points: Annotated[
         str, typer.Option(help="Common scales of all heads at which gradients are taken; each costs one more pass.")
     ] = "1",
@@ -110,16 +141,18 @@ def gradient(
         from axolotl_plugins.seal.model_loading import load
         from eval.probe.head_importance import agreement, changes, gradient_map, read_map
 
-        token_lengths, scales = parse_numbers(lengths, "lengths"), parse_numbers(points, "points", float)
+        own, token_lengths = read_task(task, metric, max_new_tokens, lengths)
+        scales = parse_numbers(points, "points", float)
         exact = read_map(compare, model) if compare else None
-        journal = journal_file(out, model, "gradient", task, token_lengths, samples, scales, chat_template)
+        identity = (own.name, dict(own.identity), token_lengths, samples, scales, chat_template)
+        journal = journal_file(out, model, "gradient", *identity)
         loaded = load(model, chat_template=chat_template)
-        result = gradient_map(loaded, task, token_lengths, samples=samples, points=tuple(scales), journal=journal)
+        result = gradient_map(loaded, own, token_lengths, samples=samples, points=tuple(scales), journal=journal)
         if exact is not None:
             result["spearman"] = agreement(exact, result)
             result["speedup"] = exact["seconds"] / max(result["seconds"], 1e-9)
             print(f"Spearman's correlation with {compare}: {result['spearman']}; {result['speedup']:.0f} times faster")
-        longest = token_lengths[-1]
+        longest = result["lengths"][-1]
         print_extremes(model, changes(result, longest), f"predicted change of the log-probability at {longest} tokens")
         finish(result, out, journal)
 
@@ -132,8 +165,8 @@ def quadrants(
     source: Annotated[Path, typer.Option("--from", help="Map of `heads` or `gradient` at two lengths.")],
     down: Annotated[float, typer.Option(help="Scale of heads whose ablation helps at both lengths.")] = 0.9,
     up: Annotated[float, typer.Option(help="Scale of heads whose ablation hurts at both lengths.")] = 1.1,
-    lengths: TestLengths = "",
-    samples: TestSamples = 50,
+    task: Annotated[str, typer.Option(help=f"Default: the map's. Or another, or your own: {OWN_TASK}.")] = "",
+    metric: Metric = None, max_new_tokens: MaxNewTokens = None, lengths: TestLengths = "", samples: TestSamples = None,
     batch_size: BatchSize = None, chat_template: Template = None,
     adapters: Annotated[Path, typer.Option(help="Folder for the SEAL-H adapters.")] = Path("outputs/quadrants"),
     out: Out = Path("results/probes/quadrants.json"),
@@ -145,8 +178,12 @@ def quadrants(
 
         if not (0 < down < math.inf and 0 < up < math.inf):
             raise ValueError(f"down, up: found {down:g} and {up:g}, expected scales above 0")
+        head_map = read_map(source, model)
+        if not task and head_map["task"].endswith(".jsonl"):
+            raise ValueError(f"task: missing: {source} is of {head_map['task']}; name a file of other samples to score")
+        own = scored_task(task or head_map["task"], metric, max_new_tokens)
         result, journals = score_quadrants(
-            model, read_map(source, model), down=down, up=up,
+            model, head_map, own, down=down, up=up,
             lengths=parse_numbers(lengths, "lengths") if lengths else None, samples=samples, batch_size=batch_size,
             chat_template=chat_template, adapters=adapters, out=out,
         )  # fmt: skip
@@ -160,8 +197,10 @@ def quadrants(
 def direct(
     model: Base,
     adapter: Annotated[list[str], typer.Option(help="SEAL adapter folder; repeat it for more.")],
-    length: Annotated[int, typer.Option(help="Longest sample, in tokens.")],
-    task: Task = "line",
+    length: Annotated[
+        int | None, typer.Option(help="Longest sample, in tokens; default, for a file only: all its samples.")
+    ] = None,
+    task: TaskName = "line", metric: Metric = None, max_new_tokens: MaxNewTokens = None,
     find: Annotated[
         int, typer.Option(help="Samples to search for one that the base gets wrong and every adapter right.")
     ] = 100,
@@ -177,10 +216,11 @@ def direct(
         from eval.probe.logit_attribution import compare_models
 
         check_output(out)
+        own, _ = read_task(task, metric, max_new_tokens, str(length or ""))
         models = [load(name, chat_template=chat_template) for name in (model, *adapter)]
         for loaded in models:
             wrap(loaded.model)
-        finish(compare_models(models, task, length, find, normalised), out)
+        finish(compare_models(models, own, length, find, normalised), out)
 
 
 @app.command(
@@ -189,24 +229,22 @@ def direct(
 def transfer(
     model: Base,
     adapter: Annotated[list[str], typer.Option(help="NAME=FOLDER of a tuned adapter; once for each.")],
-    tasks: Annotated[str, typer.Option(help="Tasks to score each adapter on.")] = "vt,cwe,fwe",
-    lengths: TestLengths = "",
-    samples: TestSamples = 50,
+    tasks: Annotated[str, typer.Option(help="Tasks to score each adapter on, or files of samples.")] = "vt,cwe,fwe",
+    metric: Metric = None, max_new_tokens: MaxNewTokens = None, lengths: TestLengths = "", samples: TestSamples = None,
     batch_size: BatchSize = None, chat_template: Template = None, out: Out = Path("results/probes/transfer.json"),
 ) -> None:  # fmt: skip
     """Score every adapter on every task: gain over the range of the base model's scores (equation 2, Figure 8)."""
     with one_line_errors():
-        from eval.metrics import METRICS
         from eval.probe.transfer import score_transfer
 
         folders = parse_adapters(adapter)
         if "base" in folders:
             raise ValueError("adapter: found the name 'base', which is --model's: give it another")
-        if unknown := [task for task in tasks.split(",") if task not in METRICS]:
-            raise ValueError(f"tasks: found {unknown[0]!r}, expected some of {','.join(METRICS)}")
+        files = [task for task in tasks.split(",") if task.endswith(".jsonl")]
+        own = [scored_task(task, *((metric, max_new_tokens) if task in files else ())) for task in tasks.split(",")]
         check_output(out)
         result, journals = score_transfer(
-            model, folders, tasks.split(","), lengths=parse_numbers(lengths, "lengths") if lengths else None,
+            model, folders, own, lengths=parse_numbers(lengths, "lengths") if lengths else None,
             samples=samples, batch_size=batch_size, chat_template=chat_template, out=out,
         )  # fmt: skip
         finish(result, out, *journals)

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.model_loading import load, load_each
 from data_gen.dataset import Request, generate
+from data_gen.file_task import longeval_cases
 from data_gen.metrics import last_integer
-from data_gen.tasks import niah
+from data_gen.tasks import niah, resolve_task
 from eval.evaluate import evaluate
 from eval.harness import Harness, Responses
 from eval.metrics import METRICS, wilson
@@ -245,18 +246,16 @@ def test_a_recipes_model_config_holds_for_a_base_model(tmp_path):
 @pytest.mark.parametrize("task", ["line", "niah", "vt", "cwe", "fwe"])
 def test_prompt_ids_are_the_first_of_the_training_ids(task):
     """Also where the prompt goes on into the assistant's turn."""
-    from dataclasses import asdict
-
     from eval.lm_eval_task import lm_eval_task
 
     loaded = load(TINY)
     harness = Harness(pretrained=loaded.model, tokenizer=loaded.tokenizer, add_bos_token=False)
     request = Request(task, "1500", samples=2)
-    lm_task = lm_eval_task(task, tokenizer=str(TINY), requests=[asdict(request)])
+    samples = list(generate(request, loaded.tokenizer))
+    lm_task = lm_eval_task(resolve_task(task), samples)
     lm_task.build_all_requests(
         apply_chat_template=True, chat_template=harness.apply_chat_template, tokenizer_name=harness.tokenizer_name
     )
-    samples = list(generate(request, loaded.tokenizer))
     for instance, sample in zip(lm_task.instances, samples, strict=True):
         ids, mask = harness.tok_batch_encode([instance.args[0]])
         prompt = ids[0].tolist()
@@ -267,21 +266,23 @@ def test_prompt_ids_are_the_first_of_the_training_ids(task):
         assert rest.removesuffix("</s>").strip() == sample["answer"].removeprefix(sample.get("prefix", "")).strip()
 
 
-def test_an_example_with_its_answer_comes_before_the_prompt():
-    plain, shown = (run(load(TINY), "line", lengths=[300], samples=2, shots=shots, shot_tokens=300) for shots in (0, 1))
+def test_an_example_with_its_answer_comes_before_the_prompt(monkeypatch):
+    prompts = []
+    key = Responses.key
+    monkeypatch.setattr(Responses, "key", staticmethod(lambda request: prompts.append(request[0]) or key(request)))
+    loaded = load(TINY)
+    plain = run(loaded, "line", lengths=[300], samples=2)
+    without = list(dict.fromkeys(prompts))
+    prompts.clear()
+    shown = run(loaded, "line", lengths=[300], samples=2, shots=1, shot_tokens=300)
     assert shown.shots == 1 and [row["references"] for row in shown.responses] == [
         row["references"] for row in plain.responses
     ]
-    from eval.lm_eval_task import documents, prompt
-
-    requests = [{"task": "line", "tokens": "300", "samples": 2, "split": "test"}]
-    example = {"task": "line", "tokens": "300", "samples": 1}
-    tokenizer = str(TINY)
-    without = documents(tokenizer=tokenizer, requests=requests)["test"]
-    rows = documents(tokenizer=tokenizer, requests=requests, examples=example)["test"]
-    first = next(generate(Request(**example), AutoTokenizer.from_pretrained(TINY)))["messages"]
-    for row, bare in zip(rows, without, strict=True):
-        assert prompt(row) == f"{first[0]['content']}\n{first[1]['content']}\n\n{prompt(bare)}"
+    first = next(generate(Request("line", "300", samples=1), loaded.tokenizer))["messages"]
+    example = f"{first[0]['content']}\n{first[1]['content']}\n\n"
+    assert len(without) == 2
+    assert [prompt.replace(example, "", 1) for prompt in dict.fromkeys(prompts)] == without
+    assert all(example in prompt for prompt in prompts)
 
 
 def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(tmp_path, monkeypatch):
@@ -303,9 +304,9 @@ def test_longevals_own_cases_are_scored_as_they_are(tmp_path):
     case = {"prompt": sample["messages"][0]["content"] + " ", "expected_number": sample["number"], "num_lines": 200}
     (tmp_path / "200_lines.jsonl").write_text(json.dumps(case) + "\n")
     (tmp_path / "30_lines.jsonl").write_text(json.dumps(case | {"num_lines": 30}) + "\n" * 1)
-    result = run(load(TINY), "line", cases=str(tmp_path))
+    result = run(load(TINY), longeval_cases(tmp_path))
     assert [score.length for score in result.scores] == [30, 200]
     assert result.responses[0]["references"] == [str(sample["number"])]
     (tmp_path / "30_lines.jsonl").write_text('{"prompt": "x"}\n')
     with pytest.raises(ValueError, match=r"30_lines.jsonl, line 1: not a case of LongEval's"):
-        run(load(TINY), "line", cases=str(tmp_path))
+        longeval_cases(tmp_path)

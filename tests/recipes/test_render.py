@@ -349,7 +349,10 @@ def test_a_recipe_for_a_file_of_chats(tmp_path):
     assert "seal" not in yaml.safe_load(lora) and "on one H100" in lora
     long = next(generate(Request("line", "2300", samples=1), tokenizer))
     for row, message in (
-        ({"messages": long["messages"]}, r"train\.jsonl: its longest sample has \d+ tokens, more than the model's window"),
+        (
+            {"messages": long["messages"]},
+            r"train\.jsonl: its longest sample has \d+ tokens, more than the model's",
+        ),
         ({"prompt": "a", "completion": "b"}, r"train\.jsonl, line 8: found no chat, .* convert it with"),
     ):
         file.write_text("".join(json.dumps({"messages": row["messages"]}) + "\n" for row in rows) + json.dumps(row))

@@ -341,3 +341,14 @@ def test_the_tuner_needs_torch_transformers_peft_and_safetensors_only(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split()[-2:] == ["missing", "axolotl"]
     assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("lines", [
+    "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as types; import axolotl_plugins.seal",
+    "from axolotl_plugins.seal import SealConfig; from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as types",
+    "import axolotl_plugins.seal.model_loading; from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as types",
+])  # fmt: skip
+def test_imports_register_the_tuner_in_any_order(lines):
+    done = subprocess.run([sys.executable, "-c", f"{lines}; print('SEAL' in types)"], capture_output=True, text=True,
+                          cwd=ROOT)  # fmt: skip
+    assert done.stdout == "True\n", done.stderr[-2000:]

@@ -20,6 +20,7 @@ from eval.harness import Harness
 from eval.lm_eval_task import lm_eval_task
 from eval.probe.head_importance import PROBE_SEED, gradient_map
 from eval.probe.logit_attribution import compare_models
+from eval.probe.sweep import read_recipe, sweep
 from eval.results import read_results
 from eval.run import run
 from eval.scoring import prompt_ids, score_samples
@@ -141,3 +142,51 @@ def test_probes_of_a_file_are_those_of_its_task(loaded, tmp_path):
     assert own["task"] == str(path)
     with pytest.raises(ValueError, match="search more with --find"):
         compare_models([loaded, loaded], file_task(path, "last_integer"), None, 1, False)
+
+
+def recipe_of(folder, name):
+    """A recipe of SEAL-H on a file of the user's own chats."""
+    recipe = folder / "recipe.yml"
+    recipe.write_text(
+        f"base_model: {TINY}\nadapter: seal\nseal: {{granularity: head}}\nlearning_rate: 0.01\nnum_epochs: 1\n"
+        f"datasets: [{{path: {folder / name}, type: chat_template}}]\n"
+    )
+    return recipe
+
+
+def test_a_rate_is_chosen_by_the_score_on_a_file(loaded, file, tmp_path):
+    rows = draw(Request("line", "300", samples=5, split="train"), loaded.tokenizer)
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"messages": row["messages"]}) + "\n" for row in rows))
+    short = "".join(file.read_text().splitlines(keepends=True)[:4])
+    (tmp_path / "validation.jsonl").write_text(short)
+    out = tmp_path / "sweep.json"
+    options = ["--recipe", str(recipe_of(tmp_path, "train.jsonl")), "--validation", str(tmp_path / "validation.jsonl"),
+               "--metric", "last_integer", "--max-new-tokens", "30", "--rates", "0.01,1", "--out", str(out)]  # fmt: skip
+    done = subprocess.run([sys.executable, "-m", "eval", "probe", "sweep", *options], cwd=ROOT, capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(out.read_text())
+    sound, broken = result["cells"]
+    assert result["lengths"] == [512] and result["validation_samples"] == 4 and result["base"] == {"512": 1.0}
+    assert (sound["samples"], sound["mean"], sound["unsound"]) == (5, 1.0, False)
+    assert broken["mean"] < 1 and broken["unsound"] and result["best"]["rate"] == 0.01
+    assert (
+        "far from 1" in done.stdout and "Warning: scales far from 1" in done.stdout and "at the rates 1." in done.stdout
+    )
+    assert "prefer a lower rate" not in done.stdout
+
+
+def test_what_a_sweep_on_own_data_refuses(loaded, file, tmp_path):
+    (tmp_path / "train.jsonl").write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
+    recipe = read_recipe(recipe_of(tmp_path, "train.jsonl"))
+    grid = {"rates": [0.01], "epochs": [1], "seeds": [1], "lengths": None}
+    with pytest.raises(ValueError, match="validation: missing: name a file of samples"):
+        sweep(recipe, **grid, samples=None, validation=50)
+    task = file_task(tmp_path / "train.jsonl", "last_integer", 20)
+    with pytest.raises(ValueError, match="samples: the recipe's file has 3, 4 are asked for"):
+        sweep(recipe, **grid, samples=[4], validation=task)
+    with pytest.raises(ValueError, match=r"train\.jsonl has a sample of the training data"):
+        sweep(recipe, **grid, samples=[2], validation=task)
+    (tmp_path / "train.jsonl").write_text('{"text": "no chat"}\n')
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 1: expected `messages`"):
+        read_recipe(recipe_of(tmp_path, "train.jsonl"))

@@ -160,10 +160,10 @@ def test_a_rate_is_chosen_by_the_score_on_a_file(loaded, file, tmp_path):
     short = "".join(file.read_text().splitlines(keepends=True)[:4])
     (tmp_path / "validation.jsonl").write_text(short)
     out = tmp_path / "sweep.json"
-    options = ["--recipe", str(recipe_of(tmp_path, "train.jsonl")), "--validation", str(tmp_path / "validation.jsonl"),
-               "--metric", "last_integer", "--max-new-tokens", "30", "--rates", "0.01,1", "--out", str(out)]  # fmt: skip
-    done = subprocess.run([sys.executable, "-m", "eval", "probe", "sweep", *options], cwd=ROOT, capture_output=True,
-                          text=True)  # fmt: skip
+    command = [sys.executable, "-m", "eval", "probe", "sweep", "--recipe", str(recipe_of(tmp_path, "train.jsonl")),
+               "--validation", str(tmp_path / "validation.jsonl"), "--metric", "last_integer", "--max-new-tokens", "30",
+               "--rates", "0.01,1", "--out", str(out)]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(out.read_text())
     sound, broken = result["cells"]

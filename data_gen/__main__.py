@@ -85,7 +85,9 @@ def main(
     quiet_libraries()
     try:
         if preview:
-            tokens = tokens or (None if lines else str(resolve_task(task).shortest // (1 if tokenizer else 2)))
+            tokens = tokens or (
+                None if lines else str(max(150, resolve_task(task).shortest // (1 if tokenizer else 2)))
+            )
             request = Request(task, tokens, lines, 1, seed, split, haystack, needles, depths, data)
             print(sample_text(request, load_tokenizer(tokenizer, chat_template) if tokenizer else None))
             return

@@ -153,8 +153,8 @@ def select(rows: list[dict[str, Any]], lengths: list[int] | None, samples: int |
         groups.setdefault(length, []).append({**row, "length": length})
     for length in sorted(lengths or groups):
         if length not in groups:
-            expected = "their lengths are " if given else "their bins are "
-            raise ValueError(f"lengths: no sample is of {length}: {expected}{', '.join(map(str, sorted(groups)))}")
+            others = ", ".join(map(str, sorted(groups)))
+            raise ValueError(f"lengths: no sample belongs to {length}, only to {others}: leave it out")
         yield from groups[length][:samples]
 
 

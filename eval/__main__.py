@@ -69,6 +69,10 @@ ModelConfig = Annotated[
 Backend = Annotated[
     Literal["hf", "vllm"], typer.Option(help="Answer with Transformers, or with vLLM's server of a merged model.")
 ]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Of all models' weights; default: the first base checkpoint's."),
+]
 BaseUrl = Annotated[str, typer.Option(help="For vllm: URL of its endpoint; `vllm serve MODEL` starts it.")]
 Out = Annotated[
     Path,
@@ -96,8 +100,8 @@ def run(
     max_new_tokens: MaxNewTokens = None, lengths: Lengths = "", samples: Samples = None, limit: Limit = None,
     seed: Seed = 0, shots: Shots = 0, shot_tokens: ShotTokens = 1000, haystack: Haystack = None, depths: Depths = None,
     cases: Cases = None, data: Data = None, chat_template: ChatTemplate = None, model_config: ModelConfig = None,
-    backend: Backend = "hf", base_url: BaseUrl = "http://localhost:8000/v1", batch_size: BatchSize = None,
-    out: Out = Path("results"), allow_contamination: AllowContamination = False,
+    backend: Backend = "hf", base_url: BaseUrl = "http://localhost:8000/v1", dtype: Dtype = "auto",
+    batch_size: BatchSize = None, out: Out = Path("results"), allow_contamination: AllowContamination = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:  # fmt: skip
     """Score a model, and write a table, a JSON file and a plot."""
@@ -111,14 +115,14 @@ def run(
         tasks = resolve_tasks(task, spec, metric=metric, max_new_tokens=max_new_tokens, cases=cases)
         names = [task.name for task in tasks]
         models, folders = model or [], parse_adapters(adapter or [])
-        check_models(models, folders, backend, model_config)
+        check_models(models, folders, backend, dtype, model_config)
         outputs = output_files(list(folders) or [result_name(name) for name in models], names, out, shots, model_config)
         changes = read_model_config(model_config) if model_config else None
         from eval.evaluate import evaluate
 
         results = evaluate(
             load_models(models, folders, changes, base_url if backend == "vllm" else None,
-                        chat_template=chat_template, trust_remote_code=trust_remote_code),
+                        dtype=dtype, chat_template=chat_template, trust_remote_code=trust_remote_code),
             tasks, spec, outputs=outputs.values(), cache_key=(backend, changes, chat_template), on_start=print_start,
             on_result=print_result,
         )  # fmt: skip
@@ -127,7 +131,9 @@ def run(
     print_comparisons(results, names, list(outputs))
 
 
-def check_models(models: list[str], folders: dict[str, str], backend: str, model_config: Path | None) -> None:
+def check_models(
+    models: list[str], folders: dict[str, str], backend: str, dtype: str, model_config: Path | None
+) -> None:
     """Check that models are named in one way, which the backend supports.
 
     Raises:
@@ -137,6 +143,8 @@ def check_models(models: list[str], folders: dict[str, str], backend: str, model
         raise ValueError("model: name one by --model, or adapters of one base by --adapter NAME=FOLDER")
     if folders and backend == "vllm":
         raise ValueError("backend: vllm serves merged models: name one by --model")
+    if dtype != "auto" and backend == "vllm":
+        raise ValueError("dtype: vllm's server has its own: leave it out, and start `vllm serve` with another")
     if folders and model_config:
         raise ValueError("model-config: adapters bring their own: leave it out")
     if len(models) > 1 and backend == "vllm":
@@ -174,15 +182,17 @@ def output_files(
 
 
 def load_models(
-    models: list[str], folders: dict[str, str], changes: dict[str, Any] | None, server: str | None, **options: Any
-) -> Iterable[LoadedModel]:
-    """Load models, or adapters of one base model, one after the other.
+    models: list[str], folders: dict[str, str], changes: dict[str, Any] | None, server: str | None, *,
+    dtype: str = "auto", **options: Any,
+) -> Iterable[LoadedModel]:  # fmt: skip
+    """Load models, or adapters of one base model, one after the other, all in one dtype.
 
     Args:
         models: hub ids or folders.
         folders: adapter folders by name, instead of models.
         changes: of the models' config.
         server: URL of a vLLM server that answers for the models; None loads weights.
+        dtype: of the weights; ``auto`` is the first base checkpoint's.
         options: of ``load``.
 
     Raises:
@@ -191,15 +201,22 @@ def load_models(
     from axolotl_plugins.seal.model_loading import check_name, load, load_each
 
     if folders:
-        return load_each(folders, **options)
+        return load_each(folders, dtype=dtype, **options)
     for name in models:
         check_name(name)
-    loaded = (load(name, **options, model_config=changes, weights=server is None) for name in models)
-    if server is None:
-        return loaded
-    from eval.vllm_backend import connect
+    if server is not None:
+        from eval.vllm_backend import connect
 
-    return (connect(model, server) for model in loaded)
+        return (connect(load(name, **options, model_config=changes, weights=False), server) for name in models)
+
+    def in_one_dtype() -> Iterable[LoadedModel]:
+        shared: str | None = dtype
+        for name in models:
+            loaded = load(name, **options, dtype=shared or "auto", model_config=changes)
+            shared = loaded.dtype
+            yield loaded
+
+    return in_one_dtype()
 
 
 def print_start(task: str, options: dict[str, Any]) -> None:

@@ -46,7 +46,7 @@ def evaluate(
             options = spec.sample_options(task, loaded.window)
             journal = None
             if out := files.get(task.name):
-                journal = journal_file(out, loaded.name, *cache_key)
+                journal = journal_file(out, loaded.name, loaded.dtype, *cache_key)
                 journals.append(journal)
                 check_replaced(out, {**options, **task.identity})
             on_start(task.name, options)

@@ -68,6 +68,7 @@ class EvalResult:
         method: ``base``, ``SEAL-H``, ``SEAL-C``, ``LoRA``, ``DoRA`` or another PEFT type.
         task: its name.
         window: the model's context window, tokens.
+        dtype: of the model's weights, such as ``bfloat16``; None where it is unknown.
         seed: of the samples.
         shots: worked examples before every prompt.
         contaminated: how many samples the model was tuned on; None where its training data is unknown.
@@ -83,6 +84,7 @@ class EvalResult:
     method: str
     task: str
     window: int
+    dtype: str | None = None
     seed: int = 0
     shots: int = 0
     contaminated: int | None = None
@@ -111,6 +113,7 @@ class BenchmarkResult:
     method: str
     task: str
     window: int
+    dtype: str | None = None
     sets: list[SetScore]
     mean: float
     asked: dict[str, Any] | None = None

@@ -84,8 +84,8 @@ def run(
     responses = generate_responses(loaded, task, rows, shown, batch_size, journal, allow_contamination)
     seen = [row.pop("seen") for row in responses]
     return EvalResult(
-        model=loaded.name, base=loaded.base, method=loaded.method, task=task.name, window=loaded.window, seed=seed,
-        shots=shots, contaminated=None if loaded.trained_on is None else sum(seen),
+        model=loaded.name, base=loaded.base, method=loaded.method, task=task.name, window=loaded.window,
+        dtype=loaded.dtype, seed=seed, shots=shots, contaminated=None if loaded.trained_on is None else sum(seen),
         scores=mean_scores(responses, "length"),
         depths=mean_scores(responses, "length", "depth") if task.name == "niah" else [],
         mean=mean_scores(responses)[0], responses=responses,

@@ -79,18 +79,25 @@ def push(
     repository: Annotated[str | None, typer.Argument(help="Hub id; without it, only the card is written.")] = None,
     results: Annotated[Path, typer.Option(help="Folder with results of `python -m eval run`.")] = Path("results"),
     private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the card and the files to upload; write and upload nothing.")
+    ] = False,
 ) -> None:
     """Write a model card (method, data, scores and the paper's) into an adapter's folder, and upload the folder."""
     quiet_libraries()
     from axolotl_plugins.common.io import write_text
     from eval.table import score_tables
 
-    from .model_card import card
+    from .model_card import card, uploaded_files
     from .model_card import push as upload
 
     try:
         scores = score_tables(results, str(adapter))
-        if repository is None:
+        if dry_run:
+            print(card(adapter, scores))
+            names = sorted({"README.md", *(str(file.relative_to(adapter)) for file in uploaded_files(adapter))})
+            print(f"{repository or adapter}: would have {', '.join(names)}")
+        elif repository is None:
             write_text(adapter / "README.md", card(adapter, scores))
             print(adapter / "README.md")
         else:

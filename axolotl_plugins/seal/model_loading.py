@@ -57,6 +57,11 @@ class LoadedModel:
     trained_on: frozenset[str] | None = None
 
     @property
+    def dtype(self) -> str | None:
+        """Return the dtype of the weights that answer, such as ``bfloat16``; None if a server has them."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
     def short_window(self) -> int | None:
         """Maximum length, in tokens, with the RoPE frequencies of short texts (LongRoPE); None for other RoPE types.
 
@@ -214,7 +219,7 @@ def load(
     Args:
         name: hub id, model folder, or adapter folder (its base model is loaded and the adapter applied; a
             ``config.json`` beside the adapter, such as Axolotl writes, overrides the base model's).
-        dtype: dtype of the base model's weights; ``"auto"`` is the checkpoint's.
+        dtype: dtype of the base model's weights; ``"auto"`` is the base checkpoint's, whatever an adapter was tuned in.
         chat_template: a Jinja file, for base models whose tokenizer has no template.
         trust_remote_code: run code from the checkpoint.
         weights: load the weights; without them the model is on the meta device and an adapter is not applied, for
@@ -239,6 +244,8 @@ def load(
         if source != base and hasattr(config, "quantization_config"):
             # Quantisation during training is not part of the model: evaluate and merge on the base model's weights.
             del config.quantization_config
+        if source != base:
+            config.dtype = AutoConfig.from_pretrained(base, **trust).dtype
         if weights:
             model = load_weights(base, config, dtype, trust_remote_code)
         else:
@@ -268,7 +275,11 @@ def load(
 
 
 def load_each(
-    adapters: dict[str, str], *, chat_template: str | None = None, trust_remote_code: bool = False
+    adapters: dict[str, str],
+    *,
+    dtype: torch.dtype | str = "auto",
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Iterator[LoadedModel]:
     """Load adapters of one base model, which is loaded once; yield each activated adapter until the next.
 
@@ -276,6 +287,7 @@ def load_each(
 
     Args:
         adapters: name -> adapter folder.
+        dtype: see ``load``.
         chat_template: see ``load``.
         trust_remote_code: see ``load``.
 
@@ -286,7 +298,7 @@ def load_each(
     first, *others = adapters.values()
     for folder in others:
         adapter_file(Path(folder))
-    shared = load(first, chat_template=chat_template, trust_remote_code=trust_remote_code)
+    shared = load(first, dtype=dtype, chat_template=chat_template, trust_remote_code=trust_remote_code)
     model = shared.model
     assert isinstance(model, PeftModel)
     by_name = {"default": shared}

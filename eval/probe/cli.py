@@ -32,7 +32,14 @@ Lengths = Annotated[
 TestLengths = Annotated[
     str, typer.Option(help="Longest test samples in tokens; default: the paper's fractions of the window.")
 ]
-ValidationLengths = Annotated[str, typer.Option(help="Longest validation samples, in tokens.")]
+ValidationLengths = Annotated[
+    str, typer.Option(help="Longest validation samples, in tokens; default, for a file only: as for `seal eval`.")
+]
+ValidationSamples = Annotated[
+    str,
+    typer.Option("--validation", help="Validation samples per length, disjoint from the test split, or a file of them "
+                 "(.jsonl)."),
+]  # fmt: skip
 Samples = Annotated[
     int | None,
     typer.Option(help="Samples per length, from the training split, so that test samples stay unseen; default: 50, or "
@@ -254,40 +261,84 @@ def transfer(
     epilog="Example: python -m eval probe sweep --recipe recipes/smollm2_line_sealh.yml --rates 0.01 --lengths 2048"
 )
 def sweep(
-    recipe: Recipe, lengths: ValidationLengths,
+    recipe: Recipe, lengths: ValidationLengths = "",
     rates: Annotated[str, typer.Option(help="Learning rates.")] = "0.005,0.01,0.02,0.03",
-    samples: Annotated[str, typer.Option(help="Numbers of samples.")] = "50",
+    samples: Annotated[str, typer.Option(help="Numbers of samples; default: the recipe's.")] = "",
     epochs: Annotated[str, typer.Option(help="Passes over the samples.")] = "1",
     seeds: Annotated[str, typer.Option(help="Seeds of data and order.")] = "1",
-    validation: Annotated[int, typer.Option(help="Validation samples per length, disjoint from the test split.")] = 50,
+    validation: ValidationSamples = "50", metric: Metric = None, max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = None, out: Out = Path("results/probes/sweep.json"),
 ) -> None:  # fmt: skip
     """Tune with every rate and number of samples, score on validation data, print the best (Table 7, Figure 9)."""
     with one_line_errors():
-        from eval.probe import captions
+        from eval.probe.captions import sweep as caption
         from eval.probe.sweep import read_recipe
         from eval.probe.sweep import sweep as run_sweep
 
         grid: dict[str, Any] = {
-            "rates": parse_numbers(rates, "rates", float), "samples": parse_numbers(samples, "samples"),
+            "rates": parse_numbers(rates, "rates", float),
+            "samples": parse_numbers(samples, "samples") if samples else None,
             "epochs": parse_numbers(epochs, "epochs"), "seeds": parse_numbers(seeds, "seeds"),
-            "lengths": parse_numbers(lengths, "lengths"), "validation": validation,
         }  # fmt: skip
         settings = read_recipe(recipe)
-        journal = journal_file(out, settings["base_model"], "sweep", recipe.read_text(), grid["lengths"], validation)
-        result = run_sweep(settings, **grid, batch_size=batch_size, journal=journal)
-        for cell in result["cells"]:
-            print(f"rate {cell['rate']:g}, {cell['samples']} samples, {cell['epochs']} epochs, seed {cell['seed']}: "
-                  f"{cell['mean']:.3f}")  # fmt: skip
-        print(captions.sweep(result))
+        held_out, token_lengths = read_validation(validation, metric, max_new_tokens, lengths)
+        journal = sweep_journal(out, "sweep", settings, recipe, held_out, token_lengths)
+        result = run_sweep(settings, **grid, lengths=token_lengths, validation=held_out, batch_size=batch_size,
+                           journal=journal)  # fmt: skip
+        print_sweep(result)
+        print(caption(result))
         finish(result, out, journal)
+
+
+def read_validation(
+    validation: str, metric: str | None, max_new_tokens: int | None, lengths: str
+) -> tuple[int | Task, list[int] | None]:
+    """Return a number of validation samples, or the task of a file of them, and their lengths.
+
+    Raises:
+        ValueError: it is neither; or no lengths are given for samples that are drawn.
+    """
+    if not validation.isdecimal():
+        return read_task(validation, metric, max_new_tokens, lengths)
+    if not lengths:
+        raise ValueError("lengths: missing: name the longest validation samples, in tokens, as 512,2048")
+    (count,) = parse_numbers(validation, "validation")
+    return count, parse_numbers(lengths, "lengths")
+
+
+def sweep_journal(
+    out: Path, kind: str, settings: dict[str, Any], recipe: Path, held_out: int | Task, lengths: list[int] | None
+) -> Path:
+    """Return the file that caches scores of a recipe's scales on validation samples."""
+    samples = held_out if isinstance(held_out, int) else (held_out.name, dict(held_out.identity))
+    return journal_file(out, settings["base_model"], kind, recipe.read_text(), settings["rows"], lengths, samples)
+
+
+def print_sweep(result: dict[str, Any]) -> None:
+    """Print scores by length, and least and greatest scales, of every combination of a sweep."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("rate", "samples", "epochs", "seed", title=f"{result['task']}: mean validation score")
+    for length in (*result["lengths"], "mean"):
+        table.add_column(str(length), justify="right")
+    table.add_column("scales")
+    base = list(result["base"].values())
+    table.add_row("base", "", "", "", *(f"{score:.3f}" for score in (*base, sum(base) / len(base))), "1")
+    for cell in result["cells"]:
+        low, high = cell["scales"]
+        scores = (f"{score:.3f}" for score in (*cell["scores"].values(), cell["mean"]))
+        remark = " far from 1" if cell["unsound"] else ""
+        table.add_row(f"{cell['rate']:g}", str(cell["samples"]), str(cell["epochs"]), str(cell["seed"]), *scores,
+                      f"{low:.3g} to {high:.3g}{remark}")  # fmt: skip
+    Console().print(table)
 
 
 @app.command(epilog="Example: python -m eval probe controls --recipe recipes/smollm2_line_sealc.yml --lengths 512,2048")
 def controls(
-    recipe: Recipe, lengths: ValidationLengths,
+    recipe: Recipe, lengths: ValidationLengths = "",
     seeds: Annotated[str, typer.Option(help="Seeds of data, order and shuffling.")] = "1,2,3",
-    validation: Annotated[int, typer.Option(help="Validation samples per length.")] = 50,
+    validation: ValidationSamples = "50", metric: Metric = None, max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = None, out: Out = Path("results/probes/controls.json"),
 ) -> None:  # fmt: skip
     """Score shuffled scales and scales tuned on wrong answers, which must not help if the gain is real."""
@@ -295,10 +346,11 @@ def controls(
         from eval.probe.sweep import controls as run_controls
         from eval.probe.sweep import read_recipe
 
-        settings, token_lengths = read_recipe(recipe), parse_numbers(lengths, "lengths")
-        journal = journal_file(out, settings["base_model"], "controls", recipe.read_text(), token_lengths, validation)
+        settings = read_recipe(recipe)
+        held_out, token_lengths = read_validation(validation, metric, max_new_tokens, lengths)
+        journal = sweep_journal(out, "controls", settings, recipe, held_out, token_lengths)
         result = run_controls(settings, seeds=parse_numbers(seeds, "seeds"), lengths=token_lengths,
-                              validation=validation, batch_size=batch_size, journal=journal)  # fmt: skip
+                              validation=held_out, batch_size=batch_size, journal=journal)  # fmt: skip
         finish(result, out, journal)
 
 

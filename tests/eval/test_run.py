@@ -24,6 +24,7 @@ from data_gen.tasks import niah, resolve_task
 from eval.evaluate import evaluate
 from eval.harness import Harness, Responses
 from eval.metrics import METRICS, wilson
+from eval.report import labels
 from eval.result_cache import result_name
 from eval.results import from_json, read_results, to_json
 from eval.run import mean_scores, run
@@ -184,8 +185,8 @@ def test_results_are_the_same_after_a_round_trip_through_json(tmp_path):
     assert read_results(tmp_path) == results and [result.task for result in results] == ["line", "niah"]
     assert evaluate([load(TINY)], ["line", "niah"], spec) == results  # without files
     line, niah = (json.loads(file.read_text()) for file in outputs[0].values())
-    assert list(line) == ["model", "base", "method", "task", "window", "seed", "shots", "contaminated", "scores",
-                          "depths", "mean", "responses", "asked"]  # fmt: skip
+    assert list(line) == ["model", "base", "method", "task", "window", "dtype", "seed", "shots", "contaminated",
+                          "scores", "depths", "mean", "responses", "asked"]  # fmt: skip
     assert list(line["scores"][0]) == ["length", "tokens", "count", "score", "low", "high"]
     assert list(line["mean"]) == ["tokens", "count", "score", "low", "high"] and line["asked"]["samples"] == 3
     assert [row["depth"] for row in niah["depths"]] == [row.depth for row in results[1].depths] != []
@@ -194,6 +195,29 @@ def test_results_are_the_same_after_a_round_trip_through_json(tmp_path):
     (tmp_path / "line.json").write_text(json.dumps(line))
     with pytest.raises(ValueError, match=r"line\.json: incomplete result .*mean.*: score the model again"):
         read_results(tmp_path)
+
+
+def test_base_adapter_and_merged_model_are_scored_in_one_dtype(tmp_path):
+    from eval.__main__ import load_models
+
+    half = tmp_path / "half"
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16)
+    for saved in (model, AutoTokenizer.from_pretrained(TINY)):
+        saved.save_pretrained(half)
+    adapter = Path(tuned(tmp_path / "adapter", "head", 1.1, str(half)))
+    model.config.dtype = torch.float32  # as training in float32 writes it beside the adapter
+    model.config.save_pretrained(adapter)
+    assert load(adapter).dtype == load(half).dtype == "bfloat16" and load(TINY).dtype == "float32"
+    assert next(load_each({"a": str(adapter)}, dtype="float32")).dtype == "float32"
+
+    def dtypes(*names, dtype="auto"):
+        return [loaded.dtype for loaded in load_models([str(name) for name in names], {}, None, None, dtype=dtype)]
+
+    assert dtypes(half, adapter, TINY) == ["bfloat16"] * 3 and dtypes(TINY, half) == ["float32"] * 2
+    assert dtypes(half, adapter, dtype="float16") == ["float16"] * 2
+    results = [run(load(half, dtype=dtype), "line", lengths=[260], samples=1) for dtype in ("auto", "float32")]
+    assert [result.dtype for result in results] == ["bfloat16", "float32"]
+    assert labels(results) == ["base, bfloat16", "base, float32"] and labels(results[:1]) == ["base"]
 
 
 def test_a_result_is_not_lost_to_one_of_other_samples(tmp_path):

@@ -48,7 +48,10 @@ def test_record_holds_the_datas_manifest_and_hash(loaded, tmp_path):
     write(Request("vt", "900", samples=2), loaded.tokenizer, file)
     found = provenance.record([{"path": str(file), "type": "chat_template"}, {"path": "some/hub-dataset"}])
     manifest = json.loads((tmp_path / "data.jsonl.manifest.json").read_text())
-    assert found["files"] == [{"path": str(file), "sha256": manifest["sha256"], "manifest": manifest}]
+    (entry,) = found["files"]
+    shown = entry.pop("example")
+    assert entry == {"path": str(file), "sha256": manifest["sha256"], "samples": 2, "manifest": manifest}
+    assert shown["answer"].startswith("Answer: ") and "characters left out" in shown["prompt"]
     assert found["unread"] == ["some/hub-dataset"]
     provenance.save(found, tmp_path)
     assert provenance.seen_texts(tmp_path) is None, "data that was not read may hold anything"

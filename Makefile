@@ -22,11 +22,13 @@ OUT ?= $(patsubst %/,%,$(ADAPTER))_merged
 INTO ?= auto
 TOKENS ?= 2048
 KILLS ?= 50
+PYTHON_VERSION ?= 3.12
+PART ?= 500
 BENCH_TOKENS ?= 8192 31000 65536 131072
 
 .DEFAULT_GOAL := help
 .PHONY: help help-all setup demo model test train data eval report merge study recipes recipes-smoke lint docs bench bench-data \
-  bench-gpu chaos lock
+  bench-gpu chaos wheelhouse lock
 
 help: ## list the usual targets and their variables; `make help-all` lists all
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -126,6 +128,9 @@ bench-gpu: setup #+ the same at 7B on a GPU: results/bench_gpu.json   [BENCH_TOK
 
 chaos: setup #+ kill every command at random; the next run must write the same bytes   [KILLS=50]
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) tests/chaos.py --full --kills $(KILLS)
+
+wheelhouse: setup #+ download what a GPU machine without a network needs, without PyTorch   [PYTHON_VERSION=3.12 OUT=wheels PART=500]
+	$(RUN) -m recipes.tools.wheelhouse --python $(PYTHON_VERSION) --out $(if $(filter file,$(origin OUT)),wheels,$(OUT)) --part $(PART)
 
 lock: setup #+ write the installed versions to requirements.lock, for pip's -c
 	@{ echo "# The packages that the tests ran with, $$($(BIN)/python -V) on $$(uname -sm): make lock"; \

@@ -22,7 +22,7 @@ from .context_parallel import check_processes
 from .model_loading import apply_adapter
 from .trainer import AnswerTrainer, SealTrainer
 from .training_data import check_files, generate_files
-from .validation import check_keys, check_paths, check_recipe
+from .validation import check_keys, check_liger_runs, check_paths, check_recipe
 
 
 def print_one_line(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -125,14 +125,17 @@ class SealPlugin(BasePlugin):
         """Pass the record of the training data to the trainer, and set up context parallelism.
 
         Raises:
-            SystemExit: the model or the processes do not allow context parallelism; the message is one line.
+            SystemExit: the model or the processes do not allow context parallelism, or Liger's kernels lack a GPU; the
+                message is one line.
         """
         trainer.training_data = self.training_data
-        if (size := parse_block(cfg.seal).context_parallel) > 1:
-            try:
+        try:
+            if not torch.accelerator.is_available():
+                check_liger_runs(cfg)
+            if (size := parse_block(cfg.seal).context_parallel) > 1:
                 trainer.share_samples(size)
-            except ValueError as error:
-                stop("seal", error)
+        except ValueError as error:
+            stop("seal", error)
 
     def post_model_build(self, cfg: Any, model: PreTrainedModel) -> None:
         """Store the base model's number of embeddings."""

@@ -158,7 +158,7 @@ class AnswerTrainer(AxolotlTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the loss from the answers' logits only where the model's forward takes ``logits_to_keep``."""
         if self.keeps_logits is None:
-            base = self.accelerator.unwrap_model(model)
+            base = self.accelerator.unwrap_model(model, keep_torch_compile=False)
             base = base.get_base_model() if isinstance(base, PeftModel) else base
             if not self.reentrant():  # here, because Transformers registers its hook when training begins
                 no_embedding_gradients(base)
@@ -213,7 +213,7 @@ class SealTrainer(AnswerTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log a summary of the scales."""
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if "loss" in logs and isinstance(model, PeftModel):
             logs = {**logs, **{f"seal/{key}": value for key, value in summary(scale_matrix(model)).items()}}
         super().log(logs, *args, **kwargs)

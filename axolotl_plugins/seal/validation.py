@@ -36,6 +36,8 @@ def check_recipe(cfg: dict[str, Any]) -> SealBlock:
         check_fsdp(cfg)
         check_deepspeed(cfg)
     check_context_parallel(cfg, block)
+    check_recomputation(cfg)
+    check_kernels(cfg)
     check_optimisation(cfg)
     check_sequences(cfg, block)
     return block
@@ -173,6 +175,59 @@ def check_context_parallel(cfg: dict[str, Any], block: SealBlock) -> None:
                     f"{key}: found {value!r}, but seal.context_parallel shards one training sample at a time across "
                     "processes: remove it"
                 )
+
+
+def check_recomputation(cfg: dict[str, Any]) -> None:
+    """Raise on settings of recomputation that Axolotl ignores, or that need another one.
+
+    Raises:
+        ValueError: ``every_n_layers``, ``selective_checkpointing`` or offloading where it has no effect.
+    """
+    options = cfg.get("gradient_checkpointing_kwargs") or {}
+    every, offload = options.get("every_n_layers", 1), cfg.get("activation_offloading")
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"gradient_checkpointing_kwargs.every_n_layers: found {every!r}, expected 1 or more")
+    selective = cfg.get("selective_checkpointing")
+    used = {"gradient_checkpointing_kwargs.every_n_layers": every > 1, "selective_checkpointing": bool(selective)}
+    for key in (key for key, is_used in used.items() if is_used):
+        if not cfg.get("gradient_checkpointing"):
+            raise ValueError(f"{key}: nothing is recomputed: set `gradient_checkpointing: true`, or remove it")
+        if options.get("use_reentrant") is not False:
+            raise ValueError(f"{key}: needs `gradient_checkpointing_kwargs: use_reentrant: false`")
+        if offload and offload != "hidden_states":
+            raise ValueError(
+                f"{key}: has no effect with `activation_offloading: {str(offload).lower()}`, which stores every "
+                "activation in host memory: set `activation_offloading: hidden_states`, or remove it"
+            )
+    if selective and any("self_extend" in str(plugin) for plugin in cfg.get("plugins") or []):
+        raise ValueError("selective_checkpointing: has no effect on Self-Extend's attention: remove it")
+
+
+def check_kernels(cfg: dict[str, Any]) -> None:
+    """Raise on losses from fused kernels, which take all tokens, and on ``torch.compile``.
+
+    Raises:
+        ValueError: see above.
+    """
+    fused = "liger_fused_linear_cross_entropy" if cfg.get("liger_fused_linear_cross_entropy") else ""
+    if fused or any("CutCrossEntropy" in str(plugin) for plugin in cfg.get("plugins") or []):
+        raise ValueError(f"{fused or 'CutCrossEntropyPlugin'}: logits are computed for answers only, which leaves it "
+                         "nothing to save: remove it")  # fmt: skip
+    if cfg.get("torch_compile"):
+        raise ValueError(
+            "torch_compile: makes Transformers build a mask of T x T (1 GiB at 32K), which no fast attention kernel "
+            "takes: remove it"
+        )
+
+
+def check_liger_runs(cfg: Any) -> None:
+    """Raise if kernels of Liger are to run without a GPU.
+
+    Raises:
+        ValueError: see above.
+    """
+    if used := [key for key in ("liger_rms_norm", "liger_rope", "liger_glu_activation") if cfg.get(key)]:
+        raise ValueError(f"{', '.join(used)}: Liger's kernels need a GPU, and none was found: set them false")
 
 
 def check_optimisation(cfg: dict[str, Any]) -> None:

@@ -39,8 +39,8 @@ GPUS = {
 # A card of each usual size in GiB, and the share that a step may take: the rest is lost to the driver and to
 # fragmentation.
 CARDS, CARD_SHARE = {24: "rtx4090", 48: "l40s", 80: "h100", 141: "h200"}, 0.92
-# Shares of the data sheet's rates that a step reaches, fitted to the steps measured on an H200 in results/bench_gpu*.json:
-# of matrix products, of attention forward and backward, and of reads and writes of elementwise operations.
+# Shares of the data sheet's rates that a step reaches, fitted to steps on an H200 (results/bench_gpu*.json): of matrix
+# products, of attention forward and backward, and of reads and writes of elementwise operations.
 LINEAR, FORWARD, BACKWARD, BANDWIDTH = 0.74, 0.605, 0.523, 0.56
 # FLOP per second of tuning in float32 on two idle CPU cores with AVX-512: 50 samples of 1,024 tokens, 5.7e11 FLOP each,
 # in 5.3 minutes on SmolLM2-135M (November 2026).

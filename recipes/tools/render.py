@@ -227,7 +227,7 @@ def expectation(recipe: Recipe) -> str:
         text += choice(recipe)
     if row := measurement(recipe):
         text += (
-            f" Measured with random weights of these shapes on one {row['device'].split()[-1]} (docs/performance.md): "
+            f" Measured with random weights of these shapes on one {device_name(row)} (docs/performance.md): "
             f"{row['seconds']:.1f} s a sample and {row['peak_gib']:.1f} GiB, so "
             f"{in_minutes(row['seconds'] * recipe.samples * recipe.epochs)}."
         )
@@ -368,6 +368,11 @@ def matrix_recipes() -> list[Recipe]:
 def measured_steps() -> list[dict[str, Any]]:
     """Read the steps that ``recipes.bench`` measured on GPUs."""
     return [row for file in sorted(RESULTS.glob("bench_gpu*.json")) for row in load_json(file)["rows"]]
+
+
+def device_name(row: dict[str, Any]) -> str:
+    """Return the short name of the GPU of a measured step, such as ``H200``."""
+    return row["device"].replace("NVIDIA ", "").split()[0].split("-")[0]
 
 
 def measurement(recipe: Recipe) -> dict[str, Any] | None:

@@ -106,8 +106,9 @@ def shrink(recipe: dict[str, Any], miniature: Path, work: Path) -> dict[str, Any
     for key in ("bfloat16", "fsdp_version", "fsdp_config", "deepspeed", "tf32"):  # need GPUs
         small.pop(key, None)
     small["seal"].pop("context_parallel", None)
-    if "flash" in small["attn_implementation"]:
-        small["attn_implementation"] = "sdpa"
+    for key in ("liger_rms_norm", "liger_rope", "liger_glu_activation"):
+        small.pop(key, None)
+    small["plugins"] = [plugin for plugin in small["plugins"] if "liger" not in plugin]
     if "model_config" in small:
         small["model_config"]["max_position_embeddings"] = WINDOW
     data, datasets = small["seal"]["data"], small["datasets"]

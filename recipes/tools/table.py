@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from recipes.tools.estimate import CARDS
 from recipes.tools.methods import METHODS
-from recipes.tools.render import FOLDER, TASKS, Recipe, in_minutes, measurement
+from recipes.tools.render import FOLDER, TASKS, Recipe, device_name, in_minutes, measurement
 
 README = FOLDER / "README.md"
 MARK = "<!-- Written by `python -m recipes write`; edits below this line are lost. -->\n"
@@ -53,5 +53,5 @@ def time(recipe: Recipe) -> str:
     text = f"{in_minutes(recipe.cost.seconds(gpu))} on {devices if devices > 1 else 'one'} {gpu.upper()}"
     if row := measurement(recipe):
         seconds = row["seconds"] * recipe.samples * recipe.epochs
-        text += f"; {in_minutes(seconds)} measured on one {row['device'].split()[-1]}"
+        text += f"; {in_minutes(seconds)} measured on one {device_name(row)}"
     return text

@@ -30,7 +30,7 @@ from recipes.tools.estimate import (
     training_bytes,
     training_flop,
 )
-from recipes.tools.render import measured_steps, read_matrix
+from recipes.tools.render import device_name, measured_steps, read_matrix
 
 
 def shape(name: str) -> Shape:
@@ -86,7 +86,7 @@ def step_of(row: dict) -> StepConfig:
 @pytest.mark.parametrize("row", measured_steps(), ids=lambda row: f"{row['method']}-{row['setting']}-{row['tokens']}")
 def test_the_estimate_reproduces_every_measured_step(row):
     """Seconds within 5 %, memory within 10 %."""
-    gpu = row["device"].split()[1].lower()
+    gpu = device_name(row).lower()
     seconds = step_seconds(shape(row["shape"]), row["tokens"], step_of(row), gpu)
     assert seconds == pytest.approx(row["seconds"], rel=0.05)
     gib = training_bytes(shape(row["shape"]), row["tokens"], step=step_of(row)) / 2**30
@@ -231,6 +231,21 @@ def test_every_setting_gives_the_same_gradients(method):
         with bench.applied(model, bench.Setting.of(name)):
             assert all(torch.equal(g, expected[key]) for key, g in gradients(model, ids).items()), name
         assert not model.get_base_model().is_gradient_checkpointing
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels need a GPU")
+@pytest.mark.parametrize("name", ["liger", "selective+liger+every2", "selective+liger+offload_all"])
+def test_ligers_kernels_give_the_same_gradients(name):
+    """Within the rounding of bfloat16."""
+    pytest.importorskip("liger_kernel")
+    if "offload" in name:
+        pytest.importorskip("axolotl")
+    model, ids = bench.build(SHAPE, "SEAL-C", "cuda"), bench.sample(96, 300, "cuda")
+    with bench.applied(model, bench.Setting.of("full")):
+        expected = torch.cat([g.flatten() for g in gradients(model, ids).values()])
+    with bench.applied(model, bench.Setting.of(name)):
+        result = torch.cat([g.flatten() for g in gradients(model, ids).values()])
+    assert (result - expected).norm() < 0.05 * expected.norm()
 
 
 class Count(torch.utils._python_dispatch.TorchDispatchMode):

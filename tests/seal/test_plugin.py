@@ -129,6 +129,13 @@ def test_axolotls_merge_has_the_adapters_logits(trained):
 
 
 DATA = {"task": "line", "tokens": 400}
+RECOMPUTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+ONCE_IN_TWO = RECOMPUTED | {"gradient_checkpointing_kwargs": {"use_reentrant": False, "every_n_layers": 2}}
+SELECTIVE = RECOMPUTED | {"selective_checkpointing": True}
+OFFLOADED = {"activation_offloading": "hidden_states"}
+CCE = "axolotl.integrations.cut_cross_entropy"
+LIGER = {"plugins": ["axolotl_plugins.seal.SealPlugin", "axolotl.integrations.liger.LigerPlugin"],
+         "liger_rms_norm": True, "liger_rope": True, "liger_glu_activation": True}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -169,6 +176,33 @@ DATA = {"task": "line", "tokens": 400}
             },
             "set `use_reentrant: true`",
         ),
+        ({"gradient_checkpointing_kwargs": {"every_n_layers": 0}}, "every_n_layers: found 0, expected 1 or more"),
+        ({"gradient_checkpointing_kwargs": {"every_n_layers": 2}}, "every_n_layers: nothing is recomputed"),
+        ({"selective_checkpointing": True}, "selective_checkpointing: nothing is recomputed"),
+        (
+            {"selective_checkpointing": True, "gradient_checkpointing": True},
+            "needs `gradient_checkpointing_kwargs: use",
+        ),
+        (
+            RECOMPUTED | {"activation_offloading": True, "selective_checkpointing": True},
+            "every activation in host memory",
+        ),
+        (ONCE_IN_TWO | {"activation_offloading": "disk"}, "no effect with `activation_offloading: disk`"),
+        (
+            ONCE_IN_TWO | {"gradient_checkpointing_kwargs": {"every_n_layers": 2}},
+            "needs `gradient_checkpointing_kwargs",
+        ),
+        (
+            RECOMPUTED
+            | {"selective_checkpointing": True}
+            | {"plugins": ["axolotl_plugins.self_extend.SelfExtendPlugin", "axolotl_plugins.seal.SealPlugin"]},
+            "no effect on Self-Extend's attention",
+        ),
+        ({"torch_compile": True}, "a mask of T x T"),
+        (
+            {"plugins": [*LIGER["plugins"], f"{CCE}.CutCrossEntropyPlugin"]},
+            "CutCrossEntropyPlugin: logits are computed",
+        ),
     ],
 )
 def test_recipes_that_would_ruin_a_run_are_refused(changes, message, tmp_path, capsys):
@@ -206,6 +240,15 @@ def test_launching_a_ruinous_recipe_prints_one_line_and_writes_nothing(tmp_path)
     write_recipe(tmp_path, weight_decay=0.1)
     assert "weight_decay: found 0.1" in refusal(launch(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yml"]
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without a GPU")
+def test_ligers_kernels_without_a_gpu_are_refused_in_one_line(tmp_path):
+    """And its loss on all tokens anywhere; Axolotl's Liger plugin is listed behind this project's."""
+    write_recipe(tmp_path, **LIGER)
+    assert "liger_rms_norm, liger_rope, liger_glu_activation: Liger's kernels need a GPU" in refusal(launch(tmp_path))
+    write_recipe(tmp_path, **LIGER, liger_fused_linear_cross_entropy=True)
+    assert "liger_fused_linear_cross_entropy: logits are computed for answers only" in refusal(launch(tmp_path))
 
 
 def test_data_that_does_not_match_its_recipe_is_refused(trained, tmp_path):
@@ -259,19 +302,30 @@ def test_weights_in_16_bits_leave_scales_in_32(tmp_path):
         assert scale.dtype == torch.float32 and (scale != scale.bfloat16()).any() and (scale != 1).all()
 
 
+KINDS = {
+    "reentrant": {"gradient_checkpointing": True},
+    "once": RECOMPUTED,
+    "every2": ONCE_IN_TWO,
+    "selective": SELECTIVE,
+    "selective-every2": SELECTIVE | ONCE_IN_TWO,
+    "offload": RECOMPUTED | OFFLOADED,
+    "selective-every2-offload": SELECTIVE | ONCE_IN_TWO | OFFLOADED,
+    "selective-offload_all": RECOMPUTED | OFFLOADED | {"selective_checkpointing": {"offload": True}},
+}
+
+
 @pytest.mark.slow
-def test_every_kind_of_checkpointing_learns_the_same_bits(trained, tmp_path):
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_every_kind_of_checkpointing_learns_the_same_bits(kind, trained, tmp_path):
     """Gradients of the embeddings are computed for one of them alone."""
     folder, _ = trained
     whole = scales(folder / "out")
-    once = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    for number, kind in enumerate(({}, once, {"activation_offloading": "hidden_states"})):
-        (tmp_path / str(number)).mkdir()
-        write_recipe(tmp_path / str(number), gradient_checkpointing=True, **kind)
-        done = launch(tmp_path / str(number))
-        assert done.returncode == 0, done.stderr[-3000:]
-        again = scales(tmp_path / str(number) / "out")
-        assert all((whole[name] != 1).all() and torch.equal(again[name], whole[name]) for name in whole)
+    write_recipe(tmp_path, **kind)
+    done = launch(tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert ("saving `aten::_scaled_dot_product" in done.stdout + done.stderr) == ("selective_checkpointing" in kind)
+    again = scales(tmp_path / "out")
+    assert all((whole[name] != 1).all() and torch.equal(again[name], whole[name]) for name in whole)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import typer
 
 from axolotl_plugins.common.console import quiet_libraries, stop
 from axolotl_plugins.common.console import run as run_app
-from axolotl_plugins.common.io import load_yaml
+from axolotl_plugins.common.io import check_output, load_yaml
 from data_gen.dataset import remark
 from eval.cli_options import OWN_TASK, BatchSize, MaxNewTokens, Metric, parse_adapters, parse_numbers
 from eval.probe.cli import app as probe
@@ -118,11 +118,13 @@ def run(
         check_models(models, folders, backend, dtype, model_config)
         outputs = output_files(list(folders) or [result_name(name) for name in models], names, out, shots, model_config)
         changes = read_model_config(model_config) if model_config else None
+        options: dict[str, Any] = {"chat_template": chat_template, "trust_remote_code": trust_remote_code}
+        drawn = spec.lengths if any(task.rows is None for task in tasks) else None
+        check_before_loading(models or folders.values(), drawn, outputs, model_config=changes, **options)
         from eval.evaluate import evaluate
 
         results = evaluate(
-            load_models(models, folders, changes, base_url if backend == "vllm" else None,
-                        dtype=dtype, chat_template=chat_template, trust_remote_code=trust_remote_code),
+            load_models(models, folders, changes, base_url if backend == "vllm" else None, dtype=dtype, **options),
             tasks, spec, outputs=outputs.values(), cache_key=(backend, changes, chat_template), on_start=print_start,
             on_result=print_result,
         )  # fmt: skip
@@ -149,6 +151,30 @@ def check_models(
         raise ValueError("model-config: adapters bring their own: leave it out")
     if len(models) > 1 and backend == "vllm":
         raise ValueError("backend: vllm's server has one model: name one")
+
+
+def check_before_loading(
+    names: Iterable[str], lengths: list[int] | None, outputs: dict[str, dict[str, Path]], **options: Any
+) -> None:
+    """Check every model but its weights, and every output, before time is spent on any.
+
+    Args:
+        names: hub ids or folders.
+        lengths: of samples that are drawn.
+        outputs: see ``output_files``.
+        options: of ``load``.
+
+    Raises:
+        ValueError: a model is missing or cannot be loaded, its window is too short, or an output cannot be written.
+    """
+    from axolotl_plugins.seal.model_loading import check_name, load
+
+    for files in outputs.values():
+        for file in files.values():
+            check_output(file)
+    for name in list(map(str, names)):
+        check_name(name)
+        load(name, weights=False, **options).check_lengths(lengths)
 
 
 def read_model_config(recipe: Path) -> dict[str, Any]:
@@ -196,14 +222,12 @@ def load_models(
         options: of ``load``.
 
     Raises:
-        ValueError: a name is no model; or, when its turn comes, see ``load`` and ``connect``.
+        ValueError: when its turn comes, see ``load`` and ``connect``.
     """
-    from axolotl_plugins.seal.model_loading import check_name, load, load_each
+    from axolotl_plugins.seal.model_loading import load, load_each
 
     if folders:
         return load_each(folders, dtype=dtype, **options)
-    for name in models:
-        check_name(name)
     if server is not None:
         from eval.vllm_backend import connect
 

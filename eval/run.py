@@ -72,8 +72,7 @@ def run(
     task = scored_task(task)
     if task.rows is None:
         lengths = lengths or default_lengths(loaded.window)
-        if max(lengths) > loaded.window:
-            raise ValueError(f"lengths: {max(lengths)} tokens do not fit into the model's window of {loaded.window}")
+        loaded.check_lengths(lengths)
     rows = list(samples_by_length(task, loaded.tokenizer, lengths, samples, drawn=draw, seed=seed, split=split,
                                   haystack=haystack, depths=depths))  # fmt: skip
     example = Request(task.key, str(shot_tokens), samples=shots, seed=seed, haystack=haystack) if shots else None

@@ -80,6 +80,15 @@ class LoadedModel:
                 return rope["original_max_position_embeddings"]
         return None
 
+    def check_lengths(self, lengths: list[int] | None) -> None:
+        """Raise if samples of these lengths do not fit into the window.
+
+        Raises:
+            ValueError: see above.
+        """
+        if lengths and max(lengths) > self.window:
+            raise ValueError(f"lengths: {max(lengths)} tokens do not fit into the model's window of {self.window}")
+
     def check_room(self, prompt: int, answer: int) -> None:
         """Raise unless a prompt and its answer fit into the window, on one side of ``short_window``.
 

@@ -22,7 +22,7 @@ from .context_parallel import check_processes
 from .model_loading import apply_adapter
 from .trainer import AnswerTrainer, SealTrainer
 from .training_data import check_files, generate_files
-from .validation import check_keys, check_liger_runs, check_paths, check_recipe
+from .validation import check_keys, check_liger_runs, check_paths, check_recipe, check_targets
 
 
 def print_one_line(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -89,6 +89,7 @@ class SealPlugin(BasePlugin):
             quantise_for_seal()
             sys.excepthook = print_one_line
             if not (cfg.get("inference") or cfg.get("merge_lora")):
+                check_targets(cfg, block)
                 generate_files(cfg, block)
                 check_files(cfg)
                 self.training_data = provenance.record(cfg.get("datasets") or [])

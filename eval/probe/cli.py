@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,9 @@ from eval.cli_options import OWN_TASK, BatchSize, MaxNewTokens, Metric, parse_ad
 from eval.metrics import METRICS as SCORED
 from eval.result_cache import journal_file
 from eval.spec import scored_task
+
+if TYPE_CHECKING:
+    from axolotl_plugins.seal.model_loading import LoadedModel
 
 app = typer.Typer(no_args_is_help=True, help="Which heads and channels matter, and why SEAL works.")
 
@@ -85,6 +88,24 @@ def read_task(task: str, metric: str | None, max_new_tokens: int | None, lengths
     return own, parse_numbers(lengths, "lengths") if lengths else None
 
 
+def load_checked(
+    name: str, task: Task, lengths: list[int] | None, chat_template: str | None, heads: Iterable[tuple[int, int]] = ()
+) -> LoadedModel:
+    """Load a model, after lengths and heads were checked against its config.
+
+    Raises:
+        ValueError: they do not fit; or see ``load``.
+    """
+    from axolotl_plugins.seal.model_loading import load
+    from eval.probe.head_importance import check_heads
+
+    empty = load(name, chat_template=chat_template, weights=False)
+    empty.check_lengths(lengths if task.rows is None else None)
+    config = empty.model.config.get_text_config()
+    check_heads(heads, config.num_hidden_layers, config.num_attention_heads)
+    return load(name, chat_template=chat_template)
+
+
 @app.command(epilog="Example: python -m eval probe heads --model models/smollm2-135m --lengths 512,2048 --samples 50")
 def heads(
     model: Model, lengths: Lengths = "", task: TaskName = "line", metric: Metric = None,
@@ -94,12 +115,11 @@ def heads(
 ) -> None:  # fmt: skip
     """Ablate every head, one at a time, and score the answers (Figure 2b). If interrupted, rerun it to resume."""
     with one_line_errors():
-        from axolotl_plugins.seal.model_loading import load
         from eval.probe.head_importance import ablation_map, changes
 
         own, token_lengths = read_task(task, metric, max_new_tokens, lengths)
         journal = journal_file(out, model, "heads", own.name, dict(own.identity), token_lengths, samples, chat_template)
-        loaded = load(model, chat_template=chat_template)
+        loaded = load_checked(model, own, token_lengths, chat_template)
         result = ablation_map(loaded, own, token_lengths, samples=samples, batch=batch, journal=journal)
         longest = result["lengths"][-1]
         print_extremes(model, changes(result, longest), f"change of the score at {longest} tokens")
@@ -117,7 +137,6 @@ def channels(
 ) -> None:  # fmt: skip
     """Ablate every channel of some heads, one at a time (Figure 2d)."""
     with one_line_errors():
-        from axolotl_plugins.seal.model_loading import load
         from eval.probe.head_importance import ablation_map
 
         own, token_lengths = read_task(task, metric, max_new_tokens, lengths)
@@ -126,7 +145,7 @@ def channels(
             samples = 20
         identity = (own.name, dict(own.identity), token_lengths, samples, chosen, chat_template)
         journal = journal_file(out, model, "channels", *identity)
-        loaded = load(model, chat_template=chat_template)
+        loaded = load_checked(model, own, token_lengths, chat_template, chosen)
         result = ablation_map(loaded, own, token_lengths, samples=samples, heads=chosen, batch=batch, journal=journal)
         finish(result, out, journal)
 
@@ -145,7 +164,6 @@ def gradient(
 ) -> None:  # fmt: skip
     """Predict the effect of ablating every head, from one forward and one backward pass per prompt."""
     with one_line_errors():
-        from axolotl_plugins.seal.model_loading import load
         from eval.probe.head_importance import agreement, changes, gradient_map, read_map
 
         own, token_lengths = read_task(task, metric, max_new_tokens, lengths)
@@ -153,7 +171,7 @@ def gradient(
         exact = read_map(compare, model) if compare else None
         identity = (own.name, dict(own.identity), token_lengths, samples, scales, chat_template)
         journal = journal_file(out, model, "gradient", *identity)
-        loaded = load(model, chat_template=chat_template)
+        loaded = load_checked(model, own, token_lengths, chat_template)
         result = gradient_map(loaded, own, token_lengths, samples=samples, points=tuple(scales), journal=journal)
         if exact is not None:
             result["spearman"] = agreement(exact, result)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -61,8 +62,8 @@ def probe_prompts(
     Raises:
         ValueError: a length does not fit into the window, or see ``samples_by_length`` and ``LoadedModel.check_room``.
     """
-    if task.rows is None and lengths and max(lengths) > loaded.window:
-        raise ValueError(f"lengths: {max(lengths)} tokens do not fit into the model's window of {loaded.window}")
+    if task.rows is None:
+        loaded.check_lengths(lengths)
     prompts = []
     for sample in samples_by_length(task, loaded.tokenizer, lengths, samples, seed=seed):
         ids, start = encode(sample["messages"], loaded.tokenizer)
@@ -70,6 +71,17 @@ def probe_prompts(
         loaded.check_room(start, task.answer_budget)
         prompts.append(Prompt(f"{length}/{sample['index']}", length, row[:start], row[start:], sample["references"]))
     return prompts
+
+
+def check_heads(heads: Iterable[tuple[int, int]], layers: int, per_layer: int) -> None:
+    """Raise unless every (layer, head) is one of a model's.
+
+    Raises:
+        ValueError: see above.
+    """
+    for layer, head in heads:
+        if not (0 <= layer < layers and 0 <= head < per_layer):
+            raise ValueError(f"heads: L{layer}H{head} is not in a model of {layers} layers x {per_layer} heads")
 
 
 def lengths_of(prompts: list[Prompt]) -> list[int]:
@@ -114,11 +126,7 @@ def ablation_map(
     model = wrap(loaded.model)
     blocks = decoder_blocks(model)
     unit: Unit = "head" if heads is None else "channel"
-    for layer, head in heads or ():
-        if not (0 <= layer < len(blocks) and 0 <= head < blocks[layer].heads):
-            raise ValueError(
-                f"heads: L{layer}H{head} is not in a model of {len(blocks)} layers x {blocks[0].heads} heads"
-            )
+    check_heads(heads or (), len(blocks), blocks[0].heads)
     task = scored_task(task)
     prompts = probe_prompts(loaded, task, lengths, samples, seed)
     ablator = HeadAblator(model, stop_ids(loaded.model, loaded.tokenizer), task.answer_budget, batch)

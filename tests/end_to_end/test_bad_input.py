@@ -354,6 +354,30 @@ def test_bad_input_is_one_line_and_writes_nothing(program, arguments, message, w
     assert listing(*folders) == before
 
 
+ARGUMENTS = [
+    ("run --lengths 5000", "lengths: 5000 tokens do not fit into the model's window of 2048"),
+    ("run --lengths 300 --out {file}/file/r", "cannot be written, for .*/file is a file"),
+    ("run --lengths 300 --task lins", "task: found 'lins'"),
+    ("run --cases {file}/folder", "cases: no "),
+    ("run --lengths 300 --model {tiny} --model {model}/no_template", "no_template.* has no chat template"),
+    ("probe heads --lengths 5000", "lengths: 5000 tokens do not fit"),
+    ("probe gradient --lengths 5000", "lengths: 5000 tokens do not fit"),
+    ("probe channels --lengths 300 --heads L9H0", "heads: L9H0 is not in a model of 3 layers x 4 heads"),
+    ("probe channels --lengths 300 --heads L1", "heads: found 'L1'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), ARGUMENTS, ids=[message[:40] for _, message in ARGUMENTS])
+def test_arguments_are_checked_before_weights_are_loaded(arguments, message, world, tmp_path, monkeypatch):
+    """Of a model that has none."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(TINY, tmp_path / "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(SystemExit, match=message):
+        run(evaluate, "python -m eval", [*arguments.format(**world).split(), "--model", "weightless"])
+    with pytest.raises(SystemExit, match="cannot load weightless"):
+        run(evaluate, "python -m eval", ["run", "--lengths", "300", "--model", "weightless"])
+
+
 @pytest.mark.parametrize("program", ["data_gen", "axolotl_plugins.seal"])
 def test_a_process_exits_with_status_1(program, tmp_path):
     arguments = {"data_gen": ["line", "--out", "o.jsonl"], "axolotl_plugins.seal": ["verify", "none"]}[program]
@@ -386,6 +410,8 @@ RECIPES = [
     ({"seal": HEAD | {"target_modules": 3}}, "seal.target_modules: found 3"),
     ({"seal": HEAD | {"exclude_modules": [3]}}, "seal.exclude_modules"),
     ({"seal": "head"}, "seal: found 'head'"),
+    ({"seal": HEAD | {"target_modules": ["out_proj"]}}, "out_proj"),
+    ({"seal": HEAD | {"layers_to_transform": 9}}, "in layers [9]"),
     ({"seal": HEAD | {"data": DATA | {"samples": 0}}}, "samples: found 0, expected at least 1"),
     ({"seal": HEAD | {"data": DATA | {"tokens": 4000}}}, "seal.data.tokens: found '4000', expected at most 512"),
     ({"seal": HEAD | {"data": DATA | {"tokens": "many"}}}, "tokens: found 'many', expected N or N:M"),

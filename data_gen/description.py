@@ -21,7 +21,7 @@ from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, StrictInt, StrictStr, ValidationError, model_validator
 
 from axolotl_plugins.common.io import check_file, load_yaml, read_rows
 from axolotl_plugins.common.schema import Strict, first_error, nearest
@@ -35,8 +35,9 @@ if TYPE_CHECKING:  # at run time this would be a circle: importing the tasks rea
 MAX_DRAWS = 10_000
 # Records drawn to check a description, and how many of their answers must differ: a split gets a half of the answers.
 CHECKED, FEWEST_ANSWERS = 200, 20
+# Keys of samples that mean something elsewhere; a record's other values are saved with its sample.
 RESERVED = ("prompt", "answer", "references", "prefix", "messages", "task", "split", "seed", "index", "tokens", "line",
-            "lines", "length", "shown")  # fmt: skip
+            "lines", "length", "shown", "depth", "haystack_repeats")  # fmt: skip
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 Values = Iterator[int | str]
@@ -100,7 +101,7 @@ class Choice(Drawn):
     """One of listed values."""
 
     type: Literal["choice"]
-    of: Annotated[list[int | str], Field(min_length=1)]
+    of: Annotated[list[StrictInt | StrictStr], Field(min_length=1)]
 
     def values(self, rng: random.Random, folder: Path) -> Values:
         """Yield random values."""
@@ -230,12 +231,10 @@ class Description(Strict):
 
     @model_validator(mode="after")
     def check_records(self) -> Description:
-        """Check that something grows with the length, and that a field's name is free."""
+        """Check that something grows with the length."""
         if (self.records is None) != (self.filler is None):
             raise ValueError("`records` (a fixed number) and `filler` (lines around them) belong together: set both, "
                              "or neither to draw as many records as fit")  # fmt: skip
-        if taken := set(self.fields) & set(RESERVED):
-            raise ValueError(f"fields.{min(taken)}: the name is taken: choose another")
         return self
 
     def check_names(self, columns: list[str]) -> None:
@@ -244,7 +243,9 @@ class Description(Strict):
         Raises:
             ValueError: see above.
         """
-        names = [*self.fields, *columns]
+        if both := set(self.fields) & set(columns):
+            raise ValueError(f"fields.{min(both)}: {self.table} has a column of that name: choose another")
+        names = [name for name in (*self.fields, *columns) if not set(name) & set(".[]{}!:")]
         templates = {"record": self.record, "question": self.question, "answer": self.answer}
         templates |= {f"references.{number}": text for number, text in enumerate(self.references)}
         for key, template in templates.items():
@@ -380,7 +381,10 @@ def read_table(file: Path) -> list[dict[str, str]]:
                                      "as in the first line")  # fmt: skip
                 rows.append(row)
     if not rows:
-        raise ValueError(f"table: {file} has no rows below its first line")
+        raise ValueError(f"table: {file} has no rows")
+    for number, row in enumerate(rows, 1):
+        if row.keys() != rows[0].keys():
+            raise ValueError(f"table: row {number} of {file} has {', '.join(row)}, the first {', '.join(rows[0])}")
     return rows
 
 
@@ -401,7 +405,7 @@ def render(description: Description, text: str, records: list[dict[str, int | st
         "prompt": description.header + text + description.footer + description.question.format(**asked),
         "answer": description.answer.format(**asked),
         "references": [reference.format(**asked) for reference in description.references],
-        **asked,
+        **{name: value for name, value in asked.items() if name not in RESERVED},
         "line": line,
         "lines": len(records),
     }
@@ -489,7 +493,7 @@ def load_description(path: str | Path) -> Task:
 
 @functools.lru_cache
 def check_description(path: Path, content: bytes) -> Task:
-    """Check the description in a file; its ``table`` and folders are relative to the file's folder.
+    """Check the description in a file, once for each ``content``; its other files are relative to its folder.
 
     Raises:
         ValueError: it is invalid.
@@ -497,9 +501,8 @@ def check_description(path: Path, content: bytes) -> Task:
     from data_gen.tasks import TASKS
 
     description = read_description(path)
-
     if description.name in TASKS and path.parent != Path(__file__).parent / "tasks":
-        raise ValueError(f"name: {description.name!r} is a task of its own: choose another")
+        raise ValueError(f"name: {description.name!r} is a built-in task's: choose another")
     rows = read_table(path.parent / description.table) if description.table else []
     description.check_names(list(rows[0]) if rows else [])
     check_questions(description, rows)

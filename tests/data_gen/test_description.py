@@ -149,6 +149,29 @@ def test_a_table_gives_its_rows_to_one_split_each(tmp_path, describe, tokenizer)
         resolve_task(describe(fields=None, table="rows.csv", source="another", **templates))
 
 
+def test_a_tables_rows_and_columns(tmp_path, describe, tokenizer):
+    """Columns of any name are read from any kind of table; those that samples have themselves stay theirs."""
+    rows = [{"index": f"n-{number}", "length": number * 3} for number in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rows.tsv").write_text("index\tlength\n" + "".join(f"n-{n}\t{n * 3}\n" for n in range(60)))
+    templates = {"record": "{index} is {length} long\n", "question": "How long is {index}?", "references": ["{length}"],
+                 "answer": "{index} is {length} long.", "fields": None}  # fmt: skip
+    drawn = [prompts(describe(table=table, **templates), tokenizer, tokens=200) for table in ("rows.jsonl", "rows.tsv")]
+    assert drawn[0] == drawn[1]
+    for index, row in enumerate(drawn[0]):
+        assert row["index"] == index and "length" not in row
+        assert f"n-{int(row['references'][0]) // 3} is {row['references'][0]} long" in row["messages"][0]["content"]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]) + '\n{"index": "n-1"}\n')
+    with pytest.raises(ValueError, match=r"table: row 2 of .*rows\.jsonl has index, the first index, length"):
+        resolve_task(describe(table="rows.jsonl", source="b", **templates))
+    (tmp_path / "rows.csv").write_text("index,length\na,1,2\n")
+    with pytest.raises(ValueError, match=r"rows\.csv, line 2: expected 2 columns"):
+        resolve_task(describe(table="rows.csv", **templates))
+    both = templates | {"fields": {"length": {"type": "integer", "range": [1, 2]}}}
+    with pytest.raises(ValueError, match=r"fields\.length: rows\.tsv has a column of that name"):
+        resolve_task(describe(table="rows.tsv", **both))
+
+
 def test_filler_surrounds_a_fixed_number_of_records(tmp_path, describe, tokenizer):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/a.txt").write_text("First sentence here. Second one!\nThird, is it? ")
@@ -197,7 +220,7 @@ REFUSED = [
         {"fields": FIELDS | {"temp": FIELDS["temp"] | {"range": [4, 1]}}},
         "fields.temp.range: found 4.0 to 1.0",
     ),
-    ({"fields": FIELDS | {"index": FIELDS["temp"]}}, "fields.index: the name is taken"),
+    ({"fields": FIELDS | {"temp": {"type": "choice", "of": [True, False]}}}, "fields.temp.of.0"),
     ({"question": None}, "question: missing"),
     ({"question": "What is {tempp}?"}, "question: no such field as {tempp}; is temp meant?"),
     ({"question": "What is {?"}, "is not a template"),
@@ -208,7 +231,7 @@ REFUSED = [
     ({"metric": "exact"}, "metric: by exact, the task's own answer"),
     ({"metric": "last_integer"}, "metric: last_integer compares digits alone, but a reference is"),
     ({"metric": "contain"}, "metric: found 'contain', expected one of contains"),
-    ({"name": "vt"}, "name: 'vt' is a task of its own"),
+    ({"name": "vt"}, "name: 'vt' is a built-in task's"),
     ({"table": "rows.cvs"}, "rows.cvs: no such file; is"),
     (
         {"fields": FIELDS | {"temp": {"type": "choice", "of": ["a", "b"]}}, "answer": "It is {temp}."},

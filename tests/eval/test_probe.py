@@ -301,6 +301,11 @@ def test_sweep_and_controls_tune_for_real_and_resume(tmp_path, monkeypatch):
     monkeypatch.setattr("eval.probe.sweep.tune", lambda *a, **k: pytest.fail("tuned again"))
     assert sweep(recipe, **settings, journal=tmp_path / "s") == result
     monkeypatch.undo()
+    assert result["base"] == {"200": run(load(TINY), "line", lengths=[200], samples=3, seed=head_importance.PROBE_SEED,
+                                         split="train").mean.score}  # fmt: skip
+    assert all(0.9 < cell["scales"][0] <= 1 <= cell["scales"][1] < 1.1 and not cell["unsound"]
+               for cell in result["cells"] if cell["rate"] == 1e-2)  # fmt: skip
+    assert all(cell["scales"][0] < 0.9 for cell in result["cells"] if cell["rate"] == 0.5)
     shown = controls(recipe, seeds=[1], lengths=[200], validation=2)
     assert {name: len(runs) for name, runs in shown["scores"].items()} == {
         "base": 1, "tuned": 1, "shuffled": 1, "wrong facts": 1, "wrong answers": 1,

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.model_loading import load
 from axolotl_plugins.seal.scales import saved_scales
+from data_gen.tasks import TASKS
 from eval.probe import head_importance
 from eval.probe.ablation import HeadAblator
 from eval.probe.hooks import decoder_blocks, scaled_input, wrap

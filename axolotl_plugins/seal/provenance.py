@@ -54,7 +54,7 @@ def shorten(text: str) -> str:
 
 def example(turns: Any) -> dict[str, str] | None:
     """Return ``prompt`` and ``answer`` of a chat, shortened; None if it has another form."""
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         return None
     *prompt, answer = [str(turn.get("content", turn.get("value"))) for turn in turns]
     return {"prompt": shorten("\n\n".join(prompt)), "answer": shorten(answer)}

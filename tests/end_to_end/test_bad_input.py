@@ -289,7 +289,7 @@ CASES = [
     ("eval", TRANSFER + "a={adapter}/good --adapter b={adapter}/truncated", "truncated/.*: truncated or corrupt"),
     ("eval", QUADRANTS + "{file}/map_of_other.json", "map_of_other.json: a map of other, expected one of"),
     ("eval", TRANSFER + "base={adapter}/good", "adapter: found the name 'base'"),
-    ("eval", TRANSFER + "a={adapter}/good --tasks line,lines", "tasks: found 'lines'"),
+    ("eval", TRANSFER + "a={adapter}/good --tasks line,lines", "task: found 'lines'"),
     ("eval", SWEEP + "{file}/rate_nan.yml", "rate_nan.yml: learning_rate: found nan"),
     ("eval", SWEEP + "{file}/typo.yml", "seal.granularty: no such setting"),
     ("eval", SWEEP + "{file}/two.yml", "two.yml: seal.data: found 2 descriptions, expected one"),

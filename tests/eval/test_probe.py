@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.model_loading import load
 from axolotl_plugins.seal.scales import saved_scales
+from data_gen.tasks import TASKS
 from eval.probe import head_importance
 from eval.probe.ablation import HeadAblator
 from eval.probe.hooks import decoder_blocks, scaled_input, wrap
@@ -220,7 +221,7 @@ def test_transferability_is_equation_2():
 def test_gradient_is_the_slope_of_the_answers_log_probability():
     loaded = load(TINY)
     result = head_importance.gradient_map(loaded, "line", [256], samples=2)
-    prompt = next(head_importance.probe_prompts(loaded, "line", [256], 1, head_importance.PROBE_SEED))
+    prompt = head_importance.probe_prompts(loaded, TASKS["line"], [256], 1, head_importance.PROBE_SEED)[0]
     only = head_importance.gradient_map(loaded, "line", [256], samples=1)
     block = decoder_blocks(loaded.model)[1]
     values = []

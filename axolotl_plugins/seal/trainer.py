@@ -129,13 +129,16 @@ class AnswerTrainer(AxolotlTrainer):
         return loader
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, and write the record of the training data; Axolotl saves the adapter next."""
+        """Train, print the time of a step, and write the training data's record; Axolotl saves the adapter next."""
         if self.args.should_save:
             # Axolotl has written the new configuration already: an older run's scales would seem to belong to it.
             (Path(self.args.output_dir) / "adapter_model.safetensors").unlink(missing_ok=True)
         signal.signal(signal.SIGINT, interrupted)
         result = super().train(*args, **kwargs)
         self.before_saving(Path(self.args.output_dir))
+        if self.args.should_save and not kwargs.get("resume_from_checkpoint"):  # earlier steps are counted, not timed
+            seconds, steps = result.metrics["train_runtime"], max(1, self.state.global_step)
+            print(f"seal: {steps} steps in {seconds:.0f} s, {seconds / steps:.2f} s each")
         return result
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:

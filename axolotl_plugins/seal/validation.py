@@ -36,7 +36,7 @@ def check_recipe(cfg: dict[str, Any]) -> SealBlock:
         check_fsdp(cfg)
         check_deepspeed(cfg)
     check_context_parallel(cfg, block)
-    check_recomputation(cfg)
+    check_recomputation(cfg, block)
     check_kernels(cfg)
     check_optimisation(cfg)
     check_sequences(cfg, block)
@@ -206,7 +206,7 @@ def check_context_parallel(cfg: dict[str, Any], block: SealBlock) -> None:
                 )
 
 
-def check_recomputation(cfg: dict[str, Any]) -> None:
+def check_recomputation(cfg: dict[str, Any], block: SealBlock) -> None:
     """Raise on settings of recomputation that Axolotl ignores, or that need another one.
 
     Raises:
@@ -230,6 +230,8 @@ def check_recomputation(cfg: dict[str, Any]) -> None:
             )
     if selective and any("self_extend" in str(plugin) for plugin in cfg.get("plugins") or []):
         raise ValueError("selective_checkpointing: has no effect on Self-Extend's attention: remove it")
+    if selective and block.context_parallel > 1:
+        raise ValueError("selective_checkpointing: cannot store the attention of seal.context_parallel: remove it")
 
 
 def check_kernels(cfg: dict[str, Any]) -> None:

@@ -330,7 +330,7 @@ CASES = [
     ("recipes", "cost {file}/folder", "/folder: Is a directory"),
     ("recipes", "cost {file}/list.yml", "list.yml: not a recipe: found list"),
     ("recipes", "cost {file}/broken.yml", "broken.yml: not YAML"),
-    ("recipes", "cost {file}/no_data.yml", "does not describe its data"),
+    ("recipes", "cost {file}/no_data.yml", "neither describes its data .* nor names a local JSON"),
     ("recipes", "cost {file}/typo.yml", "seal.granularty: no such setting"),
     ("recipes", "cost {file}/two.yml --gpu a1000", "gpu: found 'a1000', expected one of"),
 ]

@@ -55,32 +55,30 @@ def gradients(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 
-def process(rank: int, folder: str, processes: int, learned: list[int], checkpointing: bool) -> None:
+def process(rank: int, folder: str, processes: int, learned: list[int], setting: str) -> None:
     """One of the processes that share a sample; each saves what is its own part."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=processes)
     torch.set_num_threads(1)
     for name in MODELS:
         model = wrapped(name)
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-            model.enable_input_require_grads()
         shared = ContextParallel(processes)
         shared.prepare(model.get_base_model())
         ids, labels = sample(learned)
         inputs = shared.share({"input_ids": ids, "shift_labels": next_labels(labels)})
-        loss = model(**answers_only(inputs)).loss
-        loss.backward()
+        with bench.applied(model, bench.Setting.of(setting)):
+            loss = model(**answers_only(inputs)).loss
+            loss.backward()
         torch.save((loss.detach(), gradients(model)), f"{folder}/{name}_{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
-    ("processes", "learned", "checkpointing"),
-    [(2, [LENGTH - 2, LENGTH - 1], False), (3, [*range(1, LENGTH)], True)],
+    ("processes", "learned", "setting"),
+    [(2, [LENGTH - 2, LENGTH - 1], "none"), (3, [*range(1, LENGTH)], "full"), (2, [LENGTH - 1], "every2")],
 )
-def test_parts_of_a_sample_add_up_to_the_whole(processes, learned, checkpointing, tmp_path: Path):
-    mp.spawn(process, (str(tmp_path), processes, learned, checkpointing), nprocs=processes)
+def test_parts_of_a_sample_add_up_to_the_whole(processes, learned, setting, tmp_path: Path):
+    mp.spawn(process, (str(tmp_path), processes, learned, setting), nprocs=processes)
     for name in MODELS:
         parts = [torch.load(tmp_path / f"{name}_{rank}.pt", weights_only=True) for rank in range(processes)]
         model = wrapped(name)

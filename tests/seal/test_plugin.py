@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -43,6 +44,7 @@ def test_training_moves_only_scales_and_logs_them(trained):
     assert {tuple(t.shape) for t in tensors.values()} == {(channels,)} and len(tensors) == layers
     assert all(t.dtype == torch.float32 and (t != 1).all() and (t - 1).abs().max() < 0.5 for t in tensors.values())
     assert f"trainable params: {layers * channels} " in output
+    assert re.search(rf"^seal: {STEPS} steps in \d+ s, \d+\.\d\d s each$", output, re.MULTILINE)
     log = json.loads(next((folder / "out").glob("checkpoint-*/trainer_state.json")).read_text())["log_history"]
     step = next(entry for entry in log if "loss" in entry)
     assert {"seal/mean", "seal/min", "seal/max", "seal/raised_layer", "seal/lowered_head"} <= step.keys()
@@ -198,6 +200,7 @@ LIGER = {"plugins": ["axolotl_plugins.seal.SealPlugin", "axolotl.integrations.li
             | {"plugins": ["axolotl_plugins.self_extend.SelfExtendPlugin", "axolotl_plugins.seal.SealPlugin"]},
             "no effect on Self-Extend's attention",
         ),
+        (SELECTIVE | {"seal": {"granularity": "head", "context_parallel": 2}}, "attention of seal.context_parallel"),
         ({"torch_compile": True}, "a mask of T x T"),
         (
             {"plugins": [*LIGER["plugins"], f"{CCE}.CutCrossEntropyPlugin"]},

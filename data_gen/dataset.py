@@ -30,8 +30,8 @@ def generate(request: Request, tokenizer: PreTrainedTokenizerBase) -> Iterator[d
     lengths are requested. A random length is drawn with its sample.
 
     Yields:
-        ``messages`` (user, assistant, before them those of a worked example), then ``task``, ``split``, ``seed``, ``index``, ``tokens`` (length of the chat
-        with its template), and what ``Task.sample`` returns but the prompt.
+        ``messages`` (user, assistant, before them those of a worked example), then ``task``, ``split``, ``seed``,
+        ``index``, ``tokens`` (length of the chat with its template), and what ``Task.sample`` returns but the prompt.
 
     Raises:
         ValueError: no sample fits into the length.
@@ -63,7 +63,7 @@ def generate(request: Request, tokenizer: PreTrainedTokenizerBase) -> Iterator[d
 
 
 def as_chat(prompt: str, answer: str, example: tuple[str, str] | None) -> Messages:
-    """Return a chat; ``training: false`` marks an earlier answer as not to be learned, see ``message_field_training``."""
+    """Return a chat; ``training: false`` excludes an earlier answer from the loss (``message_field_training``)."""
     if example is None:
         return as_messages(prompt, answer)
     shown, reply = as_messages(*example)
@@ -110,7 +110,11 @@ def command_of(
     arguments = json.dumps(template_arguments) if template_arguments else None
     options = {"tokenizer": tokenizer, "chat-template": chat_template, "chat-template-kwargs": arguments,
                **asdict(request), "out": out}  # fmt: skip
-    pairs = [[f"--{key.replace('_', '-')}", str(value)] for key, value in options.items() if key != "task" and value is not None]
+    pairs = [
+        [f"--{key.replace('_', '-')}", str(value)]
+        for key, value in options.items()
+        if key != "task" and value is not None
+    ]
     return shlex.join(["python", "-m", "data_gen", request.task, *itertools.chain(*pairs)])
 
 

@@ -55,8 +55,7 @@ def largest(length: Callable[[int], int], limit: int, *, first: int = 1, step: i
         trial_length = length(trial)
         if trial > FARTHEST * limit + first and trial_length <= limit:
             raise ValueError(
-                f"tokens: {what} of size {trial} still has {trial_length} tokens: the chat template drops the message's "
-                "text, or truncates it"
+                f"tokens: {what} of size {trial} still has {trial_length} tokens: the chat template drops the text"
             )
         slope = max((trial_length - low_length) / (trial - low), 1e-9)
         if trial_length <= limit:

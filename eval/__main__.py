@@ -125,8 +125,8 @@ def run(
         results = evaluate(
             load_models(models, folders, changes, base_url if backend == "vllm" else None,
                         chat_template=chat_template, trust_remote_code=trust_remote_code, template_arguments=arguments),
-            tasks, spec, outputs=outputs.values(), cache_key=(backend, changes, chat_template, arguments), on_start=print_start,
-            on_result=print_result,
+            tasks, spec, outputs=outputs.values(), cache_key=(backend, changes, chat_template, arguments),
+            on_start=print_start, on_result=print_result,
         )  # fmt: skip
     except (ValueError, OSError) as error:
         stop("eval", error)

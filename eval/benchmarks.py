@@ -73,7 +73,7 @@ def task_configs(group: str, data: str | None) -> list[dict[str, Any]]:
 
 
 def longbench_prompts(task: Any, loaded: LoadedModel, budget: int) -> list[int]:
-    """Make a task render LongBench's prompts whatever the source, and truncate long ones in the middle as LongBench does.
+    """Make a task render LongBench's prompts whatever the source, and truncate them in the middle as LongBench does.
 
     The chat template is applied afterwards.
 

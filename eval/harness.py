@@ -47,6 +47,18 @@ class Harness(HFLM):
     prompts_together: int | None = None
     refused: frozenset[str] = frozenset()
 
+    @property
+    def eot_token_id(self) -> int:
+        """Return an id that ends texts; where the tokenizer names none, one of the model's."""
+        own = self.tokenizer.eos_token_id
+        return min(stop_ids(self.model, self.tokenizer), default=0) if own is None else own
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Return an id that texts begin with."""
+        own = self.tokenizer.bos_token_id
+        return self.eot_token_id if own is None else own
+
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Check every prompt, then answer those that are not in the journal.
 

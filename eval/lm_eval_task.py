@@ -83,16 +83,18 @@ def read_cases(
     for file in case_files(folder, lines):
         for index, (row, case) in enumerate(islice(read_rows(file), samples)):
             try:
-                number, lines = int(case["expected_number"]), int(case["num_lines"])
+                number, length = int(case["expected_number"]), int(case["num_lines"])
                 messages = [{"role": "user", "content": str(case["prompt"])}]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file}, line {row}: not a case of LongEval's ({error!r})") from None
             if (tokens := count_tokens(tokenizer, messages)) > longest:
-                raise ValueError(f"{file}: a case of {tokens} tokens does not fit into the model's window with its "
-                                 f"answer ({longest} are left for prompts): choose shorter files by --lines")  # fmt: skip
+                raise ValueError(
+                    f"{file}: a case of {tokens} tokens does not fit into the model's window with its answer "
+                    f"({longest} are left for prompts): choose shorter files by --lines"
+                )
             yield {
                 "task": "line",
-                "length": lines,
+                "length": length,
                 "index": index,
                 "tokens": tokens,
                 "messages": messages,

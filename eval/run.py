@@ -82,7 +82,9 @@ def run(
     if cases and task != "line":
         raise ValueError(f"cases: they are LongEval's line cases, but the task is {task}")
     if ruler_version is None and (tuned := provenance.ruler_version(Path(loaded.name), task)):
-        raise ValueError(f"ruler-version: {loaded.name} was tuned on {task} of RULER {tuned}: add --ruler-version {tuned}")
+        raise ValueError(
+            f"ruler-version: {loaded.name} was tuned on {task} of RULER {tuned}: add --ruler-version {tuned}"
+        )
     lengths = [] if cases else lengths or default_lengths(loaded.window)
     if max(lengths, default=0) > loaded.window:
         raise ValueError(f"lengths: {max(lengths)} tokens do not fit into the model's window of {loaded.window}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,14 +27,17 @@ def prompt_turns(sample: dict[str, Any]) -> Messages:
 
 
 def load_tokenizer(
-    name: str, chat_template: str | None = None, template_arguments: dict[str, Any] | None = None
-) -> PreTrainedTokenizerBase:
+    name: str, chat_template: str | None = None, template_arguments: dict[str, Any] | None = None, *,
+    fallback: str | None = None, trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase:  # fmt: skip
     """Load the tokenizer of a model.
 
     Args:
         name: folder or hub id.
         chat_template: Jinja file, or the template itself, for tokenizers without one.
         template_arguments: see ``with_arguments``.
+        fallback: template of a tokenizer that has none.
+        trust_remote_code: run code from the checkpoint.
 
     Raises:
         ValueError: the tokenizer cannot be loaded, or see ``set_template``.
@@ -43,9 +45,11 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"tokenizer: cannot load {name!r} as a folder or hub id ({first_line(error)})") from error
+    if chat_template is None and not tokenizer.chat_template:
+        chat_template = fallback
     set_template(tokenizer, name, chat_template, template_arguments)
     return tokenizer
 
@@ -89,7 +93,9 @@ def parse_arguments(text: str | None) -> dict[str, Any] | None:
     except json.JSONDecodeError:
         arguments = None
     if not isinstance(arguments, dict):
-        raise ValueError(f"chat-template-kwargs: found {text!r}, expected JSON such as '{{\"enable_thinking\": false}}'")
+        raise ValueError(
+            f"chat-template-kwargs: found {text!r}, expected JSON such as '{{\"enable_thinking\": false}}'"
+        )
     return arguments
 
 
@@ -154,6 +160,9 @@ def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
                 "parts instead of a text): name another with --chat-template"
             )
         encode_chat(tokenizer, chat)
+        prompt = render_prompt(tokenizer, chat[:-1])
+        if not text[len(prompt) :].lstrip().startswith(chat[-1]["content"]):
+            raise different_prompts(text, prompt, chat[-1]["content"])
     except (TemplateError, TypeError) as error:
         raise ValueError(f"chat-template: {name!r} has an invalid one ({first_line(error)}): correct it") from None
 
@@ -185,14 +194,22 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple
     text, prompt = tokenizer.apply_chat_template(messages, tokenize=False), render_prompt(tokenizer, messages[:-1])
     ids, prompt_ids = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, prompt))
     if ids[: len(prompt_ids)] != prompt_ids:
-        shared = len(os.path.commonprefix([text, prompt]))
-        raise ValueError(
-            f"chat-template: its generation prompt ends in {prompt[shared:][-40:]!r}, where the same chat with its answer "
-            f"goes on with {text[shared:][:40]!r}, so that training and scoring would see different prompts: set template "
-            'arguments, if it has any (--chat-template-kwargs \'{"enable_thinking": false}\', in a recipe '
-            "`chat_template_kwargs`), or name another template"
-        )
+        raise different_prompts(text, prompt, messages[-1]["content"])
     return ids, len(prompt_ids)
+
+
+def different_prompts(text: str, prompt: str, answer: str) -> ValueError:
+    """Return the error for a chat, rendered with its answer, in which something else than the prompt precedes it."""
+    pairs = enumerate(zip(text, prompt, strict=False))
+    rest = text[next((place for place, pair in pairs if pair[0] != pair[1]), len(prompt)) :]
+    tokens_differ = text.startswith(prompt) and rest.lstrip().startswith(answer)
+    difference = "has other tokens there, joined with the answer's" if tokens_differ else f"goes on with {rest[:40]!r}"
+    return ValueError(
+        f"chat-template: its generation prompt ends in {prompt[-20:]!r}, where the same chat with its answer "
+        f"{difference}, so that training and scoring would see different prompts: set template arguments, if it has "
+        "any, by --chat-template-kwargs '{\"enable_thinking\": false}' (in a recipe `chat_template_kwargs`), or name "
+        "another template"
+    )
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from axolotl_plugins.common.tokenizer import Messages, encode_chat
+from axolotl_plugins.common.tokenizer import Messages, check_template, encode_chat
 from axolotl_plugins.common.window import condensed, stated_window
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ def tune(
     Args:
         model: wrapped by any PEFT method; only its trainable parameters change.
         chats: chats that end with the answer.
-        tokenizer: with the model's chat template; ``axolotl_plugins.common.tokenizer.with_arguments`` sets variables of it.
+        tokenizer: with the model's chat template, whose variables ``axolotl_plugins.common.tokenizer.with_arguments``
+            sets.
         lr: learning rate, in the paper 1e-2 or 2e-2 for line retrieval.
         epochs: passes over the samples, in the paper 1.
         seed: seed of the samples' order.
@@ -99,6 +100,7 @@ def tune(
     if not 0 < lr < math.inf:
         raise ValueError(f"lr: found {lr}, expected a number above 0; the paper's lie between 5e-3 and 5e-2")
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    check_template(tokenizer, tokenizer.name_or_path)
     samples = [encode(chat, tokenizer) for chat in chats]
     check_window(model, max(ids.shape[1] for ids, _ in samples))
     order = random.Random(seed)

@@ -77,7 +77,7 @@ def sample(request: Request, rng: random.Random, index: int, budget: LengthBudge
                 f"tokens: {budget.tokens} needs more than the {len(chosen)} words of wonderwords: ask for less"
             )
         entries = word_list(chosen[:count], common, other, random.Random(seed))
-        prompt, facts = PROMPT.format(context=numbered(entries)), {"words": count}
+        prompt, facts = PROMPT.format(context=numbered(entries)), dict[str, Any](words=count)
         if version is None:
             prompt = "".join(example) + "\n" + prompt
         else:
@@ -86,9 +86,7 @@ def sample(request: Request, rng: random.Random, index: int, budget: LengthBudge
 
     step = STEP_2024 if version == 2024 else 1
     first = COMMON + step
-    return of_size(
-        largest(lambda n: length(of_size(n), budget), budget.tokens, first=first, step=step, what="cwe")
-    )
+    return of_size(largest(lambda n: length(of_size(n), budget), budget.tokens, first=first, step=step, what="cwe"))
 
 
 register(Task(

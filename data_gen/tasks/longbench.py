@@ -28,8 +28,8 @@ DATASET = ("Xnhyacinth/LongBench", "triviaqa_e")
 def formatted_prompt(row: dict[str, Any]) -> str | None:
     """Return the prompt of a row of the formatted copy, None for one of the original's files.
 
-    The copy puts the instructions into ``context``, the question with its label into ``question``, and the prompt's last
-    words into ``answer_prefix``.
+    The copy puts the instructions into ``context``, the question with its label into ``question``, and the prompt's
+    last words into ``answer_prefix``.
     """
     if row.get("answer_prefix") is None:
         return None

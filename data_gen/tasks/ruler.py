@@ -3,8 +3,9 @@
 RULER's answer prefix begins the assistant's turn. A space at its end belongs to the answer instead, so that the tokens
 of a prompt are a prefix of those of its training sample. As in RULER, a sample's length includes the response budget.
 
-RULER's text and the steps in which it enlarges a sample changed in May 2025. ``Request.ruler_version`` chooses; without it,
-the text is that of 2025, the worked example of common words is in the prompt itself, and samples are as long as fits.
+RULER's text and the steps in which it enlarges a sample changed in May 2025. ``Request.ruler_version`` chooses; without
+it, the text is that of 2025, the worked example of common words is in the prompt itself, and samples are as long as
+fits.
 """
 
 from __future__ import annotations

@@ -28,8 +28,9 @@ class Task:
         source: paper or program whose wording, metric and generation settings the task takes.
         sample: draws the sample of an index: ``prompt``, ``answer`` (the assistant's turn), ``references`` (correct
             answers), optionally ``prefix`` (what the answer begins with, given to the model), ``example`` (prompt and
-            answer of an earlier exchange in the chat) and any JSON values that describe the sample. Randomness comes from the generator alone, and the chat has at most ``budget.tokens``
-            tokens. Raises ValueError if no sample is that short.
+            answer of an earlier exchange in the chat) and any JSON values that describe the sample. Randomness comes
+            from the generator alone, and the chat has at most ``budget.tokens`` tokens. Raises ValueError if no sample
+            is that short.
         metric: score of a response in [0, 1], from the response and the references; None if lm-eval scores the
             benchmark with its own tasks.
         max_new_tokens: longest response; None without a metric.

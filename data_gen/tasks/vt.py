@@ -57,9 +57,7 @@ def render(
     return PROMPT.format(context=context, value=value), prefix.format(names=len(names), value=value)
 
 
-def render_example(
-    names: list[str], value: str, positions: list[int], noises: int, version: int | None = None
-) -> str:
+def render_example(names: list[str], value: str, positions: list[int], noises: int, version: int | None = None) -> str:
     """Return a worked example (prompt, prefix and answer) with the blank line behind it.
 
     Under a chat template RULER's program of 2024 joined the words of the example's instructions by single spaces.

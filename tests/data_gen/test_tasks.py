@@ -168,8 +168,10 @@ def test_samples_of_a_version_have_its_text_and_steps(task, version, tokenizer):
 
 
 def test_a_version_of_ruler_is_one_of_rulers():
-    for arguments, message in (({"task": "line", "ruler_version": 2024}, "ruler_version: line has no such option"),
-                               ({"task": "vt", "ruler_version": 2023}, "found 2023, expected 2024 or 2025")):  # fmt: skip
+    for arguments, message in (
+        ({"task": "line", "ruler_version": 2024}, "ruler_version: line has no such option"),
+        ({"task": "vt", "ruler_version": 2023}, "found 2023, expected 2024 or 2025"),
+    ):
         with pytest.raises(ValueError, match=message):
             Request(tokens="4096", **arguments)
 
@@ -361,6 +363,18 @@ def test_what_cannot_be_asked_for():
 def test_a_length_that_is_too_short_is_one_clear_error(task, tokenizer):
     with pytest.raises(ValueError, match="tokens: 60 is too short for"):
         next(generate(Request(task, "60", samples=1), tokenizer))
+
+
+def test_a_template_that_drops_the_text_ends_the_search(tokenizer):
+    """Samples of every size then have one length, so that no size is too long."""
+    deaf = AutoTokenizer.from_pretrained(TINY)
+    deaf.chat_template = (
+        "{% for m in messages %}{% for part in m.content | selectattr('type', 'equalto', 'text') %}{{ part.text }}"
+        "{% endfor %}{% endfor %}<s>"
+    )
+    for task in ("line", "niah", "vt", "fwe"):
+        with pytest.raises(ValueError, match="the chat template drops the text"):
+            next(generate(Request(task, 600, samples=1), deaf))
 
 
 def test_splits_of_names_halve_them():

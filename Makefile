@@ -16,7 +16,8 @@ TASK ?= line
 BACKEND ?= hf
 RESULTS ?= results
 LENGTHS ?=
-SAMPLES ?= 50
+SAMPLES ?=
+METRIC ?=
 ADAPTER ?= outputs/smollm2_line_sealc
 OUT ?= $(patsubst %/,%,$(ADAPTER))_merged
 INTO ?= auto
@@ -84,10 +85,10 @@ train: setup $(if $(findstring recipes/smollm2,$(RECIPE)),model) ## tune with a 
 	AXOLOTL_DO_NOT_TRACK=1 $(BIN)/accelerate launch -m axolotl.cli.train $(RECIPE)
 
 data: setup $(if $(findstring models/smollm2,$(MODEL)),model) ## write training samples   [TASK=line MODEL=models/smollm2-135m TOKENS=2048 SAMPLES=50]
-	$(SEAL) data $(TASK) --tokenizer $(MODEL) --tokens $(TOKENS) --samples $(SAMPLES) --out data/$(TASK)_$(TOKENS).jsonl
+	$(SEAL) data $(TASK) --tokenizer $(MODEL) --tokens $(TOKENS) $(if $(SAMPLES),--samples $(SAMPLES)) --out data/$(TASK)_$(TOKENS).jsonl
 
-eval: setup $(if $(findstring models/smollm2,$(MODEL)),model) ## score a model, merged folder or adapter   [MODEL=models/smollm2-135m TASK=line LENGTHS=512,1024,2048 SAMPLES=50 BACKEND=hf|vllm RESULTS=results]
-	$(SEAL) eval --model $(MODEL) --task $(TASK) --lengths "$(LENGTHS)" --samples $(SAMPLES) --backend $(BACKEND) --out $(RESULTS)
+eval: setup $(if $(findstring models/smollm2,$(MODEL)),model) ## score a model, merged folder or adapter   [MODEL=models/smollm2-135m TASK=line|FILE.jsonl METRIC=contains|... LENGTHS=512,1024,2048 SAMPLES=50 BACKEND=hf|vllm RESULTS=results]
+	$(SEAL) eval --model $(MODEL) --task $(TASK) --lengths "$(LENGTHS)" $(if $(SAMPLES),--samples $(SAMPLES)) $(if $(METRIC),--metric $(METRIC)) --backend $(BACKEND) --out $(RESULTS)
 
 report: setup ## gather results/*.json into results/report.html
 	$(SEAL) report

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from axolotl_plugins.common.io import load_json
+from data_gen.tasks import Task
 from eval.result_cache import check_replaced, fingerprint, journal_file
 from eval.results import EvalResult, Result, from_json, write_result
-from eval.spec import LM_EVAL_TASKS, EvalSpec
+from eval.spec import EvalSpec, find_task
 
 if TYPE_CHECKING:
     from axolotl_plugins.seal.model_loading import LoadedModel
 
 
 def evaluate(
-    models: Iterable[LoadedModel], tasks: Sequence[str], spec: EvalSpec, *,
+    models: Iterable[LoadedModel], tasks: Sequence[str | Task], spec: EvalSpec, *,
     outputs: Iterable[Mapping[str, Path]] | None = None, cache_key: Sequence[object] = (),
     on_start: Callable[[str, dict[str, Any]], object] = lambda task, options: None,
     on_result: Callable[[Result, Path | None], object] = lambda result, out: None,
@@ -27,7 +28,7 @@ def evaluate(
 
     Args:
         models: see ``load``; an iterator may load each model when it is needed.
-        tasks: of ``SEAL_TASKS`` and ``LM_EVAL_TASKS``.
+        tasks: see ``eval.spec.find_task``.
         spec: samples and decoding.
         outputs: for each model, result files by task. Responses are cached beside a file until it is written, so that
             an interrupted evaluation resumes; a finished result is read, see ``stored_result``. None writes nothing.
@@ -39,19 +40,21 @@ def evaluate(
         ValueError: bad input; or a result file holds a result of other samples.
     """
     results = []
+    resolved = [find_task(task) for task in tasks]
     files_by_model: Iterable[Mapping[str, Path]] = repeat({}) if outputs is None else outputs
     for loaded, files in zip(models, files_by_model, strict=outputs is not None):
-        for task in tasks:
-            out = files.get(task)
+        for task in resolved:
+            out = files.get(task.name)
             result = stored_result(loaded.name, task, spec, out, cache_key) if out else None
-            if result is None:
+            if result is None or result.dtype != loaded.dtype:
                 options = spec.sample_options(task, loaded.window)
-                journal = journal_file(out, loaded.name, *cache_key) if out else None
+                asked = {**options, **task.identity}
+                journal = journal_file(out, loaded.name, loaded.dtype, *cache_key) if out else None
                 if out:
-                    check_replaced(out, options)
-                on_start(task, options)
+                    check_replaced(out, asked)
+                on_start(task.name, options)
                 mark = run_fingerprint(loaded.name, task, spec, cache_key)
-                result = replace(score_task(loaded, task, spec, journal), asked=options, fingerprint=mark)
+                result = replace(score_task(loaded, task, spec, journal), asked=asked, fingerprint=mark)
                 if out and journal:
                     save(result, out)
                     journal.unlink(missing_ok=True)
@@ -60,29 +63,32 @@ def evaluate(
     return results
 
 
-def run_fingerprint(model: str, task: str, spec: EvalSpec, cache_key: Sequence[object]) -> str:
+def run_fingerprint(model: str, task: Task, spec: EvalSpec, cache_key: Sequence[object]) -> str:
     """Return the ``fingerprint`` of everything that a result depends on."""
     settings = {key: value for key, value in asdict(spec).items() if key != "batch_size"}  # answers are the same
-    return fingerprint(model, task, settings, *cache_key)
+    return fingerprint(model, task.name, dict(task.identity), settings, *cache_key)
 
 
-def stored_result(model: str, task: str, spec: EvalSpec, out: Path, cache_key: Sequence[object]) -> Result | None:
+def stored_result(model: str, task: Task, spec: EvalSpec, out: Path, cache_key: Sequence[object]) -> Result | None:
     """Return the result in ``out`` if the same evaluation of the same model wrote it."""
     if not out.is_file():
         return None
     values = load_json(out)
     if not isinstance(values, dict) or values.get("fingerprint") != run_fingerprint(model, task, spec, cache_key):
         return None
-    journal_file(out, model, *cache_key).unlink(missing_ok=True)  # of a run that was killed after its result
-    return from_json(values)
+    result = from_json(values)
+    journal_file(out, model, result.dtype, *cache_key).unlink(missing_ok=True)  # of a run killed after its result
+    return result
 
 
 def stored_results(
-    models: Sequence[str], tasks: Sequence[str], spec: EvalSpec, outputs: Iterable[Mapping[str, Path]],
+    models: Sequence[str], tasks: Sequence[Task], spec: EvalSpec, outputs: Iterable[Mapping[str, Path]],
     cache_key: Sequence[object], on_result: Callable[[Result, Path | None], object],
 ) -> list[Result]:  # fmt: skip
     """Return what ``evaluate`` would return for models by name if all of it is stored, else an empty list."""
-    files = [(model, task, by_task[task]) for model, by_task in zip(models, outputs, strict=True) for task in tasks]
+    files = [
+        (model, task, by_task[task.name]) for model, by_task in zip(models, outputs, strict=True) for task in tasks
+    ]
     results = [stored_result(model, task, spec, out, cache_key) for model, task, out in files]
     stored = [result for result in results if result is not None]
     if len(stored) < len(files):
@@ -92,14 +98,14 @@ def stored_results(
     return stored
 
 
-def score_task(loaded: LoadedModel, task: str, spec: EvalSpec, journal: Path | None) -> Result:
+def score_task(loaded: LoadedModel, task: Task, spec: EvalSpec, journal: Path | None) -> Result:
     """Score one model on one task."""
     from eval.benchmarks import run_benchmark  # with lm-eval, which a stored result does not need
     from eval.run import run
 
     options = spec.sample_options(task, loaded.window)
-    if task in LM_EVAL_TASKS:
-        return run_benchmark(loaded, task, **options, batch_size=spec.batch_size, journal=journal)
+    if task.metric is None:
+        return run_benchmark(loaded, task.name, **options, batch_size=spec.batch_size, journal=journal)
     return run(loaded, task, **options, batch_size=spec.batch_size, journal=journal,
                allow_contamination=spec.allow_contamination)  # fmt: skip
 

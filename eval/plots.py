@@ -106,5 +106,5 @@ def accuracy_by_length(results: Sequence[EvalResult], out: Path) -> None:
     """Write a plot of results of one task."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     draw_accuracy(axes, [to_json(result) for result in results])
-    axes.set_title(f"{TITLES[results[0].task]}, {results[0].scores[0].count} samples per length")
+    axes.set_title(f"{TITLES.get(results[0].task, results[0].task)}, {results[0].scores[0].count} samples per length")
     save_figure(figure, out)

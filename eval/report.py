@@ -87,6 +87,12 @@ def embed(figure: plt.Figure) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def name_of(result: EvalResult, results: Sequence[EvalResult]) -> str:
+    """Return a result's method, with its shots, and its dtype if results beside it have another."""
+    shots = f", {result.shots}-shot" if result.shots else ""
+    return result.method + shots + (f", {result.dtype}" if len({row.dtype for row in results}) > 1 else "")
+
+
 def score_table(results: Sequence[EvalResult]) -> dict[str, Any]:
     """Return a table with a row per method and a column per length."""
     lengths = sorted({score.length for result in results for score in result.scores if score.length is not None})
@@ -97,8 +103,7 @@ def score_table(results: Sequence[EvalResult]) -> dict[str, Any]:
             {**vars(by_length[length]), "paper": paper_value(result, length)} if length in by_length else None
             for length in lengths
         ]
-        rows.append({"name": result.method + (f", {result.shots}-shot" if result.shots else ""),
-                     "model": result.model, "cells": cells})  # fmt: skip
+        rows.append({"name": name_of(result, results), "model": result.model, "cells": cells})
     return {"rows_are": "method", "columns": lengths, "rows": rows}
 
 
@@ -115,8 +120,7 @@ def grid(result: EvalResult) -> tuple[np.ndarray, list[int], list[int]]:
 
 def labels(results: Sequence[EvalResult]) -> list[str]:
     """Return a name for each result on one plot: its method, with shots and model where methods are equal."""
-    names = ["one-shot" if result.method == "base" and result.shots == 1 else
-             result.method + (f", {result.shots}-shot" if result.shots else "")
+    names = ["one-shot" if result.method == "base" and result.shots == 1 else name_of(result, results)
              for result in results]  # fmt: skip
     return [
         name if names.count(name) == 1 else f"{name}, {result.model}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ from axolotl_plugins.common.io import check_output, load_json
 
 
 def result_name(model: str) -> str:
-    """Return a model's name as part of a file name."""
-    return model.strip("/").replace("/", "_")
+    """Return a model's or a task's name as part of a file name."""
+    return re.sub(r"[/:]", "_", model.strip("/"))
 
 
 def result_file(folder: Path, task: str, name: str) -> Path:
     """Return the result file of a task and a named model in a folder."""
-    return folder / f"{task}_{name}.json"
+    return folder / f"{result_name(task.removesuffix('.jsonl'))}_{name}.json"
 
 
 def check_replaced(out: Path, options: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from axolotl_plugins.common.io import load_json, write_text
 from data_gen.tasks import TaskAttribute
 
-TITLES = TaskAttribute("title", mmlu="MMLU")
+TITLES = TaskAttribute("title", mmlu="MMLU")  # a user's own task has its name as title, wherever a result is read
 Row = TypeVar("Row")
 
 
@@ -66,8 +66,9 @@ class EvalResult:
         model: hub id or folder.
         base: hub id or folder of its base model.
         method: ``base``, ``SEAL-H``, ``SEAL-C``, ``LoRA``, ``DoRA`` or another PEFT type.
-        task: a key of ``eval.metrics.METRICS``.
+        task: its name.
         window: the model's context window, tokens.
+        dtype: of the model's weights, such as ``bfloat16``; None where it is unknown.
         seed: of the samples.
         shots: worked examples before every prompt.
         contaminated: how many samples the model was tuned on; None where its training data is unknown.
@@ -84,6 +85,7 @@ class EvalResult:
     method: str
     task: str
     window: int
+    dtype: str | None = None
     seed: int = 0
     shots: int = 0
     contaminated: int | None = None
@@ -113,6 +115,7 @@ class BenchmarkResult:
     method: str
     task: str
     window: int
+    dtype: str | None = None
     sets: list[SetScore]
     mean: float
     asked: dict[str, Any] | None = None

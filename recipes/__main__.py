@@ -62,7 +62,13 @@ def fetch(
 @app.command(epilog="Example: seal recipe new Qwen/Qwen2.5-7B-Instruct --task line --method sealc --tokens 31000")
 def new(
     base: Annotated[str, typer.Argument(help="Model to tune: hub id or folder.")],
-    task: Annotated[str, typer.Option(help=f"Format to tune for: {', '.join(TASKS)}.")] = "line",
+    task: Annotated[
+        str | None,
+        typer.Option(help=f"Format to tune for: {', '.join(TASKS)}, or a description (.yml); default: line."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Train on this JSON lines file of chats instead of generated samples.")
+    ] = None,
     method: Annotated[str, typer.Option(help=f"What to train: {', '.join(METHODS)}.")] = "sealc",
     tokens: Annotated[
         str | None,
@@ -93,8 +99,11 @@ def new(
     try:
         if out is not None:
             check_output(out, new=True)
+        if data and (task or tokens):
+            raise ValueError("data: the file's samples have a task and lengths: leave out --task and --tokens")
+        arguments = parse_arguments(chat_template_kwargs)
         text, modules = recipe_for(
-            base, task, method, tokens, chat_template, out, gpu, card, window, parse_arguments(chat_template_kwargs)
+            base, task or "line", method, tokens, chat_template, out, gpu, card, window, arguments, data
         )
     except (ValueError, OSError) as error:
         stop(error)

@@ -9,9 +9,6 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 from typer.core import TyperCommand, TyperGroup
@@ -28,7 +25,7 @@ class Program(NamedTuple):
     """A Typer app to mount.
 
     Attributes:
-        module: what ``python -m`` runs; its ``app`` holds the commands.
+        module: what ``python -m`` runs, a package by its ``__main__``; its ``app`` holds the commands.
         command: subcommand to mount; empty mounts the whole app.
         help: line in the list of commands.
     """
@@ -55,24 +52,11 @@ PROGRAMS = {
 EXTRAS = {"axolotl": "axolotl", "datasets": "eval", "lm_eval": "eval", "matplotlib": "eval", "scipy": "eval"}
 
 
-def import_program(name: str) -> ModuleType:
-    """Import what ``python -m NAME`` runs, without importing a package around it: SEAL's imports PEFT, for seconds."""
-    spec = find_spec(name)
-    if spec is None or spec.submodule_search_locations is None:
-        return import_module(name)
-    name = f"{name}.__main__"
-    if name not in sys.modules:
-        spec = spec_from_file_location(name, Path(spec.submodule_search_locations[0]) / "__main__.py")
-        assert spec is not None and spec.loader is not None  # the file is part of this project
-        sys.modules[name] = module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
 def load_command(name: str) -> Command:
     """Import the command behind a key of ``PROGRAMS``; the example of a group is that of its first subcommand."""
     program = PROGRAMS[name]
-    command = get_command(import_program(program.module).app)
+    module = import_module(program.module)
+    command = get_command((module if hasattr(module, "app") else import_module(f"{program.module}.__main__")).app)
     if program.command:
         command = command.commands[program.command]  # type: ignore[attr-defined]
     if subcommands := getattr(command, "commands", {}):

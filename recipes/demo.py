@@ -16,8 +16,8 @@ from rich.table import Table
 
 from axolotl_plugins.common.console import quiet_libraries, stop
 from axolotl_plugins.common.console import run as run_app
-from axolotl_plugins.common.io import load_json, write_text
-from data_gen.tasks.line_retrieval import QUESTION
+from axolotl_plugins.common.io import load_json, load_yaml, write_text
+from data_gen import tasks
 from eval.result_cache import result_file, result_name
 from recipes.tools.machine import machine
 
@@ -76,7 +76,9 @@ def summarise(base: Path, adapters: list[Path], scores: Path) -> dict[str, Any]:
         "prompts": [
             {
                 "tokens": rows[0]["tokens"],
-                "question": QUESTION.format(key=rows[0]["key"]),
+                "question": load_yaml(Path(tasks.__file__).with_name("line.yml"))["question"].format(
+                    key=rows[0]["key"]
+                ),
                 "reference": rows[0]["references"][0],
                 "answers": {method: row["response"] for method, row in zip(results, rows, strict=True)},
             }

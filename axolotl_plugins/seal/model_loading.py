@@ -21,6 +21,7 @@ from axolotl_plugins.common.io import load_json
 from axolotl_plugins.common.tokenizer import load_tokenizer, set_template
 from axolotl_plugins.common.window import context_window, read_config, ropes
 
+from .model import SealModel  # noqa: F401 - registers the tuner with PEFT
 from .provenance import seen_texts
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ class LoadedModel:
     trained_on: frozenset[str] | None = None
 
     @property
+    def dtype(self) -> str | None:
+        """Return the dtype of the weights that answer, such as ``bfloat16``; None if a server has them."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
     def short_window(self) -> int | None:
         """Maximum length, in tokens, with the RoPE frequencies of short texts (LongRoPE); None for other RoPE types.
 
@@ -74,6 +80,15 @@ class LoadedModel:
                 return rope["original_max_position_embeddings"]
         return None
 
+    def check_lengths(self, lengths: list[int] | None) -> None:
+        """Raise if samples of these lengths do not fit into the window.
+
+        Raises:
+            ValueError: see above.
+        """
+        if lengths and max(lengths) > self.window:
+            raise ValueError(f"lengths: {max(lengths)} tokens do not fit into the model's window of {self.window}")
+
     def check_room(self, prompt: int, answer: int) -> None:
         """Raise unless a prompt and its answer fit into the window, on one side of ``short_window``.
 
@@ -89,7 +104,7 @@ class LoadedModel:
         if prompt + answer > self.window:
             raise ValueError(
                 f"a prompt of {prompt} tokens and {answer} tokens of answer do not fit into the model's window "
-                f"of {self.window}: use shorter --lengths, or a model with a longer window"
+                f"of {self.window}: use shorter --lengths (of published cases --lines), or a model with a longer window"
             )
         if (short := self.short_window) and prompt <= short < prompt + answer:
             raise ValueError(
@@ -235,7 +250,7 @@ def load(
     Args:
         name: hub id, model folder, or adapter folder (its base model is loaded and the adapter applied; a
             ``config.json`` beside the adapter, such as Axolotl writes, overrides the base model's).
-        dtype: dtype of the base model's weights; ``"auto"`` is the checkpoint's.
+        dtype: dtype of the base model's weights; ``"auto"`` is the base checkpoint's, whatever an adapter was tuned in.
         chat_template: a Jinja file, for base models whose tokenizer has no template.
         trust_remote_code: run code from the checkpoint.
         weights: load the weights; without them the model is on the meta device and an adapter is not applied, for
@@ -263,6 +278,8 @@ def load(
         if source != base and hasattr(config, "quantization_config"):
             # Quantisation during training is not part of the model: evaluate and merge on the base model's weights.
             del config.quantization_config
+        if source != base:
+            config.dtype = read_config(base, trust_remote_code=trust_remote_code).dtype
         model = load_weights(base, config, dtype, trust_remote_code) if weights else meta_model(name, config, **trust)
         if adapter is not None and weights:
             model = apply_adapter(model, Path(name))
@@ -285,6 +302,7 @@ def load(
 def load_each(
     adapters: dict[str, str],
     *,
+    dtype: torch.dtype | str = "auto",
     chat_template: str | None = None,
     trust_remote_code: bool = False,
     template_arguments: dict[str, Any] | None = None,
@@ -295,6 +313,7 @@ def load_each(
 
     Args:
         adapters: name -> adapter folder.
+        dtype: see ``load``.
         chat_template: see ``load``.
         trust_remote_code: see ``load``.
         template_arguments: see ``load``.
@@ -306,9 +325,8 @@ def load_each(
     first, *others = adapters.values()
     for folder in others:
         adapter_file(Path(folder))
-    shared = load(
-        first, chat_template=chat_template, trust_remote_code=trust_remote_code, template_arguments=template_arguments
-    )
+    shared = load(first, dtype=dtype, chat_template=chat_template, trust_remote_code=trust_remote_code,
+                  template_arguments=template_arguments)  # fmt: skip
     model = shared.model
     assert isinstance(model, PeftModel)
     by_name = {"default": shared}

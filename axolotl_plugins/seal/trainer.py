@@ -85,6 +85,16 @@ def interrupted(*_: object) -> NoReturn:
     abort(KeyboardInterrupt("interrupted: no adapter was saved; resume with `--resume-from-checkpoint`"))
 
 
+def token_range(dataset: Any) -> list[int] | None:
+    """Return the least and the greatest number of tokens of a tokenized dataset's samples; None if it is streamed."""
+    columns = getattr(dataset, "column_names", None)
+    if not columns or "input_ids" not in columns or not hasattr(dataset, "data"):
+        return None
+    from pyarrow.compute import list_value_length, min_max
+
+    return list(min_max(list_value_length(dataset.data.column("input_ids"))).as_py().values())
+
+
 class AnswerTrainer(AxolotlTrainer):
     """Axolotl's trainer with logits for answer tokens only, for SEAL and its baselines."""
 
@@ -139,7 +149,7 @@ class AnswerTrainer(AxolotlTrainer):
     def before_saving(self, folder: Path) -> None:
         """Write the record of the training data into the folder of an adapter."""
         if self.training_data is not None and self.args.should_save:
-            provenance.save(self.training_data, folder)
+            provenance.save({**self.training_data, "tokens": token_range(self.train_dataset)}, folder)
 
     def reentrant(self) -> bool:
         """Return whether checkpointing or offloading may need the embeddings' output to require gradients."""

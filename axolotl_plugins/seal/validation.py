@@ -93,6 +93,35 @@ def check_paths(cfg: dict[str, Any]) -> None:
         )
 
 
+def check_targets(cfg: dict[str, Any], block: SealBlock) -> None:
+    """Raise if the adapter's settings do not match the base model's modules; its weights are not loaded.
+
+    A base model that Transformers cannot build from its config is left to Axolotl.
+
+    Raises:
+        ValueError: no module matches, or the number of heads is another.
+    """
+    if cfg.get("adapter") != "seal":
+        return
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from axolotl_plugins.common.window import read_config
+
+    from .config import SealConfig
+    from .model_loading import BROKEN
+
+    trust = {"trust_remote_code": bool(cfg.get("trust_remote_code"))}
+    try:
+        config = read_config(cfg.get("base_model_config") or cfg["base_model"], cfg.get("model_config"), **trust)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, **trust)
+    except BROKEN:
+        return
+    get_peft_model(model, SealConfig(**block.adapter_settings(), task_type="CAUSAL_LM"))
+
+
 def check_adapter(cfg: dict[str, Any], block: SealBlock) -> None:
     """Raise on settings that SEAL needs and that have other values.
 

@@ -18,6 +18,7 @@ from typing import Any
 from axolotl_plugins.common.console import first_line
 from axolotl_plugins.common.io import read_rows
 from data_gen.fit_length import LengthBudget, largest
+from data_gen.metrics import rouge_recall
 from data_gen.tasks.task import Request, Task, register
 
 PROMPT = "<book>{context}</book>\nBased on the content of the book, Question: {question}\nAnswer:"
@@ -155,19 +156,6 @@ def insert(context: str, needle: str, depth: float) -> str:
     ends = [match.end() for match in re.finditer(r"\.(?=\s)", context[: int(len(context) * depth / 100) + 1])]
     offset = ends[-1] if ends and depth else 0
     return f"{context[:offset]}\n{needle}\n{context[offset:]}"
-
-
-@functools.cache
-def rouge() -> Any:
-    """Return ROUGE-1 with stemming, as the original configures it."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rouge1"], use_stemmer=True)
-
-
-def rouge_recall(response: str, references: list[str]) -> float:
-    """Compute ROUGE-1 recall: the share of the reference's words in a response (times 100 in the paper)."""
-    return rouge().score(references[0], response.strip())["rouge1"].recall
 
 
 def sample(request: Request, rng: random.Random, index: int, budget: LengthBudget) -> dict[str, Any]:

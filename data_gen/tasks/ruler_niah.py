@@ -13,9 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from data_gen.description import words
 from data_gen.fit_length import LengthBudget, largest
+from data_gen.metrics import string_match_all
 from data_gen.tasks import niah
-from data_gen.tasks.ruler import SOURCE, length, make_sample, string_match_all
+from data_gen.tasks.ruler import SOURCE, length, make_sample
 from data_gen.tasks.task import Request, Task, register
 from data_gen.tasks.vt import NOISE
 
@@ -30,20 +32,8 @@ DEPTHS = tuple(round(100 * step / 39) for step in range(40))  # per cent of an e
 MAX_NEW_TOKENS = 128  # RULER's tokens_to_generate
 
 
-@functools.cache
-def word_lists() -> tuple[list[str], list[str]]:
-    """Return the adjectives and nouns of wonderwords, sorted."""
-    from wonderwords import RandomWord
-
-    generator = RandomWord()
-    adjectives, nouns = (
-        sorted({word.strip() for word in generator.filter(include_categories=[kind])}) for kind in ("adjective", "noun")
-    )
-    return adjectives, nouns
-
-
 RANDOM: dict[str, Callable[[random.Random], str]] = {
-    "words": lambda rng: "-".join(map(rng.choice, word_lists())),
+    "words": lambda rng: "-".join(rng.choice(words(kind)) for kind in ("adjective", "noun")),
     "numbers": lambda rng: str(rng.randint(10**6, 10**7 - 1)),
     "uuids": lambda rng: str(uuid.UUID(int=rng.getrandbits(128), version=4)),
 }

@@ -47,16 +47,18 @@ def cost_lines(file: Path, gpu: str) -> list[str]:
         ValueError: the recipe does not describe its data, its model's shape is unknown, or so is the GPU.
     """
     from axolotl_plugins.seal.args import parse_block
+    from axolotl_plugins.seal.training_data import file_lengths
 
     if gpu not in GPUS:
         raise ValueError(f"gpu: found {gpu!r}, expected one of {', '.join(GPUS)}")
     settings = load_yaml(file)
     if "base_model" not in settings:
         raise ValueError(f"{file}: not a recipe: it names no base_model")
-    parse_block(settings.get("seal"))  # before anything is fetched
+    block = parse_block(settings.get("seal"))  # before anything is fetched
     shape = shape_for(settings["base_model"])
     try:
-        cost = recipe_cost(settings, shape)
+        own = [] if block.data else [length for _, lengths in file_lengths(settings) for length in lengths.values()]
+        cost = recipe_cost(settings, shape, own)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     step, devices, seconds = cost.step, cost.step.context_parallel_size, cost.seconds(gpu)

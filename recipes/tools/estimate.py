@@ -5,7 +5,7 @@ docs/performance.md derives the formulas and compares them with measurements.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple
@@ -367,21 +367,25 @@ class Cost:
         return sum(number * step_seconds(self.shape, tokens, self.step, gpu) for number, tokens in self.steps)
 
 
-def recipe_cost(settings: dict[str, Any], shape: Shape) -> Cost:
+def recipe_cost(settings: dict[str, Any], shape: Shape, lengths: Sequence[int] = ()) -> Cost:
     """Estimate a recipe's cost on one device, or with context parallelism on each.
 
     Args:
         settings: the recipe; its ``seal: data:`` declares number and lengths of samples.
         shape: of its model.
+        lengths: of its samples in tokens, if it does not describe them.
 
     Raises:
         ValueError: the recipe does not describe its data in tokens.
     """
     from axolotl_plugins.seal.args import parse_block
 
+    if lengths:
+        epochs = settings.get("num_epochs", 1)
+        return Cost(shape, StepConfig.of(settings), tuple((epochs, tokens) for tokens in lengths), max(lengths))
     block = parse_block(settings.get("seal"))
     if not block.data:
-        raise ValueError("does not describe its data (`seal: data:`), so its length is unknown")
+        raise ValueError("neither describes its data (`seal: data:`) nor names a local JSON lines file of chats")
     steps, longest = [], 0
     for data in block.data:
         if data.tokens is None:

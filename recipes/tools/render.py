@@ -14,7 +14,7 @@ import jinja2
 import yaml
 
 from axolotl_plugins.common.io import load_json
-from data_gen.tasks import TaskAttribute, tasks_of
+from data_gen.tasks import TaskAttribute, resolve_task, tasks_of
 from recipes.tools.estimate import (
     CARD_SHARE,
     CARDS,
@@ -42,13 +42,26 @@ RESULTS = FOLDER.parent / "results"
 
 
 @dataclass(frozen=True)
+class OwnData:
+    """A file of chats to train on.
+
+    Attributes:
+        path: as the recipe names it.
+        lengths: of its chats, in tokens.
+    """
+
+    path: str
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that one recipe's text depends on.
 
     Attributes:
         file: path of the recipe.
         model: an entry of ``models`` in ``matrix.yml``.
-        task: a key of ``TASKS`` or ``MIXTURES``.
+        task: see ``resolve_task``, or a key of ``MIXTURES``.
         method: a key of ``METHODS``.
         rate: learning rate.
         shows: the purpose, such as the table of the paper that it reproduces.
@@ -59,6 +72,7 @@ class Recipe:
         sharding: ``fsdp2`` or ``zero3`` to shard weights across devices.
         context_parallel_size: devices that every sample's tokens are sharded across.
         ruler_version: of RULER's tasks, see ``data_gen.dataset.Request``.
+        own: file to train on instead of a task's samples.
     """
 
     file: Path
@@ -74,6 +88,7 @@ class Recipe:
     context_parallel_size: int = 1
     card: int = CARD
     ruler_version: int | None = None
+    own: OwnData | None = None
 
     @property
     def name(self) -> str:
@@ -93,6 +108,8 @@ class Recipe:
     @property
     def longest(self) -> int:
         """Tokens of the longest sample."""
+        if self.own:
+            return max(self.own.lengths)
         return max(int(str(sample_tokens(self.model, self.task, part)).rpartition(":")[2]) for part in self.tasks)
 
     @property
@@ -130,7 +147,12 @@ class Recipe:
     @cached_property
     def cost(self) -> Cost | None:
         """Estimate of memory and time from the model's shape; None if that is unknown."""
-        return recipe_cost(yaml.safe_load(self.render("")), self.shape) if self.shape else None
+        return self.cost_of({}, self.shape) if self.shape else None
+
+    def cost_of(self, changes: dict[str, Any], shape: Shape) -> Cost:
+        """Estimate the cost with some settings changed."""
+        lengths = self.own.lengths if self.own else ()
+        return recipe_cost(yaml.safe_load(self.render("")) | changes, shape, lengths)
 
     @cached_property
     def text(self) -> str:
@@ -138,7 +160,9 @@ class Recipe:
         return self.render(expectation(self))
 
     def data_parts(self) -> list[dict[str, Any]]:
-        """Return task, tokens, samples and data file of every part of the training data."""
+        """Return the data file of every part of the training data, and its task, tokens and samples."""
+        if self.own:
+            return [{"path": self.own.path}]
         # Equal data have equal names, on however many devices and by whatever method.
         key = self.name.removesuffix(f"_{self.sharding}").removesuffix(f"_cp{self.context_parallel_size}")
         key = key.removesuffix(f"_{self.method}")
@@ -148,14 +172,15 @@ class Recipe:
                 "tokens": sample_tokens(self.model, self.task, part),
                 "samples": self.samples // len(self.tasks),
                 "ruler_version": self.ruler_version if part in RULER else None,
-                "file": key if len(self.tasks) == 1 else f"{key}_{part}",
+                "path": f"data/{key}.jsonl" if len(self.tasks) == 1 else f"data/{key}_{part}.jsonl",
             }
             for part in self.tasks
         ]
 
     def render(self, expectation: str) -> str:
         """Render the template with a text on memory and time in its header."""
-        title = f"{METHODS[self.method]} on {self.model['name']}, {' + '.join(TASKS[part] for part in self.tasks)}"
+        data = self.own.path if self.own else " + ".join(resolve_task(part).description for part in self.tasks)
+        title = f"{METHODS[self.method]} on {self.model['name']}, {data}"
         return environment().get_template("recipe.yml.jinja").render(
             recipe=self, model=self.model, parts=self.data_parts(), launch_path=shlex.quote(str(self.file)),
             title=f"{title}: {self.shows}.", expectation=expectation, granularity=GRANULARITY.get(self.method),
@@ -171,6 +196,8 @@ def environment() -> jinja2.Environment:
         undefined=jinja2.ChainableUndefined,
     )  # fmt: skip
     jinja.filters["comment"] = comment
+    # Quoted where it must be.
+    jinja.filters["yaml_text"] = lambda text: yaml.safe_dump(text, width=1000).removesuffix("\n...\n").rstrip()
     jinja.filters["yaml"] = lambda value: yaml.safe_dump(value, sort_keys=False).rstrip()
     return jinja
 
@@ -196,8 +223,8 @@ def expectation(recipe: Recipe) -> str:
     seconds = cost.seconds(gpu)
     each, cards = (" of each", f"{devices} {gpu.upper()}") if devices > 1 else ("", f"one {gpu.upper()}")
     text = (
-        f"Takes about {cost.gib:.0f} GiB{each} and {in_minutes(seconds)} on {cards}, {per_sample(recipe, seconds)}, "
-        "computed from shapes (`seal recipe cost`)."
+        f"Takes about {round_small(cost.gib, 0)} GiB{each} and {in_minutes(seconds)} on {cards}, "
+        f"{per_sample(recipe, seconds)}, computed from shapes (`seal recipe cost`)."
     )
     if recipe.chooses:
         text += choice(recipe)
@@ -220,12 +247,19 @@ def expectation(recipe: Recipe) -> str:
 
 def in_minutes(seconds: float) -> str:
     """Return a time in words: minutes, with a decimal below 10."""
+    if seconds < 30:
+        return "less than a minute"
     return f"{seconds / 60:.1f} minutes" if seconds < 570 else f"{seconds / 60:.0f} minutes"
 
 
 def per_sample(recipe: Recipe, seconds: float) -> str:
     """Return the mean seconds of a sample in words."""
-    return f"{seconds / recipe.samples / recipe.epochs:.1f} s a sample"
+    return f"{round_small(seconds / recipe.samples / recipe.epochs, 1)} s a sample"
+
+
+def round_small(value: float, places: int) -> str:
+    """Return a number with so many decimal places, or one digit if that would be 0."""
+    return f"{value:.{places}f}" if value >= 10**-places else f"{value:.1g}"
 
 
 def choice(recipe: Recipe) -> str:
@@ -241,7 +275,7 @@ def choice(recipe: Recipe) -> str:
         parts.append(f"keeps {what} in host memory ({host:.0f} GiB)")
     if step.quantised:
         parts.append("has its base in 8 bits")
-    full = recipe_cost(yaml.safe_load(recipe.render("")) | FULL, shape)
+    full = recipe.cost_of(FULL, shape)
     text = (
         f" A step {', '.join(parts)}: the fastest setting that fits {CARD_SHARE:.0%} of {recipe.card} GiB (`--card` of "
         "`seal recipe new` takes another)"
@@ -347,7 +381,7 @@ def device_name(row: dict[str, Any]) -> str:
 
 def measurement(recipe: Recipe) -> dict[str, Any] | None:
     """Return the latest measured step of a recipe's shape, method, setting and sample length; None if there is none."""
-    if not recipe.chooses:
+    if not recipe.chooses or recipe.own:
         return None
     tokens = {sample_tokens(recipe.model, recipe.task, part) for part in recipe.tasks}
     methods = ("SEAL-C", "SEAL-H") if recipe.method in GRANULARITY else (METHODS[recipe.method],)  # equal work

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 
 from axolotl_plugins.common.tokenizer import count_tokens, load_tokenizer
 from data_gen.dataset import Request, generate, in_split, remark, write
+from data_gen.metrics import string_match_all
 from data_gen.tasks import TASKS, cwe, fwe, longbench, niah, register, ruler_niah, vt
-from data_gen.tasks.ruler import string_match_all
 
 # Samples that NVIDIA's own programs wrote for 1,500 tokens.
 ORIGINALS = [json.loads(row) for row in (FIXTURES / "ruler.jsonl").read_text().splitlines()]

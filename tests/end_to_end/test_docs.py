@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from paths import ROOT, TINY
+
+from data_gen.description import TYPES, Description
 
 README = (ROOT / "README.md").read_text()
 DOCS = {file.name: file.read_text() for file in (ROOT / "docs").glob("*.md") if file.name != "log.md"}  # a history
@@ -146,6 +149,57 @@ def random_model(model_type: str, folder: Path) -> str:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def test_the_own_task_page_shows_the_description_and_every_setting():
+    page, fields = DOCS["own-task.md"], set(Description.model_fields)
+    shown = page.split("```yaml\n")[1].split("```")[0]
+    assert (ROOT / "data_gen/examples/sensors.yml").read_text().split("\n", 1)[1] == shown
+    settings, types = (
+        part.split("\n\n")[0] for part in page.split("|---|---|\n")[1:2] + page.split("|---|---|---|\n")[1:]
+    )
+    listed = {name for row in settings.splitlines() for name in re.findall(r"`(\w+)`", row.split(" | ")[0])}
+    assert listed == fields
+    for row in types.splitlines():
+        name, examples, _ = (cell.strip(" |") for cell in row.split(" | "))
+        field = yaml.safe_load("{" + ", ".join(re.findall(r"`([^`]+)`", examples)) + "}")
+        field.pop("folder", None)
+        settings = {"record": "{a}", "question": "", "answer": "{a}", "references": ["{a}"], "name": "x"}
+        Description(**settings, fields={"a": {"type": name.strip("`"), **field}})
+    assert len(types.splitlines()) == len(TYPES)
+
+
+def toy(text: str, model: str = str(TINY)) -> str:
+    """Commands or code of a page at toy size, with its files relative to the root."""
+    for old, new in {"models/smollm2-135m": model, "512:1024": "900:1000", "256:512": "200:300",
+                     "256,512,1024": "200,300",
+                     "256, 512, 1024": "200, 300", "--samples 20": "--samples 2",
+                     "--samples 12": "--samples 2", "samples=20": "samples=2",
+                     "samples=50": "samples=3", "data_gen/examples": f"{ROOT}/data_gen/examples"}.items():  # fmt: skip
+        text = text.replace(old, new)
+    return text
+
+
+def test_the_own_task_pages_python_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(toy(DOCS["own-task.md"].split("```python\n")[1].split("```")[0]), {})
+    assert "outputs/sensors_python_merged {200: " in capsys.readouterr().out
+    assert (tmp_path / "outputs/sensors_python_merged/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_own_task_pages_commands_work_as_a_new_user_types_them(tmp_path):
+    blocks = re.findall(r"```bash\n(.*?)```", DOCS["own-task.md"], re.DOTALL)
+    binaries = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+                   "OMP_NUM_THREADS": "1", "AXOLOTL_DO_NOT_TRACK": "1"}  # fmt: skip
+    for line in "".join(blocks).splitlines():
+        command = toy(line).replace("seal ", f"{sys.executable} -m recipes.cli ", 1) if line[:5] == "seal " else line
+        done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, line + done.stdout[-2000:] + done.stderr[-3000:]
+    assert len(list((tmp_path / "results/sensors").glob("*.png"))) >= 1
+    assert json.loads((tmp_path / "results/tickets.json").read_text())["scores"]
+    assert yaml.safe_load((tmp_path / "recipes/tickets.yml").read_text())["sequence_len"] <= 1000
 
 
 @pytest.mark.slow

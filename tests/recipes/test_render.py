@@ -303,7 +303,7 @@ def test_a_recipe_for_the_small_model_and_what_cannot_be_tuned(tmp_path):
     text, found = recipe_for(tiny, "line", "sealh", out=tmp_path / "mine.yml", gpu=True)
     cfg = yaml.safe_load(text)
     assert text.startswith(f"# accelerate launch -m axolotl.cli.train {tmp_path}/mine.yml") and "o_proj" in found
-    assert "# Takes about 0 GiB and 0.0 minutes on one H100" in text and cfg["output_dir"] == "outputs/mine"
+    assert "# Takes about 0.03 GiB and less than a minute on one H100" in text and cfg["output_dir"] == "outputs/mine"
     assert (cfg["base_model"], cfg["seal"]["data"]["tokens"], cfg["sequence_len"]) == (tiny, 1984, 2048)
     check_recipe(cfg)
     small = shutil.copytree(tiny, tmp_path / "small")
@@ -326,17 +326,72 @@ def test_a_recipe_for_the_small_model_and_what_cannot_be_tuned(tmp_path):
             recipe_for(*arguments)
 
 
-def test_a_recipe_for_a_cpu_and_a_range_of_lengths(tmp_path):
-    out = tmp_path / "mine.yml"
-    command = ["new", str(TINY), "--task", "vt", "--tokens", "0512:1024", "--no-gpu", "--out", str(out)]
+def test_a_recipe_for_a_file_of_chats(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    rows = list(generate(Request("line", "250:500", samples=7), tokenizer))
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps({"messages": row["messages"]}) + "\n" for row in rows))
+    out, longest = tmp_path / "mine.yml", max(row["tokens"] for row in rows)
+    command = ["new", str(TINY), "--data", str(file), "--method", "sealh", "--no-gpu", "--out", str(out)]
     assert CliRunner().invoke(app, command).exit_code == 0
     text = out.read_text()
-    assert '    tokens: "512:1024" #' in text and yaml.safe_load(text)["seal"]["data"]["tokens"] == "512:1024"
+    cfg = yaml.safe_load(text)
+    assert cfg["datasets"][0]["path"] == str(file) and cfg["sequence_len"] == longest
+    assert cfg["seal"] == {"granularity": "head"} and cfg["learning_rate"] == 0.01
+    header = " ".join(line.lstrip("# ") for line in text.split("\n\n")[0].splitlines())
+    assert f"SEAL-H on {TINY}, {file}: samples of {min(row['tokens'] for row in rows)} to {longest} tokens" in header
+    assert "Learns from 7 samples, 1 epoch." in header and "a minute on two CPU cores" in header
+    assert "line retrieval, others may suit better" in header and "Table" not in header
+    check_recipe(cfg)
+    cost = CliRunner().invoke(app, ["cost", str(out)])
+    assert cost.exit_code == 0 and f"{longest} tokens at most" in cost.output
+    lora, _ = recipe_for(str(TINY), "line", "seall", out=out, gpu=True, data=file)
+    assert "seal" not in yaml.safe_load(lora) and "on one H100" in lora
+    long = next(generate(Request("line", "2300", samples=1), tokenizer))
+    for row, message in (
+        (
+            {"messages": long["messages"]},
+            r"train\.jsonl: its longest sample has \d+ tokens, more than the model's",
+        ),
+        ({"prompt": "a", "completion": "b"}, r"train\.jsonl, line 8: found no chat, .* convert it with"),
+    ):
+        file.write_text("".join(json.dumps({"messages": row["messages"]}) + "\n" for row in rows) + json.dumps(row))
+        with pytest.raises(ValueError, match=message):
+            recipe_for(str(TINY), "line", "sealc", out=out, gpu=False, data=file)
+    both = CliRunner().invoke(app, ["new", str(TINY), "--data", str(file), "--task", "line"])
+    assert both.exit_code and "leave out --task and --tokens" in str(both.exception)
+
+
+def test_a_recipe_for_a_described_task(tmp_path):
+    spec = str(ROOT / "data_gen/examples/table.yml")
+    text, _ = recipe_for(str(TINY), spec, "sealc", "300:600", out=tmp_path / "mine.yml", gpu=False)
+    cfg = yaml.safe_load(text)
+    assert cfg["seal"]["data"]["task"] == spec and cfg["datasets"][0]["path"] == "data/mine.jsonl"
+    assert cfg["learning_rate"] == 0.02 and "table rows: its rate is that of line retrieval" in text
+    check_recipe(cfg)
+
+
+def test_a_range_shorter_than_a_sample_is_refused(tmp_path):
+    for task, tokens, message in (
+        ("line", "100:900", "tokens: 100 is too short for line retrieval, whose shortest sample has"),
+        ("vt", "400", "tokens: 200 is too short for vt"),
+        (str(ROOT / "data_gen/examples/tickets.yml"), "200", "tokens: 200 is too short for tickets"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recipe_for(str(TINY), task, "sealc", tokens, out=tmp_path / "mine.yml", gpu=False)
+
+
+def test_a_recipe_for_a_cpu_and_a_range_of_lengths(tmp_path):
+    out = tmp_path / "mine.yml"
+    command = ["new", str(TINY), "--task", "vt", "--tokens", "0900:1800", "--no-gpu", "--out", str(out)]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    text = out.read_text()
+    assert '    tokens: "900:1800" #' in text and yaml.safe_load(text)["seal"]["data"]["tokens"] == "900:1800"
     assert "# Takes about 1 GiB, and a minute on two CPU cores: computed" in text and "A100" not in text
     assert "gradient_checkpointing: false" in text and "attn_implementation: sdpa" in text
     # A single length of RULER's tasks is the end of a range.
-    text, _ = recipe_for(str(TINY), "vt", "sealc", "1024", out=out, gpu=False)
-    assert yaml.safe_load(text)["seal"]["data"]["tokens"] == "512:1024"
+    text, _ = recipe_for(str(TINY), "vt", "sealc", "1800", out=out, gpu=False)
+    assert yaml.safe_load(text)["seal"]["data"]["tokens"] == "900:1800"
 
 
 def test_recipes_for_cpus_fit_into_their_memory_and_state_the_measured_rate():

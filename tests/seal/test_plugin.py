@@ -60,7 +60,10 @@ def test_adapters_and_checkpoints_say_what_they_were_trained_on(trained):
         known = load(adapter).trained_on
         assert all(text_hash(message["content"]) in known for row in rows for message in row["messages"])
     manifest = json.loads((folder / "data/tiny_line.jsonl.manifest.json").read_text())
-    assert json.loads((folder / "out/training_data.json").read_text())["files"][0]["manifest"] == manifest
+    record = json.loads((folder / "out/training_data.json").read_text())
+    assert record["files"][0]["manifest"] == manifest
+    tokens = [row["tokens"] for row in rows]
+    assert record["tokens"] == [min(tokens), max(tokens)]
 
 
 def test_resumed_training_ends_with_the_same_bits(trained):

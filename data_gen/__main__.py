@@ -40,6 +40,13 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: progress.update(bar, completed=done)
 
 
+TaskName = Annotated[
+    str,
+    typer.Argument(
+        help=f"Task to draw: {', '.join(TASKS)}, a description (.yml) or module:object; or needles, to train niah with."
+    ),
+]
+Out = Annotated[Path | None, typer.Option(help="JSON lines file to write, with its manifest beside it; required.")]
 Tokenizer = Annotated[str | None, typer.Option(help="Model whose tokenizer and chat template count: folder or hub id.")]
 ChatTemplate = Annotated[
     str | None, typer.Option(help="Jinja file, for tokenizers without a template: see recipes/templates.")
@@ -69,31 +76,23 @@ ChatTemplateKwargs = Annotated[
 BaseUrl = Annotated[
     str | None, typer.Option(help="For needles: an OpenAI-compatible endpoint, such as http://localhost:8000/v1.")
 ]
+Preview = Annotated[
+    bool, typer.Option("--preview", help="Print the first sample instead; without --tokenizer, tokens are words.")
+]
 Model = Annotated[str | None, typer.Option(help="For needles: the model to query; OPENAI_API_KEY is its key.")]
 
 
 def main(
-    task: Annotated[
-        str,
-        typer.Argument(
-            help=f"Task to draw: {', '.join(TASKS)}, a description (.yml) or module:object; or needles, to train niah "
-            "with."
-        ),
-    ],
-    out: Annotated[
-        Path | None, typer.Option(help="JSON lines file to write, with its manifest beside it; required.")
-    ] = None,
-    tokenizer: Tokenizer = None, chat_template: ChatTemplate = None, tokens: Tokens = None, lines: Lines = None,
+    task: TaskName,
+    out: Out = None, tokenizer: Tokenizer = None, chat_template: ChatTemplate = None, tokens: Tokens = None,
+    lines: Lines = None,
     samples: Annotated[int, typer.Option(help="How many samples, or needles.")] = 50,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     split: Annotated[Literal["train", "test"], typer.Option(help="The two never share a sample.")] = "train",
     haystack: Haystack = None, needles: Needles = None, depths: Depths = None,
     data: Annotated[str | None, typer.Option(help=f"For {users('data')}: a local file instead of the hub's.")] = None,
     ruler_version: RulerVersion = None, chat_template_kwargs: ChatTemplateKwargs = None, base_url: BaseUrl = None,
-    model: Model = None,
-    preview: Annotated[
-        bool, typer.Option("--preview", help="Print the first sample instead; without --tokenizer, tokens are words.")
-    ] = False,
+    model: Model = None, preview: Preview = False,
 ) -> None:  # fmt: skip
     """Write samples in the format of a benchmark, with answers, as chats to train on or to score.
 
@@ -105,7 +104,7 @@ def main(
             tokens = tokens or (
                 None if lines else str(max(150, resolve_task(task).shortest // (1 if tokenizer else 2)))
             )
-            request = Request(task, tokens, lines, 1, seed, split, haystack, needles, depths, data)
+            request = Request(task, tokens, lines, 1, seed, split, haystack, needles, depths, data, ruler_version)
             print(sample_text(request, load_tokenizer(tokenizer, chat_template) if tokenizer else None))
             return
         if out is None:

@@ -325,8 +325,6 @@ ROPES = {
                 "activation_sparsity_pattern": [0.0, 0.0], "laurel_rank": 8}),
     "olmo3": ("olmo3", {**SLIDING, "rope_parameters": {**BY_LAYER, "sliding_attention": {
               "rope_type": "default", "rope_theta": 1e6}}}),
-    "modernbert": ("modernbert-decoder", {**SLIDING, "rope_parameters": {
-                   **BY_LAYER, "full_attention": {"rope_type": "default", "rope_theta": 1e6}}}),
     "cohere2": ("cohere2", {**SLIDING, "rope_parameters": {"rope_type": "default", "rope_theta": 40889.94}}),
     "neox": ("gpt_neox", PARTIAL), "phi": ("phi", PARTIAL), "persimmon": ("persimmon", PARTIAL),
     "stablelm": ("stablelm", {"num_key_value_heads": 4, **PARTIAL}),

@@ -25,7 +25,7 @@ TOKENS ?= 2048
 KILLS ?= 50
 PYTHON_VERSION ?= 3.12
 PART ?= 500
-BENCH_TOKENS ?= 8192 31000 65536 131072
+BENCH_TOKENS ?= 8192,31000,65536,131072
 
 .DEFAULT_GOAL := help
 .PHONY: help help-all setup demo model test train data eval report merge study recipes recipes-smoke lint docs bench bench-data \
@@ -124,7 +124,7 @@ bench: setup #+ time SEAL beside IA3 and LoRA on this CPU: results/bench.json
 bench-data: setup #+ time every task's data at 31K tokens with Mistral's tokenizer
 	$(RUN) tests/bench_data.py
 
-bench-gpu: setup #+ the same at 7B on a GPU: results/bench_gpu.json   [BENCH_TOKENS="8192 31000 65536 131072"]
+bench-gpu: setup #+ the same at 7B on a GPU: results/bench_gpu.json   [BENCH_TOKENS=8192,31000,65536,131072]
 	$(RUN) -m recipes.bench --device cuda --shape llama2_7b --settings full --tokens $(BENCH_TOKENS) --repeats 3 --out results/bench_gpu.json
 
 chaos: setup #+ kill every command at random; the next run must write the same bytes   [KILLS=50]

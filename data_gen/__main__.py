@@ -27,7 +27,7 @@ EXAMPLE = "seal data line --tokenizer models/smollm2-135m --tokens 2048 --sample
 
 def users(option: str) -> str:
     """Name the tasks that accept an option."""
-    return " and ".join(tasks_with(option))
+    return ", ".join(tasks_with(option))
 
 
 @contextmanager
@@ -40,61 +40,60 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: progress.update(bar, completed=done)
 
 
+TaskName = Annotated[
+    str,
+    typer.Argument(
+        help=f"Task to draw: {', '.join(TASKS)}, a description (.yml) or module:object; or needles, to train niah with."
+    ),
+]
+Out = Annotated[Path | None, typer.Option(help="JSON lines file to write, with its manifest beside it; required.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Model whose tokenizer and chat template count: folder or hub id.")]
+ChatTemplate = Annotated[
+    str | None, typer.Option(help="Jinja file, for tokenizers without a template: see recipes/templates.")
+]
+Tokens = Annotated[
+    str | None, typer.Option(help="Longest sample, chat template and answer included: N, or N:M to draw it.")
+]
+Lines = Annotated[int | None, typer.Option(help=f"For {users('lines')}: lines in the record, instead of --tokens.")]
+Haystack = Annotated[
+    str | None,
+    typer.Option(help=f"For {users('haystack')}: folder of text files, or essays (hub); default: built-in prose."),
+]
+Needles = Annotated[
+    str | None, typer.Option(help=f"For {users('needles')}: training needles; default: the paper's ten.")
+]
+Depths = Annotated[
+    int | None,
+    typer.Option(help=f"For test samples of {users('depths')}: depths from 0 to 100 per cent; default: ten."),
+]
+RulerVersion = Annotated[
+    int | None,
+    typer.Option(help=f"For {users('ruler_version')}: 2024 (the paper's) or 2025, as NVIDIA's program was then."),
+]
+ChatTemplateKwargs = Annotated[
+    str | None, typer.Option(help="Variables of the chat template as JSON, such as '{\"enable_thinking\": false}'.")
+]
+BaseUrl = Annotated[
+    str | None, typer.Option(help="For needles: an OpenAI-compatible endpoint, such as http://localhost:8000/v1.")
+]
+Preview = Annotated[
+    bool, typer.Option("--preview", help="Print the first sample instead; without --tokenizer, tokens are words.")
+]
+Model = Annotated[str | None, typer.Option(help="For needles: the model to query; OPENAI_API_KEY is its key.")]
+
+
 def main(
-    task: Annotated[
-        str,
-        typer.Argument(
-            help=f"Task to draw: {', '.join(TASKS)}, a description (.yml) or module:object; or needles, to train niah "
-            "with."
-        ),
-    ],
-    out: Annotated[
-        Path | None, typer.Option(help="JSON lines file to write, with its manifest beside it; required.")
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Model whose tokenizer and chat template count: folder or hub id.")
-    ] = None,
-    chat_template: Annotated[
-        str | None, typer.Option(help="Jinja file, for tokenizers without a template: see recipes/templates.")
-    ] = None,
-    tokens: Annotated[
-        str | None, typer.Option(help="Longest sample, chat template and answer included: N, or N:M to draw it.")
-    ] = None,
-    lines: Annotated[
-        int | None, typer.Option(help=f"For {users('lines')}: lines in the record, instead of --tokens.")
-    ] = None,
+    task: TaskName,
+    out: Out = None, tokenizer: Tokenizer = None, chat_template: ChatTemplate = None, tokens: Tokens = None,
+    lines: Lines = None,
     samples: Annotated[int, typer.Option(help="How many samples, or needles.")] = 50,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     split: Annotated[Literal["train", "test"], typer.Option(help="The two never share a sample.")] = "train",
-    haystack: Annotated[
-        str | None,
-        typer.Option(help=f"For {users('haystack')}: folder of text files, or essays (hub); default: built-in prose."),
-    ] = None,
-    needles: Annotated[
-        str | None, typer.Option(help=f"For {users('needles')}: training needles; default: the paper's ten.")
-    ] = None,
-    depths: Annotated[
-        int | None,
-        typer.Option(help=f"For test samples of {users('depths')}: depths from 0 to 100 per cent; default: ten."),
-    ] = None,
+    haystack: Haystack = None, needles: Needles = None, depths: Depths = None,
     data: Annotated[str | None, typer.Option(help=f"For {users('data')}: a local file instead of the hub's.")] = None,
-    ruler_version: Annotated[
-        int | None,
-        typer.Option(help=f"For {users('ruler_version')}: 2024 (the paper's) or 2025, as NVIDIA's program was then."),
-    ] = None,
-    chat_template_kwargs: Annotated[
-        str | None, typer.Option(help="Variables of the chat template as JSON, such as '{\"enable_thinking\": false}'.")
-    ] = None,
-    base_url: Annotated[
-        str | None, typer.Option(help="For needles: an OpenAI-compatible endpoint, such as http://localhost:8000/v1.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="For needles: the model to query; OPENAI_API_KEY is its key.")
-    ] = None,
-    preview: Annotated[
-        bool, typer.Option("--preview", help="Print the first sample instead; without --tokenizer, tokens are words.")
-    ] = False,
-) -> None:
+    ruler_version: RulerVersion = None, chat_template_kwargs: ChatTemplateKwargs = None, base_url: BaseUrl = None,
+    model: Model = None, preview: Preview = False,
+) -> None:  # fmt: skip
     """Write samples in the format of a benchmark, with answers, as chats to train on or to score.
 
     A file that already holds the requested samples is kept.
@@ -105,7 +104,7 @@ def main(
             tokens = tokens or (
                 None if lines else str(max(150, resolve_task(task).shortest // (1 if tokenizer else 2)))
             )
-            request = Request(task, tokens, lines, 1, seed, split, haystack, needles, depths, data)
+            request = Request(task, tokens, lines, 1, seed, split, haystack, needles, depths, data, ruler_version)
             print(sample_text(request, load_tokenizer(tokenizer, chat_template) if tokenizer else None))
             return
         if out is None:

@@ -88,7 +88,7 @@ BaseUrl = Annotated[str, typer.Option(help="For vllm: URL of its endpoint; `vllm
 Out = Annotated[
     Path,
     typer.Option(
-        help="Result file, ending in .json, or folder for TASK_MODEL.json, where _1shot, _cases and the like follow. "
+        help="Result file, ending in .json, or folder for TASK_MODEL.json, where _1shot and the like follow. "
         "A PNG lies beside it."
     ),
 ]
@@ -127,9 +127,7 @@ def run(
         names = [task.name for task in tasks]
         models, folders = model or [], parse_adapters(adapter or [])
         check_models(models, folders, backend, dtype, model_config)
-        suffix = (f"_{shots}shot" if shots else "") + (f"_{model_config.stem}" if model_config else "")
-        suffix += "_cases" if cases else ""
-        outputs = output_files([name + suffix for name in folders or map(result_name, models)], names, out)
+        outputs = output_files(list(folders) or [result_name(name) for name in models], names, out, shots, model_config)
         changes = read_model_config(model_config) if model_config else None
         options: dict[str, Any] = {"chat_template": chat_template, "trust_remote_code": trust_remote_code,
                                    "template_arguments": parse_arguments(chat_template_kwargs)}  # fmt: skip
@@ -208,12 +206,16 @@ def read_model_config(recipe: Path) -> dict[str, Any]:
     return changes
 
 
-def output_files(names: list[str], tasks: list[str], out: Path) -> dict[str, dict[str, Path]]:
-    """Return result files by model and task.
+def output_files(
+    names: list[str], tasks: list[str], out: Path, shots: int, model_config: Path | None
+) -> dict[str, dict[str, Path]]:
+    """Return result files by model and task; a model's name gets a suffix for shots and config.
 
     Raises:
         ValueError: two models have the same name, or ``out`` is one file for several results.
     """
+    suffix = (f"_{shots}shot" if shots else "") + (f"_{model_config.stem}" if model_config else "")
+    names = [name + suffix for name in names]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"model: {min(repeated)} is named twice")
     one_file = out.suffix == ".json"

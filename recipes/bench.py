@@ -32,6 +32,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from axolotl_plugins.common.console import first_line, out_of_memory, quiet_libraries, stop
 from axolotl_plugins.common.io import load_json, write_text
 from axolotl_plugins.seal.tune import answer_loss
+from eval.cli_options import parse_numbers
 from recipes.tools.estimate import Shape, training_flop
 from recipes.tools.machine import machine
 from recipes.tools.methods import peft_config
@@ -374,33 +375,36 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = lambda text: text.split(",")  # noqa: E731
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.bench", description=__doc__.splitlines()[0],
+        epilog="Example: python -m recipes.bench --methods SEAL-C,LoRA --tokens 2048,4096 --settings full,selective",
+    )  # fmt: skip
     parser.add_argument("--shape", default="small", help="small, or a shape in recipes/matrix.yml such as llama2_7b")
     parser.add_argument("--layers", type=int, help="default: the shape's own")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--settings", type=lambda names: names.split(","), default=["none"],
-                        help="comma-separated, the most important first: full, none, selective, everyN, liger, "
-                        "cudnn, flash, or several joined by +, such as selective+liger+every2")  # fmt: skip
+    parser.add_argument("--tokens", default="2048,4096", help="lengths of samples")
+    parser.add_argument("--methods", type=names, default=list(METHODS), help=f"some of {','.join(METHODS)}")
+    parser.add_argument("--settings", type=names, default=["none"],
+                        help="the most important first: full, none, selective, everyN, liger, cudnn, flash, or several "
+                        "joined by +, such as selective+liger+every2")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5, help="timed steps")
     parser.add_argument("--warmup", type=int, help="tokens of the warm-up step, at most (default: the sample's)")
     parser.add_argument("--minutes", type=float, help="skip rows that would end later")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("results/bench.json"),
-        help="file of rows; existing rows are not measured again",
-    )
+    parser.add_argument("--out", type=Path, default=Path("results/bench.json"),
+                        help="file of rows; existing rows are not measured again")  # fmt: skip
     return parser.parse_args(argv)
 
 
 def check(args: argparse.Namespace, shapes: dict[str, Any]) -> None:
-    """Check the command line.
+    """Check the command line, and parse its lengths.
 
     Raises:
         ValueError: an option is invalid.
     """
+    args.tokens = parse_numbers(args.tokens, "tokens")
+    if unknown := [name for name in args.methods if name not in METHODS]:
+        raise ValueError(f"methods: found {unknown[0]!r}, expected some of {', '.join(METHODS)}")
     if args.shape not in shapes:
         raise ValueError(f"shape: found {args.shape!r}, expected one of {', '.join(shapes)}")
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -370,7 +370,7 @@ def collect(
         print(tables(gathered))
 
 
-@app.command(epilog="Example: python -m recipes.study adapters --out outputs/study --to results/adapters/smollm2-135m")
+@app.command(epilog="Example: seal study adapters --out outputs/study --to results/adapters/smollm2-135m")
 def adapters(
     model: Model = Path("models/smollm2-135m"), out: Out = Path("outputs/study"),
     to: Annotated[Path, typer.Option(help="Gets one folder per task and method.")] = Path("outputs/adapters"),

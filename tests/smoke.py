@@ -22,7 +22,7 @@ import yaml
 from axolotl_plugins.common.console import quiet_libraries, stop
 from axolotl_plugins.common.io import remove, write_text
 from data_gen.tasks import TASKS
-from recipes.tools.render import FOLDER, all_recipes, read_matrix
+from recipes.tools.render import FOLDER, matrix_recipes, read_matrix
 
 ROOT = FOLDER.parent
 TOKENIZER = ROOT / "tests" / "fixtures" / "tiny"
@@ -222,7 +222,7 @@ def smoke(names: list[str], jobs: int) -> None:
     from rich.table import Table
 
     os.chdir(ROOT)
-    texts = all_recipes()
+    texts = {recipe.name: recipe.text for recipe in matrix_recipes()}
     names = names or sorted(texts)
     if unknown := [name for name in names if name not in texts]:
         raise ValueError(f"recipe: found {unknown[0]!r}, expected a name in recipes, such as {min(texts)}")

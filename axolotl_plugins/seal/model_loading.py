@@ -198,6 +198,15 @@ def load_weights(base: str, config: Any, dtype: torch.dtype | str, trust_remote_
     return model
 
 
+def meta_model(name: str, config: Any, **trust: bool) -> PreTrainedModel:
+    """Build a model on the meta device, with the generation config of its folder."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, **trust)
+    if (Path(name) / "generation_config.json").is_file():  # may list more EOS tokens
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    return model
+
+
 def cannot_load(name: str, error: BaseException) -> ValueError:
     """Return the one-line error for a model or an adapter that a library could not load."""
     text = " ".join(str(error).split())
@@ -271,13 +280,7 @@ def load(
             del config.quantization_config
         if source != base:
             config.dtype = read_config(base, trust_remote_code=trust_remote_code).dtype
-        if weights:
-            model = load_weights(base, config, dtype, trust_remote_code)
-        else:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, **trust)
-            if (Path(name) / "generation_config.json").is_file():  # may list more EOS tokens
-                model.generation_config = GenerationConfig.from_pretrained(name)
+        model = load_weights(base, config, dtype, trust_remote_code) if weights else meta_model(name, config, **trust)
         if adapter is not None and weights:
             model = apply_adapter(model, Path(name))
         has_tokenizer = adapter is None or (Path(name) / "tokenizer_config.json").is_file()

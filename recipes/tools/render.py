@@ -391,12 +391,3 @@ def measurement(recipe: Recipe) -> dict[str, Any] | None:
         and "error" not in row and set(row["setting"].split("+")) == set(recipe.step.name.split("+"))
     ]  # fmt: skip
     return max(rows, key=lambda row: row["date"]) if rows else None
-
-
-def all_recipes() -> dict[str, str]:
-    """Return name and text of every recipe of ``matrix.yml``.
-
-    Raises:
-        ValueError: a rate is missing, or two rows make the same file.
-    """
-    return {recipe.name: recipe.text for recipe in matrix_recipes()}

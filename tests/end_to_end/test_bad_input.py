@@ -152,6 +152,7 @@ LINE = "line --tokenizer {tiny} --tokens 400 --samples 2 --out {tmp}/o.jsonl "
 NIAH = LINE.replace("line ", "niah ", 1)
 LONGBENCH = LINE.replace("line ", "longbench ", 1)
 RUN = "run --model {tiny} --lengths 300 --samples 2 --out {tmp}/r.json "
+CASES_OF = "run --model {tiny} --samples 2 --out {tmp}/r.json --cases "
 PROBE = "probe heads --model {tiny} --lengths 300 --samples 2 --out {tmp}/p.json "
 QUADRANTS = "probe quadrants --model {tiny} --out {tmp}/p.json --from "
 SWEEP = "probe sweep --lengths 300 --out {tmp}/p.json --recipe "
@@ -208,7 +209,7 @@ CASES = [
     ("eval", RUN + "--samples 0", "samples: found 0, expected at least 1"),
     ("eval", RUN + "--shots -1", "shots: found -1, expected at least 0"),
     ("eval", RUN + "--batch-size 0", "batch-size: found 0, expected at least 1"),
-    ("eval", RUN + "--task vt --cases {file}/cases", "cases: vt has no such option, only line"),
+    ("eval", CASES_OF + "{file}/cases --task vt", "cases: vt has no such option, only line"),
     ("eval", RUN + "--haystack prose", "haystack: line has no such option, only niah"),
     ("eval", RUN + "--task mmlu", "lengths: mmlu has no such option, only line and niah"),
     ("eval", RUN + "--task ruler", "is one file, but 3 results are asked for: name a folder"),
@@ -216,8 +217,12 @@ CASES = [
     ("eval", "run --model {tiny} --model {tiny}", "is named twice"),
     ("eval", "run --model {tiny} --model {file}/missing --out {tmp}/scores", "there is no such folder"),
     ("eval", "run --model {tiny} --model {file} --backend vllm", "vllm's server has one model: name one"),
-    ("eval", RUN + "--cases {file}/folder", "cases: no \\*_lines.jsonl in '.*/folder'"),
-    ("eval", RUN + "--cases {file}/cases", "200_lines.jsonl, line 1: not a case of LongEval's"),
+    ("eval", CASES_OF + "{file}/folder", "cases: no \\*_lines.jsonl in '.*/folder'"),
+    ("eval", RUN + "--cases {file}/cases", "lengths: published cases have their own: choose files by --lines"),
+    ("eval", CASES_OF + "{file}/cases", "200_lines.jsonl, line 1: not a case of LongEval's"),
+    ("eval", RUN + "--lines 200", "lines: choose files of --cases"),
+    ("eval", RUN + "--chat-template-kwargs thinking=no", "chat-template-kwargs: found 'thinking=no', expected JSON"),
+    ("eval", RUN + "--task vt --ruler-version 2023", "ruler_version: found 2023, expected 2024 or 2025"),
     ("eval", RUN + "--out {file}/list.yml", "cannot be written, for .*/list.yml is a file"),
     ("eval", "run --model {tiny} --task longbench --data {file}/folder --out {tmp}/r.json", "multifieldqa_en.jsonl is"),
     ("eval", "run --model {tiny} --task mmlu --data {file}/folder --out {tmp}/r.json", "data: no subject of MMLU in"),
@@ -425,7 +430,7 @@ RECIPES = [
     ({"datasets": [{"path": "d.jsonl", "type": "chat_template", "role_to_train": []}]}, "datasets.0.role_to_train: "),
     ({"sequence_len": "long"}, "sequence_len: found 'long', expected a number of tokens"),
     ({"sequence_len": None}, "sequence_len: found None"),
-    ({"base_model": "no/such"}, "tokenizer: cannot load 'no/such'"),
+    ({"base_model": "no/such"}, "cannot load the config of 'no/such'"),
     ({"learning_rate": float("inf")}, "learning_rate: found inf"),
     ({"datasets": [{"path": "folder"}]}, "folder: is a folder"),
     ({"num_epochs": 0}, "num_epochs: found 0, expected a number above 0"),

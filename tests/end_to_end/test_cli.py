@@ -5,9 +5,11 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from importlib.metadata import version
 
 import click
 import pytest
+from packaging.version import Version
 from paths import ROOT
 
 from recipes.cli import PROGRAMS, app, load_command
@@ -68,6 +70,12 @@ def test_every_command_has_an_example_that_its_own_parser_takes(path, command):
     assert tuple(words[: len(path)]) == path
     context = command.make_context(" ".join(path), words[len(path) :])
     assert all(value is not None for name, value in context.params.items() if required(command, name))
+
+
+@pytest.mark.skipif(Version(version("click")) >= Version("8.5"), reason="Typer 0.25 loses the help of arguments")
+@pytest.mark.parametrize(("path", "command"), LEAVES, ids=[" ".join(path) for path, _ in LEAVES])
+def test_every_option_and_argument_is_described(path, command):
+    assert all(parameter.help for parameter in command.params)
 
 
 def required(command: click.Command, name: str) -> bool:

@@ -299,7 +299,7 @@ def bench_rows(out, *options: str) -> list[dict]:
 
 
 def test_bench_runs_end_to_end(tmp_path, capsys):
-    rows = bench_rows(tmp_path / "bench.json", "--tokens", "64", "96")
+    rows = bench_rows(tmp_path / "bench.json", "--tokens", "64,96")
     assert [(row["tokens"], row["method"]) for row in rows] == [
         (tokens, method) for tokens in (64, 96) for method in bench.METHODS
     ]

@@ -24,10 +24,10 @@ from recipes.__main__ import app
 from recipes.tools.estimate import Shape, recipe_cost
 from recipes.tools.methods import METHODS, count_parameters
 from recipes.tools.new import recipe_for
-from recipes.tools.render import Recipe, all_recipes, matrix_recipes, measurement, read_matrix
+from recipes.tools.render import Recipe, matrix_recipes, measurement, read_matrix
 from recipes.tools.table import README, readme
 
-TEXTS = all_recipes()
+TEXTS = {recipe.name: recipe.text for recipe in matrix_recipes()}
 REPRODUCE = ROOT / "docs" / "reproduce.md"
 # A user's own recipes may lie beside them.
 FILES = sorted(
@@ -446,10 +446,10 @@ def test_a_mixture_has_a_file_of_data_for_each_of_its_tasks(schema):
 
 def test_no_command_of_the_docs_asks_for_other_samples_under_the_name_of_a_result():
     """Each is scored once, whatever tables it is in."""
-    options_by_result: dict[tuple[str | bool, ...], set[frozenset[tuple[str, str]]]] = {}
+    options_by_result: dict[tuple[str, ...], set[frozenset[tuple[str, str]]]] = {}
     for command in re.findall(r"seal eval [^`\n]+", REPRODUCE.read_text()):
         options = dict(re.findall(r"--(\S+) (\S+)", command))
-        name = (*(options.pop(key, "") for key in ("model", "task", "shots", "model-config")), "cases" in options)
+        name = tuple(options.pop(key, "") for key in ("model", "task", "shots", "model-config", "out"))
         options.pop("chat-template", None)
         options_by_result.setdefault(name, set()).add(frozenset(options.items()))
     assert len(options_by_result) >= 7

@@ -11,6 +11,7 @@ import typer
 from axolotl_plugins.common.console import quiet_libraries, stop
 from axolotl_plugins.common.console import run as run_app
 from axolotl_plugins.common.io import check_output, write_text
+from axolotl_plugins.common.tokenizer import parse_arguments
 from recipes.tools.estimate import GPUS
 from recipes.tools.methods import METHODS
 from recipes.tools.render import FOLDER, TASKS, matrix_recipes, read_matrix
@@ -73,6 +74,10 @@ def new(
     chat_template: Annotated[
         str | None, typer.Option(help="For tokenizers without one: a name in recipes/templates, such as vicuna_v1.1.")
     ] = None,
+    chat_template_kwargs: Annotated[
+        str | None, typer.Option(help="Variables of the chat template as JSON, such as '{\"enable_thinking\": false}'.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens, for a model whose config states no window.")] = None,
     gpu: Annotated[
         bool | None, typer.Option(help="Train in bfloat16 with FlashAttention; default: if this machine has a GPU.")
     ] = None,
@@ -85,7 +90,9 @@ def new(
     try:
         if out is not None:
             check_output(out, new=True)
-        text, modules = recipe_for(base, task, method, tokens, chat_template, out, gpu)
+        text, modules = recipe_for(
+            base, task, method, tokens, chat_template, out, gpu, window, parse_arguments(chat_template_kwargs)
+        )
     except (ValueError, OSError) as error:
         stop("recipes", error)
     if out is None:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from axolotl_plugins.common.console import first_line, in_rust, out_of_memory, stop
 from axolotl_plugins.common.io import check_output, read_rows, write_text
 from axolotl_plugins.common.tokenizer import load_tokenizer
+from axolotl_plugins.common.window import read_config, stated_window
 from data_gen.dataset import Request, remark, write
 
 from . import provenance
@@ -37,13 +38,63 @@ def print_one_line(kind: type[BaseException], error: BaseException, trace: Any) 
         sys.__excepthook__(kind, error, trace)
 
 
-def prepare_data(cfg: dict[str, Any], block: SealBlock) -> None:
+def prepare_template(cfg: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """Load a recipe's tokenizer with its chat template, which Axolotl then takes as it is, template arguments included.
+
+    So the adapter's folder gets the template that its samples were rendered with, and scoring needs no arguments.
+
+    Raises:
+        ValueError: see ``axolotl_plugins.common.tokenizer.set_template``.
+    """
+    from axolotl.utils.chat_templates import get_chat_template
+
+    choice, arguments = str(cfg.get("chat_template") or "tokenizer_default"), cfg.get("chat_template_kwargs")
+    own = choice.startswith("tokenizer_default")
+    template = cfg.get("chat_template_jinja") if choice == "jinja" else None if own else get_chat_template(choice)
+    tokenizer = load_tokenizer(cfg.get("tokenizer_config") or cfg.get("base_model") or "", template, arguments)
+    if own or arguments:
+        cfg["chat_template"], cfg["chat_template_jinja"] = "jinja", tokenizer.chat_template
+    return tokenizer
+
+
+def prepare_window(cfg: dict[str, Any]) -> None:
+    """Check that samples fit into the model's window, and give Axolotl a condensed RoPE in a form that it applies.
+
+    Raises:
+        ValueError: the config cannot be loaded, or ``sequence_len`` exceeds the window, which Axolotl would raise to it
+            without a change of RoPE.
+    """
+    name = cfg.get("base_model_config") or cfg.get("base_model") or ""
+    changes = dict(cfg.get("model_config") or {})
+    options = {key: cfg[key] for key in ("trust_remote_code",) if cfg.get(key)}
+    config = read_config(name, changes, **options)
+    text = config.get_text_config()
+    if getattr(text, "rope_condense_ratio", None):
+        cfg["model_config"] = changes | {
+            key: getattr(text, key) for key in ("rope_parameters", "max_position_embeddings")
+        }
+    if (window := stated_window(config)) and cfg["sequence_len"] > window:
+        raise ValueError(
+            f"sequence_len: found {cfg['sequence_len']}, but the window of {name} is {window} tokens: lower it, or "
+            "stretch the window by `model_config:` (docs/add-a-model.md)"
+        )
+
+
+def prepare_data(
+    cfg: dict[str, Any], block: SealBlock, tokenizer: PreTrainedTokenizerBase | None, template: str | None
+) -> None:
     """Generate the recipe's dataset files, or check that existing files match the recipe.
+
+    Args:
+        cfg: the recipe.
+        block: its ``seal:`` block.
+        tokenizer: see ``prepare_template``.
+        template: the recipe's ``chat_template_jinja``, for the command in the manifest.
 
     Raises:
         ValueError: a file does not match the recipe, or the recipe's data cannot be generated.
     """
-    if block.data is None:
+    if block.data is None or tokenizer is None:
         return
     datasets = cfg.get("datasets") or []
     paths = [Path(dataset["path"]) for dataset in datasets if dataset.get("path")]
@@ -54,8 +105,6 @@ def prepare_data(cfg: dict[str, Any], block: SealBlock) -> None:
         )
     from filelock import FileLock
 
-    template = cfg.get("chat_template_jinja") if cfg.get("chat_template") == "jinja" else None
-    tokenizer = load_tokenizer(cfg.get("tokenizer_config") or cfg.get("base_model") or "", template)
     for data, out in zip(block.data, paths, strict=True):
         check_output(out)
         request = Request(**data.model_dump(), split="train")
@@ -67,7 +116,8 @@ def prepare_data(cfg: dict[str, Any], block: SealBlock) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         # Every process of a distributed run gets here; the first one writes the file.
         with FileLock(out.with_name(f".{out.name}.lock")):
-            written = write(request, tokenizer, out, chat_template=template)
+            written = write(request, tokenizer, out, chat_template=template,
+                            template_arguments=cfg.get("chat_template_kwargs"))  # fmt: skip
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             status = "generated" if written else "already exist"
             note = remark(row for _, row in read_rows(out))
@@ -126,9 +176,14 @@ class SealPlugin(BasePlugin):
             self.inference = bool(cfg.get("inference"))
             quantise_for_seal()
             sys.excepthook = print_one_line
+            prepare_window(cfg)
+            datasets = cfg.get("datasets") or []
+            rendered = block.data or any(dataset.get("type") == "chat_template" for dataset in datasets)
+            template, tokenizer = cfg.get("chat_template_jinja"), prepare_template(cfg) if rendered else None
             if not (cfg.get("inference") or cfg.get("merge_lora")):
-                prepare_data(cfg, block)
-                self.training_data = provenance.record(cfg.get("datasets") or [])
+                prepare_data(cfg, block, tokenizer, template)
+                self.training_data = provenance.record(datasets)
+                self.training_data["chat_template_kwargs"] = cfg.get("chat_template_kwargs")
         except (ValueError, OSError) as error:
             stop("seal", error)
 

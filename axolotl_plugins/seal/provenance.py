@@ -30,8 +30,15 @@ def texts(row: Any) -> Iterator[str]:
             yield from texts(part)
 
 
-def check_chat(file: Path, number: int, row: dict[str, Any], field: str) -> None:
-    """Raise if a row is not a chat that ends with an answer.
+def check_chat(file: Path, number: int, row: dict[str, Any], field: str, training: str | None) -> None:
+    """Raise if a row is not a chat that ends with an answer, or excludes a turn from the loss in vain.
+
+    Args:
+        file: for messages.
+        number: of its line.
+        row: of the file.
+        field: of the turns.
+        training: ``message_field_training`` of the recipe's dataset.
 
     Raises:
         ValueError: see above; the message names file and line.
@@ -42,6 +49,9 @@ def check_chat(file: Path, number: int, row: dict[str, Any], field: str) -> None
     last = turns[-1].get("content", turns[-1].get("value"))
     if not isinstance(last, str) or not last.strip():
         raise ValueError(f"{file}, line {number}: the last turn is empty, expected the assistant's answer")
+    if training != "training" and any(turn.get("training") is False for turn in turns):
+        raise ValueError(f"{file}, line {number}: a turn says `training: false`, which Axolotl reads only with "
+                         "`message_field_training: training` in the recipe's `datasets`")  # fmt: skip
 
 
 def shorten(text: str) -> str:
@@ -86,7 +96,8 @@ def record(datasets: list[dict[str, Any]]) -> dict[str, Any]:
         count, shown = 0, None
         for count, (number, row) in enumerate(read_rows(path), 1):  # noqa: B007
             if dataset.get("type") == "chat_template":
-                check_chat(path, number, row, dataset.get("field_messages") or "messages")
+                field = dataset.get("field_messages") or "messages"
+                check_chat(path, number, row, field, dataset.get("message_field_training"))
             shown = shown or example(row.get(dataset.get("field_messages") or "messages"))
             hashes.update(map(text_hash, texts(row)))
         if not count:
@@ -111,6 +122,13 @@ def copy(source: Path, folder: Path) -> None:
     """Copy the record of one model folder, if it has one, to a folder derived from it."""
     if (source / FILE).is_file():
         write_text(folder / FILE, (source / FILE).read_text(encoding="utf-8"))
+
+
+def ruler_version(folder: Path, task: str) -> int | None:
+    """Return the version of RULER that the model in a folder was tuned on a task of, None if on none."""
+    files = load_json(folder / FILE)["files"] if (folder / FILE).is_file() else []
+    manifests = [file["manifest"] or {} for file in files]
+    return next((each.get("ruler_version") for each in manifests if each.get("task") == task), None)
 
 
 def seen_texts(folder: Path) -> frozenset[str] | None:

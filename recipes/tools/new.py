@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from axolotl_plugins.common.console import first_line
+from axolotl_plugins.common.window import context_window, read_config
 from recipes.tools.estimate import Shape
 from recipes.tools.methods import METHODS
 from recipes.tools.render import FOLDER, TASKS, TEMPLATES, Recipe, rate, read_matrix
@@ -19,7 +20,8 @@ PAPER_WINDOW_SHARE = (31, 32)  # of the window that the longest training sample 
 
 def recipe_for(
     base: str, task: str, method: str, tokens: str | None = None, chat_template: str | None = None,
-    out: Path | None = None, gpu: bool | None = None,
+    out: Path | None = None, gpu: bool | None = None, window: int | None = None,
+    template_arguments: dict[str, Any] | None = None,
 ) -> tuple[str, str]:  # fmt: skip
     """Render a recipe, and return it with the names of the modules that it scales.
 
@@ -31,6 +33,8 @@ def recipe_for(
         chat_template: name of a chat template in recipes/templates.
         out: file that the recipe is for; it is not written.
         gpu: whether the recipe is for a GPU; None checks this machine.
+        window: context window in tokens, for a model whose config states none.
+        template_arguments: variables of the chat template, see ``axolotl_plugins.common.tokenizer.with_arguments``.
 
     Raises:
         ValueError: SEAL cannot wrap the model, it has no chat template, or an option is invalid.
@@ -43,17 +47,19 @@ def recipe_for(
     for option, value, expected in (("task", task, TASKS), ("method", method, METHODS)):
         if value not in expected:
             raise ValueError(f"{option}: found {value!r}, expected one of {', '.join(expected)}")
-    tokenizer = load_tokenizer(base, str(template_file(chat_template)) if chat_template else None)
-    model = meta_model(base)
+    tokenizer = load_tokenizer(base, str(template_file(chat_template)) if chat_template else None, template_arguments)
+    changes = {"max_position_embeddings": window} if window else {}
+    model = meta_model(base, changes)
     modules = find_attention_outputs(model)
     if (embeddings := model.get_input_embeddings().num_embeddings) < len(tokenizer):
         raise ValueError(f"{base}: has {embeddings} embeddings, fewer than its tokenizer has tokens: call the model's "
                          f"`resize_token_embeddings({len(tokenizer)})` and save it")  # fmt: skip
     window, lengths = sample_lengths(model, base, task, tokens)
-    entry: dict[str, Any] = {"name": base, "base_model": base, "window": window, "tokens": lengths,
-                             "gpu": torch.cuda.is_available() if gpu is None else gpu}  # fmt: skip
-    if chat_template:
-        entry["template"] = chat_template
+    entry: dict[str, Any] = {
+        "name": base, "base_model": base, "window": window, "tokens": lengths, "model_config": changes,
+        "gpu": torch.cuda.is_available() if gpu is None else gpu, "template": chat_template,
+        "template_arguments": template_arguments,
+    }  # fmt: skip
     out = out or FOLDER.relative_to(FOLDER.parent) / f"{Path(base).name.lower().replace('.', '_')}_{task}_{method}.yml"
     if not re.fullmatch(r"\w[\w.+-]*\.ya?ml", out.name):  # it is part of names in the recipe as well
         raise ValueError(f"out: found the name {out.name!r}, expected letters, digits and any of . _ + -, then .yml")
@@ -76,21 +82,21 @@ def template_file(name: str) -> Path:
     return TEMPLATES / f"{name}.jinja"
 
 
-def meta_model(base: str) -> PreTrainedModel:
-    """Build a model on the meta device, without weights.
+def meta_model(base: str, changes: dict[str, Any] | None = None) -> PreTrainedModel:
+    """Build a model on the meta device, without weights; ``changes`` override keys of its config.
 
     Raises:
         ValueError: its config cannot be loaded.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = read_config(base, changes)
     try:
-        config = AutoConfig.from_pretrained(base)
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the config of {base!r} ({first_line(error)})") from error
+    except ValueError as error:
+        raise ValueError(f"cannot build the model of {base!r}: {first_line(error)}") from error
     model.tie_weights()  # moving to the meta device untied them
     return model
 
@@ -103,9 +109,10 @@ def sample_lengths(model: PreTrainedModel, base: str, task: str, tokens: str | N
     """
     from data_gen.dataset import Request
 
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not window:
-        raise ValueError(f"{base}: its config declares no context window (max_position_embeddings)")
+    try:
+        window = context_window(model.config, base)
+    except ValueError as error:
+        raise ValueError(f"{error}; or give --window N, which becomes part of the recipe") from None
     share, whole = PAPER_WINDOW_SHARE
     low, high = Request(task, tokens or str(window * share // whole)).token_range()
     if high >= window:

@@ -43,6 +43,7 @@ class Recipe:
         sharding: ``fsdp2`` or ``zero3`` to shard weights across devices.
         context_parallel_size: devices that every sample's tokens are sharded across.
         measured: ``seconds`` per sample and peak ``gib`` on an H200, see ``matrix.yml``; empty if not measured.
+        ruler_version: of RULER's tasks, see ``data_gen.dataset.Request``.
     """
 
     file: Path
@@ -57,6 +58,7 @@ class Recipe:
     sharding: str | None = None
     context_parallel_size: int = 1
     measured: dict[str, Any] = field(default_factory=dict)
+    ruler_version: int | None = None
 
     @property
     def name(self) -> str:
@@ -99,6 +101,7 @@ class Recipe:
                 "task": part,
                 "tokens": sample_tokens(self.model, self.task, part),
                 "samples": self.samples // len(self.tasks),
+                "ruler_version": self.ruler_version if part in RULER else None,
                 "file": key if len(self.tasks) == 1 else f"{key}_{part}",
             }
             for part in self.tasks
@@ -245,6 +248,7 @@ def matrix_recipes() -> list[Recipe]:
                 samples=row.get("samples", 50), epochs=row.get("epochs", 1), sharding=row.get("sharding"),
                 context_parallel_size=row.get("context_parallel", 1),
                 measured=measurement(matrix, model, task, method) if one_device else {},
+                ruler_version=row.get("ruler_version"),
             )  # fmt: skip
     return list(recipes.values())
 

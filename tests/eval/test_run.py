@@ -267,19 +267,19 @@ def test_a_recipes_model_config_holds_for_a_base_model(tmp_path):
     assert loaded.model.config._attn_implementation == "self_extend" and load(TINY).window == 2048
 
 
-@pytest.mark.parametrize("task", ["line", "niah", "vt", "cwe", "fwe"])
-def test_prompt_ids_are_the_first_of_the_training_ids(task):
+@pytest.mark.parametrize(
+    ("task", "version"), [("line", None), ("niah", None), ("vt", None), ("cwe", None), ("fwe", None), ("cwe", 2025)]
+)
+def test_prompt_ids_are_the_first_of_the_training_ids(task, version):
     """Also where the prompt goes on into the assistant's turn."""
     from eval.lm_eval_task import lm_eval_task
 
     loaded = load(TINY)
     harness = Harness(pretrained=loaded.model, tokenizer=loaded.tokenizer, add_bos_token=False)
-    request = Request(task, "1500", samples=2)
+    request = Request(task, "1900", samples=2, ruler_version=version)
     samples = list(generate(request, loaded.tokenizer))
-    lm_task = lm_eval_task(resolve_task(task), samples)
-    lm_task.build_all_requests(
-        apply_chat_template=True, chat_template=harness.apply_chat_template, tokenizer_name=harness.tokenizer_name
-    )
+    lm_task = lm_eval_task(resolve_task(task), samples, loaded.tokenizer)
+    lm_task.build_all_requests()
     for instance, sample in zip(lm_task.instances, samples, strict=True):
         ids, mask = harness.tok_batch_encode([instance.args[0]])
         prompt = ids[0].tolist()

@@ -168,14 +168,7 @@ def sweep(
         cells.append({"rate": rate, "samples": count, "epochs": passes, "seed": seed, "scores": scores,
                       "mean": sum(scores.values()) / len(scores), "scales": [low, high],
                       "unsound": not SOUND_SCALES[0] <= low <= high <= SOUND_SCALES[1]})  # fmt: skip
-    groups = defaultdict(list)
-    for cell in cells:
-        groups[cell["rate"], cell["samples"], cell["epochs"]].append(cell)
-    over_seeds = [
-        {"rate": rate, "samples": count, "epochs": passes, "mean": sum(cell["mean"] for cell in group) / len(group),
-         "unsound": any(cell["unsound"] for cell in group)}
-        for (rate, count, passes), group in sorted(groups.items())
-    ]  # fmt: skip
+    over_seeds = means_over_seeds(cells)
     base = cache.values["base"]
     return {
         "kind": "sweep", "model": loaded.name, "base_model": loaded.base, "method": loaded.method,
@@ -183,6 +176,18 @@ def sweep(
         "validation_samples": base["count"], "base": base["scores"], "cells": cells, "seeds": seeds,
         "over_seeds": over_seeds, "best": max(over_seeds, key=lambda row: (row["mean"], -row["rate"])),
     }  # fmt: skip
+
+
+def means_over_seeds(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the mean of each combination of a sweep over its seeds."""
+    groups = defaultdict(list)
+    for cell in cells:
+        groups[cell["rate"], cell["samples"], cell["epochs"]].append(cell)
+    return [
+        {"rate": rate, "samples": count, "epochs": passes, "mean": sum(cell["mean"] for cell in group) / len(group),
+         "unsound": any(cell["unsound"] for cell in group)}
+        for (rate, count, passes), group in sorted(groups.items())
+    ]  # fmt: skip
 
 
 def scale_range(model: nn.Module) -> list[float]:

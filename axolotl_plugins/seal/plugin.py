@@ -49,9 +49,14 @@ def prepare_template(cfg: dict[str, Any]) -> PreTrainedTokenizerBase:
     from axolotl.utils.chat_templates import get_chat_template
 
     choice, arguments = str(cfg.get("chat_template") or "tokenizer_default"), cfg.get("chat_template_kwargs")
-    own = choice.startswith("tokenizer_default")
-    template = cfg.get("chat_template_jinja") if choice == "jinja" else None if own else get_chat_template(choice)
-    tokenizer = load_tokenizer(cfg.get("tokenizer_config") or cfg.get("base_model") or "", template, arguments)
+    own, template, fallback = choice.startswith("tokenizer_default"), None, choice.partition("_fallback_")[2]
+    if not own:
+        template = cfg.get("chat_template_jinja") if choice == "jinja" else get_chat_template(choice)
+    tokenizer = load_tokenizer(
+        cfg.get("tokenizer_config") or cfg.get("base_model") or "", template, arguments,
+        fallback=get_chat_template(fallback) if fallback else None,
+        trust_remote_code=cfg.get("trust_remote_code") is True,
+    )  # fmt: skip
     if own or arguments:
         cfg["chat_template"], cfg["chat_template_jinja"] = "jinja", tokenizer.chat_template
     return tokenizer
@@ -66,8 +71,7 @@ def prepare_window(cfg: dict[str, Any]) -> None:
     """
     name = cfg.get("base_model_config") or cfg.get("base_model") or ""
     changes = dict(cfg.get("model_config") or {})
-    options = {key: cfg[key] for key in ("trust_remote_code",) if cfg.get(key)}
-    config = read_config(name, changes, **options)
+    config = read_config(name, changes, trust_remote_code=cfg.get("trust_remote_code") is True)
     text = config.get_text_config()
     if getattr(text, "rope_condense_ratio", None):
         cfg["model_config"] = changes | {
@@ -176,10 +180,10 @@ class SealPlugin(BasePlugin):
             self.inference = bool(cfg.get("inference"))
             quantise_for_seal()
             sys.excepthook = print_one_line
-            prepare_window(cfg)
             datasets = cfg.get("datasets") or []
             rendered = block.data or any(dataset.get("type") == "chat_template" for dataset in datasets)
             template, tokenizer = cfg.get("chat_template_jinja"), prepare_template(cfg) if rendered else None
+            prepare_window(cfg)
             if not (cfg.get("inference") or cfg.get("merge_lora")):
                 prepare_data(cfg, block, tokenizer, template)
                 self.training_data = provenance.record(datasets)

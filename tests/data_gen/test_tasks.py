@@ -365,6 +365,18 @@ def test_a_length_that_is_too_short_is_one_clear_error(task, tokenizer):
         next(generate(Request(task, "60", samples=1), tokenizer))
 
 
+def test_a_template_that_drops_the_text_ends_the_search(tokenizer):
+    """Samples of every size then have one length, so that no size is too long."""
+    deaf = AutoTokenizer.from_pretrained(TINY)
+    deaf.chat_template = (
+        "{% for m in messages %}{% for part in m.content | selectattr('type', 'equalto', 'text') %}{{ part.text }}"
+        "{% endfor %}{% endfor %}<s>"
+    )
+    for task in ("line", "niah", "vt", "fwe"):
+        with pytest.raises(ValueError, match="the chat template drops the text"):
+            next(generate(Request(task, 600, samples=1), deaf))
+
+
 def test_splits_of_names_halve_them():
     assert 400 < sum(in_split("train", f"A{n} B C D E") for n in range(1000)) < 600
 

@@ -309,6 +309,26 @@ def test_an_example_with_its_answer_comes_before_the_prompt(monkeypatch):
     assert all(example in prompt for prompt in prompts)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"cases": "c", "lengths": [400]}, "lengths: published cases have their own: choose files by --lines"),
+     ({"lines": [200]}, "lines: choose files of --cases, which is not given")],
+)  # fmt: skip
+def test_lengths_are_chosen_in_one_way(options, message):
+    with pytest.raises(ValueError, match=message):
+        EvalSpec(**options)
+
+
+def test_an_adapter_is_scored_with_the_text_of_ruler_that_it_was_tuned_on(tmp_path):
+    folder = Path(tuned(tmp_path / "adapter", "head", 1.0))
+    files = [{"path": "d", "sha256": "0", "manifest": {"task": "vt", "ruler_version": 2024}}]
+    (folder / "training_data.json").write_text(json.dumps({"files": files, "unread": [], "texts": []}))
+    with pytest.raises(ValueError, match="was tuned on vt of RULER 2024: add --ruler-version 2024"):
+        run(load(folder), "vt", lengths=[1500], samples=1)
+    for task, version in (("vt", 2024), ("vt", 2025), ("fwe", None)):
+        assert run(load(folder), task, lengths=[1500], samples=1, ruler_version=version).mean.count == 1
+
+
 def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(tmp_path, monkeypatch):
     journal, loaded = tmp_path / "journal", load(TINY)
     options = {"lengths": [260, 400], "samples": 3, "journal": journal}
@@ -331,6 +351,14 @@ def test_longevals_own_cases_are_scored_as_they_are(tmp_path):
     result = run(load(TINY), longeval_cases(tmp_path))
     assert [score.length for score in result.scores] == [30, 200]
     assert result.responses[0]["references"] == [str(sample["number"])]
+    assert [score.length for score in run(load(TINY), "line", cases=str(tmp_path), lines=[200]).scores] == [200]
+    with pytest.raises(ValueError, match=r"has no 300_lines\.jsonl, only those of 30, 200 lines"):
+        run(load(TINY), "line", cases=str(tmp_path), lines=[200, 300])
+    long = next(generate(Request("line", "2000", samples=1), load(TINY).tokenizer))["messages"][0]["content"]
+    (tmp_path / "680_lines.jsonl").write_text(json.dumps(case | {"prompt": long, "num_lines": 680}) + "\n")
+    with pytest.raises(ValueError, match=r"680_lines.jsonl: a case of \d+ tokens .* choose shorter files by --lines"):
+        run(load(TINY), "line", cases=str(tmp_path))
+    assert len(run(load(TINY), "line", cases=str(tmp_path), lines=[200, 30]).scores) == 2
     (tmp_path / "30_lines.jsonl").write_text('{"prompt": "x"}\n')
     with pytest.raises(ValueError, match=r"30_lines.jsonl, line 1: not a case of LongEval's"):
         longeval_cases(tmp_path)

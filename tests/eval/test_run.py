@@ -28,7 +28,7 @@ from eval.report import labels
 from eval.result_cache import result_name
 from eval.results import from_json, read_results, to_json
 from eval.run import mean_scores, run
-from eval.spec import EvalSpec, default_lengths
+from eval.spec import EvalSpec, default_lengths, resolve_tasks
 
 
 @pytest.mark.parametrize(
@@ -311,12 +311,12 @@ def test_an_example_with_its_answer_comes_before_the_prompt(monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"cases": "c", "lengths": [400]}, "lengths: published cases have their own: choose files by --lines"),
+    [({"cases": "c"}, "lengths: published cases have their own: choose files by --lines"),
      ({"lines": [200]}, "lines: choose files of --cases, which is not given")],
 )  # fmt: skip
 def test_lengths_are_chosen_in_one_way(options, message):
     with pytest.raises(ValueError, match=message):
-        EvalSpec(**options)
+        resolve_tasks("line", EvalSpec(lengths=[400]), **options)
 
 
 def test_an_adapter_is_scored_with_the_text_of_ruler_that_it_was_tuned_on(tmp_path):
@@ -351,14 +351,14 @@ def test_longevals_own_cases_are_scored_as_they_are(tmp_path):
     result = run(load(TINY), longeval_cases(tmp_path))
     assert [score.length for score in result.scores] == [30, 200]
     assert result.responses[0]["references"] == [str(sample["number"])]
-    assert [score.length for score in run(load(TINY), "line", cases=str(tmp_path), lines=[200]).scores] == [200]
+    assert [score.length for score in run(load(TINY), longeval_cases(tmp_path, [200])).scores] == [200]
     with pytest.raises(ValueError, match=r"has no 300_lines\.jsonl, only those of 30, 200 lines"):
-        run(load(TINY), "line", cases=str(tmp_path), lines=[200, 300])
+        longeval_cases(tmp_path, [200, 300])
     long = next(generate(Request("line", "2000", samples=1), load(TINY).tokenizer))["messages"][0]["content"]
     (tmp_path / "680_lines.jsonl").write_text(json.dumps(case | {"prompt": long, "num_lines": 680}) + "\n")
-    with pytest.raises(ValueError, match=r"680_lines.jsonl: a case of \d+ tokens .* choose shorter files by --lines"):
-        run(load(TINY), "line", cases=str(tmp_path))
-    assert len(run(load(TINY), "line", cases=str(tmp_path), lines=[200, 30]).scores) == 2
+    with pytest.raises(ValueError, match=r"does not fit into the model's window .* choose shorter files by --lines"):
+        run(load(TINY), longeval_cases(tmp_path))
+    assert len(run(load(TINY), longeval_cases(tmp_path, [200, 30])).scores) == 2
     (tmp_path / "30_lines.jsonl").write_text('{"prompt": "x"}\n')
     with pytest.raises(ValueError, match=r"30_lines.jsonl, line 1: not a case of LongEval's"):
         longeval_cases(tmp_path)

@@ -12,7 +12,7 @@ import typer
 from axolotl_plugins.common.console import quiet_libraries, stop
 from axolotl_plugins.common.console import run as run_app
 from axolotl_plugins.common.io import check_output, read_rows
-from axolotl_plugins.common.tokenizer import load_tokenizer
+from axolotl_plugins.common.tokenizer import load_tokenizer, parse_arguments
 from data_gen.dataset import Request, remark, write
 from data_gen.dataset import preview as sample_text
 from data_gen.needles import collect
@@ -66,6 +66,13 @@ def main(
         typer.Option(help=f"For test samples of {users('depths')}: depths from 0 to 100 per cent; default: ten."),
     ] = None,
     data: Annotated[str | None, typer.Option(help=f"For {users('data')}: a local file instead of the hub's.")] = None,
+    ruler_version: Annotated[
+        int | None,
+        typer.Option(help=f"For {users('ruler_version')}: 2024 (the paper's) or 2025, as NVIDIA's program was then."),
+    ] = None,
+    chat_template_kwargs: Annotated[
+        str | None, typer.Option(help="Variables of the chat template as JSON, such as '{\"enable_thinking\": false}'.")
+    ] = None,
     base_url: Annotated[
         str | None, typer.Option(help="For needles: an OpenAI-compatible endpoint, such as http://localhost:8000/v1.")
     ] = None,
@@ -103,11 +110,14 @@ def main(
                 write_needles(collect(samples, base_url, model, os.environ.get(KEY), progress=update), out)
                 written = True
             else:
-                request = Request(task, tokens, lines, samples, seed, split, haystack, needles, depths, data)
+                request = Request(task, tokens, lines, samples, seed, split, haystack, needles, depths, data,
+                                  ruler_version)  # fmt: skip
                 if tokenizer is None:
                     raise ValueError("tokenizer: missing: name the model whose tokenizer counts the tokens of samples")
-                loaded = load_tokenizer(tokenizer, chat_template)
-                written = write(request, loaded, out, chat_template=chat_template, progress=update)
+                arguments = parse_arguments(chat_template_kwargs)
+                loaded = load_tokenizer(tokenizer, chat_template, arguments)
+                written = write(request, loaded, out, chat_template=chat_template, template_arguments=arguments,
+                                progress=update)  # fmt: skip
     except (ValueError, OSError) as error:
         stop("data_gen", error)
     warning = remark(row for _, row in read_rows(out))

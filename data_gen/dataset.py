@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from axolotl_plugins.common.console import first_line
 from axolotl_plugins.common.io import write_text, written_whole
-from axolotl_plugins.common.tokenizer import as_messages, count_tokens
+from axolotl_plugins.common.tokenizer import Messages, as_messages, count_tokens
 from data_gen.file_task import select
 from data_gen.tasks import LengthBudget, Request, Task, in_split, resolve_task
 
@@ -31,8 +31,8 @@ def generate(request: Request, tokenizer: PreTrainedTokenizerBase) -> Iterator[d
     lengths are requested. A random length is drawn with its sample.
 
     Yields:
-        ``messages`` (user, assistant), then ``task``, ``split``, ``seed``, ``index``, ``tokens`` (length of the chat
-        with its template), and what ``Task.sample`` returns but the prompt.
+        ``messages`` (user, assistant, before them those of a worked example), then ``task``, ``split``, ``seed``,
+        ``index``, ``tokens`` (length of the chat with its template), and what ``Task.sample`` returns but the prompt.
 
     Raises:
         ValueError: no sample fits into the length.
@@ -42,7 +42,7 @@ def generate(request: Request, tokenizer: PreTrainedTokenizerBase) -> Iterator[d
         length = request.tokens if request.tokens is not None else f"{request.lines} lines"
         rng = random.Random(f"{task.name}/{request.split}/{request.seed}/{length}/{index}")
         count = functools.lru_cache(maxsize=64)(
-            lambda prompt, answer: count_tokens(tokenizer, as_messages(prompt, answer))
+            lambda prompt, answer, example=None: count_tokens(tokenizer, as_chat(prompt, answer, example))
         )
         budget = LengthBudget(
             tokens=rng.randint(*request.token_range()) if request.tokens is not None else 0,
@@ -52,14 +52,14 @@ def generate(request: Request, tokenizer: PreTrainedTokenizerBase) -> Iterator[d
             decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
         )
         sample = task.sample(request, rng, index, budget)
-        prompt = sample.pop("prompt")
+        prompt, example = sample.pop("prompt"), sample.pop("example", None)
         yield {
-            "messages": as_messages(prompt, sample["answer"]),
+            "messages": as_chat(prompt, sample["answer"], example),
             "task": task.name,
             "split": request.split,
             "seed": request.seed,
             "index": index,
-            "tokens": count(prompt, sample["answer"]),
+            "tokens": count(prompt, sample["answer"], example),
             **sample,
         }
 
@@ -94,6 +94,14 @@ def preview(request: Request, tokenizer: PreTrainedTokenizerBase | None) -> str:
         f"--- prompt\n{prompt}\n--- answer\n{answer}\n--- {task.title}: {sample['tokens']} {unit}, {request.split} "
         f"split, references {references}"
     )
+
+
+def as_chat(prompt: str, answer: str, example: tuple[str, str] | None) -> Messages:
+    """Return a chat; ``training: false`` excludes an earlier answer from the loss (``message_field_training``)."""
+    if example is None:
+        return as_messages(prompt, answer)
+    shown, reply = as_messages(*example)
+    return [shown, {**reply, "training": False}, *as_messages(prompt, answer)]
 
 
 def manifest_path(out: Path) -> Path:
@@ -159,16 +167,24 @@ def describe(request: Request, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
     }
 
 
-def command_of(request: Request, tokenizer: str, chat_template: str | None, out: Path) -> str:
+def command_of(
+    request: Request, tokenizer: str, chat_template: str | None, template_arguments: dict[str, Any] | None, out: Path
+) -> str:
     """Return the command that writes a data file."""
-    options = {"tokenizer": tokenizer, "chat-template": chat_template, **asdict(request), "out": out}
-    pairs = [[f"--{key}", str(value)] for key, value in options.items() if key != "task" and value is not None]
+    arguments = json.dumps(template_arguments) if template_arguments else None
+    options = {"tokenizer": tokenizer, "chat-template": chat_template, "chat-template-kwargs": arguments,
+               **asdict(request), "out": out}  # fmt: skip
+    pairs = [
+        [f"--{key.replace('_', '-')}", str(value)]
+        for key, value in options.items()
+        if key != "task" and value is not None
+    ]
     return shlex.join(["python", "-m", "data_gen", request.task, *itertools.chain(*pairs)])
 
 
 def write(
     request: Request, tokenizer: PreTrainedTokenizerBase, out: Path, *, chat_template: str | None = None,
-    progress: Callable[[int], object] = lambda n: n,
+    template_arguments: dict[str, Any] | None = None, progress: Callable[[int], object] = lambda n: n,
 ) -> bool:  # fmt: skip
     """Write a request's samples to ``out`` as JSON lines, then their manifest, whose presence means complete.
 
@@ -177,6 +193,7 @@ def write(
         tokenizer: counts tokens.
         out: the file; written atomically.
         chat_template: where the tokenizer's template was read from, for the command in the manifest.
+        template_arguments: that the template holds, see ``with_arguments``, for the command as well.
         progress: called with the number of samples written.
 
     Returns:
@@ -204,7 +221,7 @@ def write(
                 "recipe, remove `seal: data` to train on it"
             )
     manifest = {
-        "command": command_of(request, tokenizer.name_or_path, chat_template, out),
+        "command": command_of(request, tokenizer.name_or_path, chat_template, template_arguments, out),
         **expected,
         "sha256": digest.hexdigest(),
     }

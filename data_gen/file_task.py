@@ -171,17 +171,24 @@ def next_length(tokens: int, lengths: list[int] | None) -> int:
     return min(length for length in lengths if length >= tokens)
 
 
-def longeval_cases(folder: Path) -> Task:
+def longeval_cases(folder: Path, lines: list[int] | None = None) -> Task:
     """Return the line task on LongEval's published cases (``*_lines.jsonl``), whose length is the number of lines.
 
+    Args:
+        folder: of the files.
+        lines: numbers of lines of the files to take; None takes all.
+
     Raises:
-        ValueError: there are no such files, or a row is not a case of LongEval.
+        ValueError: there are no such files, or one that ``lines`` asks for is missing, or a row is not a case.
     """
-    files = sorted(folder.glob("*_lines.jsonl"), key=lambda file: int("0" + file.name.split("_")[0]))
+    files = {int("0" + file.name.split("_")[0]): file for file in folder.glob("*_lines.jsonl")}
     if not files:
         raise ValueError(f"cases: no *_lines.jsonl in {str(folder)!r}: name the folder with LongEval's line cases")
+    if missing := set(lines or ()) - files.keys():
+        raise ValueError(f"lines: {folder} has no {min(missing)}_lines.jsonl, only those of "
+                         f"{', '.join(map(str, sorted(files)))} lines")  # fmt: skip
     samples = []
-    for file in files:
+    for file in (files[count] for count in sorted(lines or files)):
         for index, (number, case) in enumerate(read_rows(file)):
             try:
                 row = {"prompt": str(case["prompt"]), "references": int(case["expected_number"]),
@@ -190,4 +197,4 @@ def longeval_cases(folder: Path) -> Task:
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file}, line {number}: not a case of LongEval's ({error!r})") from None
     return replace(TASKS["line"], rows=lambda tokenizer: count_each(samples, tokenizer),
-                   identity={"cases": str(folder)})  # fmt: skip
+                   identity={"cases": str(folder), "lines": str(lines)})  # fmt: skip

@@ -17,20 +17,20 @@ class LengthBudget:
 
     Attributes:
         tokens: longest chat, template and answer included.
-        count: length in tokens of the chat of a prompt and an answer.
+        count: length in tokens of the chat of a prompt and an answer, and of prompt and answer of an earlier exchange.
         accept: whether an answer belongs to the split.
         encode: token ids of a text, without special tokens.
         decode: text of token ids.
     """
 
     tokens: int
-    count: Callable[[str, str], int]
+    count: Callable[..., int]
     accept: Callable[[str], bool]
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
 
 
-def largest(length: Callable[[int], int], limit: int, *, first: int = 1, what: str) -> int:
+def largest(length: Callable[[int], int], limit: int, *, first: int = 1, step: int = 1, what: str) -> int:
     """Return the largest ``n >= first`` whose length is within the limit, by interpolation, then bisection.
 
     Takes few trials if lengths grow almost linearly, as those of text; O(log n) otherwise.
@@ -39,17 +39,24 @@ def largest(length: Callable[[int], int], limit: int, *, first: int = 1, what: s
         length: tokens of a sample of size n; increases with n.
         limit: in tokens.
         first: smallest valid size.
+        step: sizes are this far apart.
         what: names the sample in error messages.
 
     Raises:
-        ValueError: not even ``first`` fits.
+        ValueError: not even ``first`` fits, or length does not increase.
     """
+    if step > 1:
+        return first + step * (largest(lambda index: length(first + step * (index - 1)), limit, what=what) - 1)
     low, low_length = first, length(first)
     if low_length > limit:
         raise ValueError(f"tokens: {limit} is too short for {what}, whose shortest sample has {low_length} here")
     trial, high, trials = low + 16, None, 0
     while high is None or high - low > 1:
         trial_length = length(trial)
+        if trial > FARTHEST * limit + first and trial_length <= limit:
+            raise ValueError(
+                f"tokens: {what} of size {trial} still has {trial_length} tokens: the chat template drops the text"
+            )
         slope = max((trial_length - low_length) / (trial - low), 1e-9)
         if trial_length <= limit:
             low, low_length = trial, trial_length

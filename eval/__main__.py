@@ -11,6 +11,7 @@ import typer
 from axolotl_plugins.common.console import quiet_libraries, stop
 from axolotl_plugins.common.console import run as run_app
 from axolotl_plugins.common.io import check_output, load_yaml
+from axolotl_plugins.common.tokenizer import parse_arguments
 from data_gen.dataset import remark
 from eval.cli_options import OWN_TASK, BatchSize, MaxNewTokens, Metric, parse_adapters, parse_numbers
 from eval.probe.cli import app as probe
@@ -59,10 +60,20 @@ Depths = Annotated[int | None, typer.Option(help="For niah: rows of the grid, fr
 Cases = Annotated[
     str | None, typer.Option(help="Folder of LongEval's published line cases, scored instead of generated samples.")
 ]
+Lines = Annotated[str, typer.Option(help="Files of --cases to score, by their number of lines, as 200,300.")]
+RulerVersion = Annotated[
+    int | None,
+    typer.Option(help="For RULER's tasks: 2024 (the paper's) or 2025, text and steps as in NVIDIA's program then."),
+]
 Data = Annotated[str | None, typer.Option(help="For longbench or mmlu: folder with its files, instead of the hub.")]
 ChatTemplate = Annotated[
     str | None, typer.Option(help="Jinja file, for base models without a template: see recipes/templates.")
 ]
+TemplateArguments = Annotated[
+    str | None,
+    typer.Option(help="Variables of a base model's chat template as JSON, such as '{\"enable_thinking\": false}'; "
+                 "adapters carry those of training."),
+]  # fmt: skip
 ModelConfig = Annotated[
     Path | None, typer.Option(help="A recipe whose `model_config` applies to a base model too: NTK, Self-Extend.")
 ]
@@ -99,10 +110,11 @@ def run(
     model: Models = None, adapter: Adapters = None, task: TaskName = "line", metric: Metric = None,
     max_new_tokens: MaxNewTokens = None, lengths: Lengths = "", samples: Samples = None, limit: Limit = None,
     seed: Seed = 0, shots: Shots = 0, shot_tokens: ShotTokens = 1000, haystack: Haystack = None, depths: Depths = None,
-    cases: Cases = None, data: Data = None, chat_template: ChatTemplate = None, model_config: ModelConfig = None,
-    backend: Backend = "hf", base_url: BaseUrl = "http://localhost:8000/v1", dtype: Dtype = "auto",
-    batch_size: BatchSize = None, out: Out = Path("results"), allow_contamination: AllowContamination = False,
-    trust_remote_code: TrustRemoteCode = False,
+    cases: Cases = None, lines: Lines = "", ruler_version: RulerVersion = None, data: Data = None,
+    chat_template: ChatTemplate = None, chat_template_kwargs: TemplateArguments = None,
+    model_config: ModelConfig = None, backend: Backend = "hf", base_url: BaseUrl = "http://localhost:8000/v1",
+    dtype: Dtype = "auto", batch_size: BatchSize = None, out: Out = Path("results"),
+    allow_contamination: AllowContamination = False, trust_remote_code: TrustRemoteCode = False,
 ) -> None:  # fmt: skip
     """Score a model, and write a table, a JSON file and a plot."""
     quiet_libraries()
@@ -110,22 +122,25 @@ def run(
         spec = EvalSpec(
             lengths=list(dict.fromkeys(parse_numbers(lengths, "lengths"))) if lengths else None, samples=samples,
             limit=limit, seed=seed, shots=shots, shot_tokens=shot_tokens, haystack=haystack, depths=depths,
-            data=data, batch_size=batch_size, allow_contamination=allow_contamination,
+            ruler_version=ruler_version, data=data, batch_size=batch_size, allow_contamination=allow_contamination,
         )  # fmt: skip
-        tasks = resolve_tasks(task, spec, metric=metric, max_new_tokens=max_new_tokens, cases=cases)
+        tasks = resolve_tasks(task, spec, metric=metric, max_new_tokens=max_new_tokens, cases=cases,
+                              lines=parse_numbers(lines, "lines") if lines else None)  # fmt: skip
         names = [task.name for task in tasks]
         models, folders = model or [], parse_adapters(adapter or [])
         check_models(models, folders, backend, dtype, model_config)
         outputs = output_files(list(folders) or [result_name(name) for name in models], names, out, shots, model_config)
         changes = read_model_config(model_config) if model_config else None
-        options: dict[str, Any] = {"chat_template": chat_template, "trust_remote_code": trust_remote_code}
+        options: dict[str, Any] = {"chat_template": chat_template, "trust_remote_code": trust_remote_code,
+                                   "template_arguments": parse_arguments(chat_template_kwargs)}  # fmt: skip
         drawn = spec.lengths if any(task.rows is None for task in tasks) else None
         check_before_loading(models or folders.values(), drawn, outputs, model_config=changes, **options)
         from eval.evaluate import evaluate
 
         results = evaluate(
             load_models(models, folders, changes, base_url if backend == "vllm" else None, dtype=dtype, **options),
-            tasks, spec, outputs=outputs.values(), cache_key=(backend, changes, chat_template), on_start=print_start,
+            tasks, spec, outputs=outputs.values(),
+            cache_key=(backend, changes, chat_template, options["template_arguments"]), on_start=print_start,
             on_result=print_result,
         )  # fmt: skip
     except (ValueError, OSError) as error:

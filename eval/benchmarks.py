@@ -13,6 +13,7 @@ from lm_eval.tasks import TaskManager, get_task_dict
 from axolotl_plugins.common.console import first_line
 from axolotl_plugins.common.tokenizer import as_messages, count_tokens
 from axolotl_plugins.seal.model_loading import LoadedModel
+from data_gen.tasks.longbench import formatted_prompt
 from eval.results import BenchmarkResult, SetScore
 from eval.run import harness_for
 from eval.vllm_backend import Served
@@ -71,8 +72,10 @@ def task_configs(group: str, data: str | None) -> list[dict[str, Any]]:
     return configs
 
 
-def truncate_middle(task: Any, loaded: LoadedModel, budget: int) -> list[int]:
-    """Make a task truncate long prompts in the middle, as LongBench does, before the chat template is applied.
+def longbench_prompts(task: Any, loaded: LoadedModel, budget: int) -> list[int]:
+    """Make a task render LongBench's prompts whatever the source, and truncate them in the middle as LongBench does.
+
+    The chat template is applied afterwards.
 
     LongBench's own program leaves LongChat 31,500 tokens (``model2maxlen.json``); here whatever fits into the window
     stays.
@@ -88,7 +91,7 @@ def truncate_middle(task: Any, loaded: LoadedModel, budget: int) -> list[int]:
     doc_to_text, truncated = task.doc_to_text, []
 
     def shortened(document: dict[str, Any], *arguments: Any) -> str:
-        text = doc_to_text(document, *arguments)
+        text = formatted_prompt(document) or doc_to_text(document, *arguments)
         ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) <= budget:
             return text
@@ -132,7 +135,7 @@ def run_benchmark(
             template = count_tokens(loaded.tokenizer, as_messages("", ""))
             budget = loaded.window - template - task.config.generation_kwargs["max_gen_toks"]
             # Eight tokens spare: the joined halves may tokenize differently.
-            truncated[name] = truncate_middle(task, loaded, budget - 8)
+            truncated[name] = longbench_prompts(task, loaded, budget - 8)
     output = simple_evaluate(
         model=harness, tasks=list(tasks.values()), apply_chat_template=group == "longbench", limit=limit,
         num_fewshot=SHOTS[group],

@@ -12,11 +12,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import postprocess_generated_text
 from tqdm import tqdm
 
+from axolotl_plugins.common.tokenizer import prompt_turns
 from axolotl_plugins.seal.model_loading import LoadedModel
 from axolotl_plugins.seal.provenance import text_hash
 from eval.generation import generate_answers, stop_ids
 from eval.result_cache import Journal
-from eval.scoring import prompt_turns
 
 
 class Responses(Journal):
@@ -46,6 +46,18 @@ class Harness(HFLM):
     journal: Responses
     prompts_together: int | None = None
     refused: frozenset[str] = frozenset()
+
+    @property
+    def eot_token_id(self) -> int:
+        """Return an id that ends texts; where the tokenizer names none, one of the model's."""
+        own = self.tokenizer.eos_token_id
+        return min(stop_ids(self.model, self.tokenizer), default=0) if own is None else own
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Return an id that texts begin with."""
+        own = self.tokenizer.bos_token_id
+        return self.eot_token_id if own is None else own
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Check every prompt, then answer those that are not in the journal.

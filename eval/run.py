@@ -8,6 +8,7 @@ from typing import Any
 
 from lm_eval import evaluate
 
+from axolotl_plugins.seal import provenance
 from axolotl_plugins.seal.model_loading import LoadedModel
 from data_gen.dataset import Request, draw, samples_by_length
 from data_gen.tasks import Split, Task
@@ -38,6 +39,7 @@ def harness_for(
         add_bos_token=add_bos_token,
     )  # fmt: skip
     harness.loaded = loaded
+    harness.chat_template_args = {}  # lm-eval would set enable_thinking, which training does not
     harness.prompts_together = batch_size
     harness.journal = Responses(journal)
     return harness
@@ -46,7 +48,8 @@ def harness_for(
 def run(
     loaded: LoadedModel, task: str | Task, *, lengths: list[int] | None = None, samples: int | None = None,
     seed: int = 0, split: Split = "test", shots: int = 0, shot_tokens: int = 1000, haystack: str | None = None,
-    depths: int | None = None, batch_size: int | None = None, journal: Path | None = None,
+    depths: int | None = None, ruler_version: int | None = None, batch_size: int | None = None,
+    journal: Path | None = None,
     allow_contamination: bool = False,
 ) -> EvalResult:  # fmt: skip
     """Score a model on a task.
@@ -62,6 +65,7 @@ def run(
         shot_tokens: longest example, in tokens (paper section 8: 1K).
         haystack: see ``data_gen.dataset.Request``.
         depths: see ``data_gen.dataset.Request``.
+        ruler_version: see ``data_gen.dataset.Request``.
         batch_size: prompts decoded together; None uses what memory allows.
         journal: file that caches responses as they come in; an interrupted run resumes from it.
         allow_contamination: also score samples that the model was tuned on.
@@ -70,16 +74,26 @@ def run(
         ValueError: bad input; the message is one line.
     """
     task = scored_task(task)
+    if ruler_version is None and (tuned := provenance.ruler_version(Path(loaded.name), task.name)):
+        raise ValueError(
+            f"ruler-version: {loaded.name} was tuned on {task.name} of RULER {tuned}: add --ruler-version {tuned}"
+        )
     if task.rows is None:
         lengths = lengths or default_lengths(loaded.window)
         loaded.check_lengths(lengths)
     rows = list(samples_by_length(task, loaded.tokenizer, lengths, samples, drawn=draw, seed=seed, split=split,
-                                  haystack=haystack, depths=depths))  # fmt: skip
-    example = Request(task.key, str(shot_tokens), samples=shots, seed=seed, haystack=haystack) if shots else None
-    shown = "".join(
-        "\n".join(message["content"] for message in row["messages"]) + "\n\n"
-        for row in (draw(example, loaded.tokenizer) if example else ())
-    )
+                                  haystack=haystack, depths=depths, ruler_version=ruler_version))  # fmt: skip
+    if "cases" in task.identity and max(row["tokens"] for row in rows) > loaded.window - task.answer_budget:
+        raise ValueError(f"cases: the longest does not fit into the model's window of {loaded.window} tokens with its "
+                         "answer: choose shorter files by --lines")  # fmt: skip
+    shown = ""
+    if shots:
+        shot = Request(task.key, str(shot_tokens), samples=shots, seed=seed, haystack=haystack,
+                       ruler_version=ruler_version)  # fmt: skip
+        shown = "".join(
+            "\n".join(message["content"] for message in row["messages"]) + "\n\n"
+            for row in draw(shot, loaded.tokenizer)
+        )
     responses = generate_responses(loaded, task, rows, shown, batch_size, journal, allow_contamination)
     seen = [row.pop("seen") for row in responses]
     return EvalResult(
@@ -131,8 +145,8 @@ def generate_responses(
     harness = harness_for(loaded, batch_size, journal)
     trained_on = loaded.trained_on or frozenset()
     harness.refused = frozenset() if allow_contamination else trained_on
-    lm_task = lm_eval_task(task, samples, shown)
-    results = evaluate(harness, {task.name: lm_task}, apply_chat_template=True, bootstrap_iters=0)
+    lm_task = lm_eval_task(task, samples, loaded.tokenizer, shown)
+    results = evaluate(harness, {task.name: lm_task}, bootstrap_iters=0)
     return [
         {
             **{key: row["doc"][key] for key in SAMPLE_FIELDS if key in row["doc"]},

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from axolotl_plugins.common.tokenizer import Messages
+from axolotl_plugins.common.tokenizer import prompt_turns, render_prompt
+from axolotl_plugins.common.window import stated_window
 from data_gen.tasks import Task, resolve_task
 from eval.generation import generate_answers, stop_ids
 
@@ -15,28 +16,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def prompt_turns(sample: dict[str, Any], shown: str = "") -> Messages:
-    """Return the turns of a sample's chat before its answer.
-
-    Args:
-        sample: its ``messages`` end with the answer.
-        shown: worked examples, put before the last turn's text.
-    """
-    *context, last = sample["messages"][:-1]
-    return [*context, {**last, "content": shown + last["content"]}]
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, sample: dict[str, Any], shown: str = "") -> list[int]:
-    """Return the token ids of a sample's prompt.
+def prompt_text(tokenizer: PreTrainedTokenizerBase, sample: dict[str, Any], shown: str = "") -> str:
+    """Render a sample's prompt with the model's chat template.
 
     Args:
         tokenizer: with a chat template.
-        sample: see ``prompt_turns``; ``prefix``, if any, begins the assistant's turn.
-        shown: see ``prompt_turns``.
+        sample: its ``messages`` may end with the answer; ``prefix``, if any, begins the model's.
+        shown: worked examples, put before the prompt in the same turn.
     """
-    turns = prompt_turns(sample, shown)
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text + sample.get("prefix", ""), add_special_tokens=False)["input_ids"]
+    turns = prompt_turns(sample)
+    last = {**turns[-1], "content": shown + turns[-1]["content"]}
+    return render_prompt(tokenizer, [*turns[:-1], last], sample.get("prefix", ""))
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, sample: dict[str, Any], shown: str = "") -> list[int]:
+    """Return the token ids of ``prompt_text``."""
+    return tokenizer(prompt_text(tokenizer, sample, shown), add_special_tokens=False)["input_ids"]
 
 
 def truncate_at(text: str, until: list[str]) -> str:
@@ -71,8 +66,8 @@ def score_samples(
     task = resolve_task(task)
     budget, until = task.answer_budget, list(task.stop)
     prompts = [prompt_ids(tokenizer, sample, shown) for sample in samples]
-    window = model.config.get_text_config().max_position_embeddings
-    if (longest := max(map(len, prompts))) + budget > window:
+    window = stated_window(model.config)
+    if window and (longest := max(map(len, prompts))) + budget > window:
         raise ValueError(f"a prompt of {longest} tokens and {budget} tokens of answer do not fit into {window} tokens")
 
     def text_of(ids: list[int]) -> str:

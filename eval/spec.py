@@ -12,6 +12,7 @@ from eval.metrics import METRICS
 
 SEAL_TASKS = tuple(METRICS)
 LM_EVAL_TASKS = ("longbench", "mmlu")
+DRAWN = ("haystack", "depths", "ruler_version")  # options of drawing that only some tasks have
 
 
 def draw_nothing(*_: Any) -> NoReturn:
@@ -41,6 +42,7 @@ class EvalSpec:
         shot_tokens: longest example, in tokens (paper section 8: 1K).
         haystack: see ``data_gen.dataset.Request`` (niah).
         depths: see ``data_gen.dataset.Request`` (niah).
+        ruler_version: see ``data_gen.dataset.Request`` (RULER's tasks).
         data: folder with the files of longbench or mmlu; None fetches them from the hub.
         batch_size: prompts decoded together; None uses what memory allows.
         allow_contamination: also score samples that the model was tuned on.
@@ -57,6 +59,7 @@ class EvalSpec:
     shot_tokens: int = 1000
     haystack: str | None = None
     depths: int | None = None
+    ruler_version: int | None = None
     data: str | None = None
     batch_size: int | None = None
     allow_contamination: bool = False
@@ -85,7 +88,7 @@ class EvalSpec:
             "seed": self.seed,
             "shots": self.shots,
             "shot_tokens": self.shot_tokens,
-            **{option: getattr(self, option) if option in task.options else None for option in ("haystack", "depths")},
+            **{option: getattr(self, option) if option in task.options else None for option in DRAWN},
         }
 
 
@@ -128,8 +131,9 @@ def scored_task(name: str | Task, metric: str | None = None, max_new_tokens: int
 
 
 def resolve_tasks(
-    name: str, spec: EvalSpec, *, metric: str | None = None, max_new_tokens: int | None = None, cases: str | None = None
-) -> tuple[Task, ...]:
+    name: str, spec: EvalSpec, *, metric: str | None = None, max_new_tokens: int | None = None,
+    cases: str | None = None, lines: list[int] | None = None,
+) -> tuple[Task, ...]:  # fmt: skip
     """Return the tasks that a task's or group's name stands for.
 
     Args:
@@ -138,6 +142,7 @@ def resolve_tasks(
         metric: see ``find_task``.
         max_new_tokens: see ``find_task``.
         cases: folder of LongEval's published cases, the samples of ``line`` then.
+        lines: numbers of lines of the files of ``cases`` to score; None scores all.
 
     Raises:
         ValueError: the name is unknown, or an option applies to none of the tasks.
@@ -146,11 +151,15 @@ def resolve_tasks(
     if cases:
         if name != "line":
             raise ValueError(f"cases: {name} has no such option, only line")
-        tasks = (longeval_cases(Path(cases)),)
+        if spec.lengths:
+            raise ValueError("lengths: published cases have their own: choose files by --lines, such as 200,300")
+        tasks = (longeval_cases(Path(cases), lines),)
+    elif lines:
+        raise ValueError("lines: choose files of --cases, which is not given; generated samples have --lengths")
     if spec.data and len(tasks) > 1:
         raise ValueError(f"data: holds one benchmark, but {name} stands for several tasks: score them one by one")
-    for option in ("haystack", "depths", "data", "lengths", "shots", "seed"):
+    for option in (*DRAWN, "data", "lengths", "shots", "seed"):
         if getattr(spec, option) and not any(accepts(task, option) for task in tasks):
             names = [task.name for task in (*TASKS.values(), MMLU) if accepts(task, option)]
-            raise ValueError(f"{option}: {name} has no such option, only {' and '.join(names)}")
+            raise ValueError(f"{option.replace('_', '-')}: {name} has no such option, only {' and '.join(names)}")
     return tasks

@@ -11,6 +11,7 @@ import typer
 from axolotl_plugins.common.console import quiet_libraries, stop
 from axolotl_plugins.common.console import run as run_app
 from axolotl_plugins.common.io import check_output, write_text
+from axolotl_plugins.common.tokenizer import parse_arguments
 from recipes.tools.estimate import CARDS, GPUS
 from recipes.tools.methods import METHODS
 from recipes.tools.render import CARD, FOLDER, TASKS, matrix_recipes, read_matrix
@@ -79,6 +80,10 @@ def new(
     chat_template: Annotated[
         str | None, typer.Option(help="For tokenizers without one: a name in recipes/templates, such as vicuna_v1.1.")
     ] = None,
+    chat_template_kwargs: Annotated[
+        str | None, typer.Option(help="Variables of the chat template as JSON, such as '{\"enable_thinking\": false}'.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens, for a model whose config states no window.")] = None,
     gpu: Annotated[
         bool | None, typer.Option(help="Train in bfloat16 on a GPU; default: if this machine has one.")
     ] = None,
@@ -96,7 +101,10 @@ def new(
             check_output(out, new=True)
         if data and (task or tokens):
             raise ValueError("data: the file's samples have a task and lengths: leave out --task and --tokens")
-        text, modules = recipe_for(base, task or "line", method, tokens, chat_template, out, gpu, card, data)
+        text, modules = recipe_for(
+            base, task or "line", method, tokens, chat_template, out, gpu, window,
+            parse_arguments(chat_template_kwargs), card=card, data=data,
+        )  # fmt: skip
     except (ValueError, OSError) as error:
         stop("recipes", error)
     if out is None:

@@ -26,8 +26,9 @@ import typer
 
 from axolotl_plugins.common.console import first_line, quiet_libraries, stop
 from axolotl_plugins.common.console import run as run_app
-from axolotl_plugins.common.io import file_hash, load_json
+from axolotl_plugins.common.io import file_hash
 from axolotl_plugins.common.tokenizer import load_tokenizer
+from axolotl_plugins.common.window import context_window, read_config
 from data_gen.dataset import Request
 from recipes.tools.study_cells import (
     METHODS,
@@ -346,7 +347,7 @@ def make_settings(
     weights = sorted(model.glob("*.safetensors"))
     if not weights:
         raise ValueError(f"model: no *.safetensors in {model}: copy the complete folder")
-    window = load_json(model / "config.json")["max_position_embeddings"]
+    window = context_window(read_config(str(model)), str(model))
     train, tested = capped(longest, pairs(train_tokens, "train-tokens"))
     if lengths:
         tested = {task: sorted(numbers(lengths, "lengths")) for task in tested}

@@ -24,6 +24,9 @@ class DataArgs(Strict):
     haystack: str | None = Field(default=None, description="niah: folder of text files, `essays` (hub) or `prose`.")
     needles: str | None = Field(default=None, description="niah: file of training needles; default: the paper's ten.")
     data: str | None = Field(default=None, description="longbench: a local file instead of the hub's.")
+    ruler_version: int | None = Field(
+        default=None, description="vt, cwe, fwe: 2024 (the paper's) or 2025, as NVIDIA's program was then."
+    )
 
 
 def as_list(value: Any) -> Any:

@@ -64,6 +64,9 @@ def read_chat(file: Path, number: int, row: Mapping[str, Any], dataset: Mapping[
         raise ValueError(f"{where}: the last turn is the {messages[-1]['role']}'s, expected the assistant's answer")
     if not str(messages[-1]["content"]).strip():
         raise ValueError(f"{where}: the last turn is empty, expected the assistant's answer")
+    if dataset.get("message_field_training") != "training" and any(turn.get("training") is False for turn in turns):
+        raise ValueError(f"{where}: a turn says `training: false`, which Axolotl reads only with "
+                         "`message_field_training: training` in the recipe's `datasets`")  # fmt: skip
     if len(messages) < 2:
         raise ValueError(f"{where}: found an answer alone, expected a prompt before it")
     return messages

@@ -23,6 +23,7 @@ from .model_loading import RECORD, LoadedModel, check_name, is_adapter, load
 Into = Literal["auto", "o_proj", "v_proj"]
 # Tolerance of a merge. Where float32 rounds by more, float64 distinguishes rounding from a wrong merge.
 MAX_LOGIT_DIFFERENCE = 1e-4
+PROOF_WINDOW = 2048  # tokens; bounds the proof's prompts where the config states no window
 
 
 def value_rows(parent: nn.Module, num_heads: int, head_dim: int) -> tuple[str, torch.Tensor]:
@@ -158,7 +159,7 @@ def load_adapter(adapter: Path) -> LoadedModel:
         raise ValueError(f"{adapter}: is a merged model, expected an adapter folder")
     if not is_adapter(adapter):
         raise ValueError(f"{adapter}: not an adapter folder (it has no adapter_config.json)")
-    loaded = load(adapter)
+    loaded = load(adapter, default_window=PROOF_WINDOW)
     if not loaded.method.startswith("SEAL"):
         raise ValueError(f"{adapter}: found a {loaded.method} adapter; use `axolotl merge-lora` for it")
     if not all(parameter.is_floating_point() for parameter in loaded.model.parameters()):

@@ -13,12 +13,13 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 import axolotl_plugins.self_extend  # noqa: F401 - registers its RoPE type
 from axolotl_plugins.common.console import first_line
 from axolotl_plugins.common.io import load_json
-from axolotl_plugins.common.tokenizer import check_template, load_tokenizer, read_template
+from axolotl_plugins.common.tokenizer import load_tokenizer, set_template
+from axolotl_plugins.common.window import context_window, read_config, ropes
 
 from .model import SealModel  # noqa: F401 - registers the tuner with PEFT
 from .provenance import seen_texts
@@ -68,8 +69,7 @@ class LoadedModel:
         Raises:
             ValueError: RoPE is of type ``dynamic``, whose frequencies depend on earlier inputs.
         """
-        ropes = getattr(self.model.config.get_text_config(), "rope_parameters", None) or {}
-        for rope in (ropes, *(kind for kind in ropes.values() if isinstance(kind, dict))):
+        for rope in ropes(self.model.config):
             if rope.get("rope_type") == "dynamic":
                 raise ValueError(
                     f"{self.base}: RoPE of the type dynamic keeps the frequencies of the longest input so far, so that "
@@ -222,6 +222,7 @@ def with_adapter(loaded: LoadedModel, config: PeftConfig) -> LoadedModel:
 def load(
     name: str | Path, *, dtype: torch.dtype | str = "auto", chat_template: str | None = None,
     trust_remote_code: bool = False, weights: bool = True, model_config: dict[str, Any] | None = None,
+    template_arguments: dict[str, Any] | None = None, default_window: int | None = None,
 ) -> LoadedModel:  # fmt: skip
     """Load a model for inference.
 
@@ -234,6 +235,8 @@ def load(
         weights: load the weights; without them the model is on the meta device and an adapter is not applied, for
             models served by another process.
         model_config: keys of the model's config to override, as a recipe's ``model_config``.
+        template_arguments: see ``axolotl_plugins.common.tokenizer.with_arguments``; adapters carry those of training.
+        default_window: context window where the config states none.
 
     Raises:
         ValueError: a file is missing, corrupt or does not match the model; the message is one line.
@@ -249,12 +252,12 @@ def load(
             if not base:
                 raise ValueError("adapter_config.json has no base_model_name_or_path")
         source = name if adapter is not None and (Path(name) / "config.json").is_file() else base
-        config = AutoConfig.from_pretrained(source, **trust, **(model_config or {}))
+        config = read_config(source, model_config, **trust)
         if source != base and hasattr(config, "quantization_config"):
             # Quantisation during training is not part of the model: evaluate and merge on the base model's weights.
             del config.quantization_config
         if source != base:
-            config.dtype = AutoConfig.from_pretrained(base, **trust).dtype
+            config.dtype = read_config(base, None, **trust).dtype
         if weights:
             model = load_weights(base, config, dtype, trust_remote_code)
         else:
@@ -268,12 +271,8 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(name if has_tokenizer else base, **trust)
     except BROKEN as error:
         raise cannot_load(name, error) from error
-    if chat_template is not None:
-        tokenizer.chat_template = read_template(chat_template)
-    check_template(tokenizer, name)
-    window = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not window:
-        raise ValueError(f"{name}: its config has no context window (max_position_embeddings)")
+    set_template(tokenizer, name, chat_template, template_arguments)
+    window = context_window(config, name, default_window)
     method = method_name(adapter) if adapter else "base"
     if (file := Path(name) / RECORD).is_file():
         record = load_json(file)
@@ -289,6 +288,7 @@ def load_each(
     dtype: torch.dtype | str = "auto",
     chat_template: str | None = None,
     trust_remote_code: bool = False,
+    template_arguments: dict[str, Any] | None = None,
 ) -> Iterator[LoadedModel]:
     """Load adapters of one base model, which is loaded once; yield each activated adapter until the next.
 
@@ -299,6 +299,7 @@ def load_each(
         dtype: see ``load``.
         chat_template: see ``load``.
         trust_remote_code: see ``load``.
+        template_arguments: see ``load``.
 
     Raises:
         ValueError: a folder is not an adapter, or the adapters have different base models.
@@ -307,7 +308,10 @@ def load_each(
     first, *others = adapters.values()
     for folder in others:
         adapter_file(Path(folder))
-    shared = load(first, dtype=dtype, chat_template=chat_template, trust_remote_code=trust_remote_code)
+    shared = load(
+        first, dtype=dtype, chat_template=chat_template, trust_remote_code=trust_remote_code,
+        template_arguments=template_arguments,
+    )  # fmt: skip
     model = shared.model
     assert isinstance(model, PeftModel)
     by_name = {"default": shared}
@@ -320,7 +324,7 @@ def load_each(
         check_tensors(Path(folder), model, name)
         tokenizer = shared.tokenizer
         if (Path(folder) / "tokenizer_config.json").is_file():
-            tokenizer = load_tokenizer(folder, chat_template)
+            tokenizer = load_tokenizer(folder, chat_template, template_arguments)
         by_name[name] = replace(
             shared, name=folder, tokenizer=tokenizer, method=method_name(configs[folder]),
             trained_on=seen_texts(Path(folder)),
@@ -353,7 +357,7 @@ def adapter_configs(folders: list[str]) -> dict[str, PeftConfig]:
         if base != first:
             raise ValueError(f"adapter: {folder} is of {base}, the first one of {first}: evaluate it on its own")
         source = folder if (Path(folder) / "config.json").is_file() else base
-        config = AutoConfig.from_pretrained(source).to_dict()
+        config = read_config(source).to_dict()
         models.append({key: value for key, value in config.items() if key not in ignored})
         if differing := [key for key in {**models[0], **models[-1]} if models[0].get(key) != models[-1].get(key)]:
             raise ValueError(f"adapter: {folder} has another {differing[0]} than the first one: evaluate it on its own")

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from axolotl_plugins.common.console import first_line, in_rust, out_of_memory, stop
 from axolotl_plugins.common.io import write_text
+from axolotl_plugins.common.tokenizer import load_tokenizer
+from axolotl_plugins.common.window import read_config, stated_window
 
 from . import provenance
 from .args import parse_block
@@ -34,6 +36,52 @@ def print_one_line(kind: type[BaseException], error: BaseException, trace: Any) 
         print(f"\nseal: {first_line(error)}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def prepare_template(cfg: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """Load a recipe's tokenizer with its chat template, which Axolotl then takes as it is, template arguments included.
+
+    So the adapter's folder gets the template that its samples were rendered with, and scoring needs no arguments.
+
+    Raises:
+        ValueError: see ``axolotl_plugins.common.tokenizer.set_template``.
+    """
+    from axolotl.utils.chat_templates import get_chat_template
+
+    choice, arguments = str(cfg.get("chat_template") or "tokenizer_default"), cfg.get("chat_template_kwargs")
+    own, template, fallback = choice.startswith("tokenizer_default"), None, choice.partition("_fallback_")[2]
+    if not own:
+        template = cfg.get("chat_template_jinja") if choice == "jinja" else get_chat_template(choice)
+    tokenizer = load_tokenizer(
+        cfg.get("tokenizer_config") or cfg.get("base_model") or "", template, arguments,
+        fallback=get_chat_template(fallback) if fallback else None,
+        trust_remote_code=cfg.get("trust_remote_code") is True,
+    )  # fmt: skip
+    if own or arguments:
+        cfg["chat_template"], cfg["chat_template_jinja"] = "jinja", tokenizer.chat_template
+    return tokenizer
+
+
+def prepare_window(cfg: dict[str, Any]) -> None:
+    """Check that samples fit into the model's window, and give Axolotl a condensed RoPE in a form that it applies.
+
+    Raises:
+        ValueError: the config cannot be loaded, or ``sequence_len`` exceeds the window, which Axolotl would raise to it
+            without a change of RoPE.
+    """
+    name = cfg.get("base_model_config") or cfg.get("base_model") or ""
+    changes = dict(cfg.get("model_config") or {})
+    config = read_config(name, changes, trust_remote_code=cfg.get("trust_remote_code") is True)
+    text = config.get_text_config()
+    if getattr(text, "rope_condense_ratio", None):
+        cfg["model_config"] = changes | {
+            key: getattr(text, key) for key in ("rope_parameters", "max_position_embeddings")
+        }
+    if (window := stated_window(config)) and cfg["sequence_len"] > window:
+        raise ValueError(
+            f"sequence_len: found {cfg['sequence_len']}, but the window of {name} is {window} tokens: lower it, or "
+            "stretch the window by `model_config:` (docs/add-a-model.md)"
+        )
 
 
 def quantise_for_seal() -> None:
@@ -88,11 +136,16 @@ class SealPlugin(BasePlugin):
             self.inference = bool(cfg.get("inference"))
             quantise_for_seal()
             sys.excepthook = print_one_line
+            datasets = cfg.get("datasets") or []
+            rendered = block.data or any(dataset.get("type") == "chat_template" for dataset in datasets)
+            template, tokenizer = cfg.get("chat_template_jinja"), prepare_template(cfg) if rendered else None
+            prepare_window(cfg)
             if not (cfg.get("inference") or cfg.get("merge_lora")):
                 check_targets(cfg, block)
-                generate_files(cfg, block)
+                generate_files(cfg, block, tokenizer, template)
                 check_files(cfg)
-                self.training_data = provenance.record(cfg.get("datasets") or [])
+                self.training_data = provenance.record(datasets)
+                self.training_data["chat_template_kwargs"] = cfg.get("chat_template_kwargs")
         except (ValueError, OSError) as error:
             stop("seal", error)
 

@@ -96,6 +96,13 @@ def copy(source: Path, folder: Path) -> None:
         write_text(folder / FILE, (source / FILE).read_text(encoding="utf-8"))
 
 
+def ruler_version(folder: Path, task: str) -> int | None:
+    """Return the version of RULER that the model in a folder was tuned on a task of, None if on none."""
+    files = load_json(folder / FILE)["files"] if (folder / FILE).is_file() else []
+    manifests = [file["manifest"] or {} for file in files]
+    return next((each.get("ruler_version") for each in manifests if each.get("task") == task), None)
+
+
 def seen_texts(folder: Path) -> frozenset[str] | None:
     """Return the hashes of all texts that the model in a folder was tuned on, or None if they are unknown.
 

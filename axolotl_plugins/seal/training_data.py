@@ -46,7 +46,10 @@ def recipe_tokenizer(cfg: dict[str, Any], dataset: dict[str, Any]) -> PreTrained
     Raises:
         ValueError: it cannot be loaded, or has no chat template.
     """
-    return load_tokenizer(cfg.get("tokenizer_config") or cfg.get("base_model") or "", chat_template(cfg, dataset))
+    return load_tokenizer(
+        cfg.get("tokenizer_config") or cfg.get("base_model") or "", chat_template(cfg, dataset),
+        cfg.get("chat_template_kwargs"), trust_remote_code=cfg.get("trust_remote_code") is True,
+    )  # fmt: skip
 
 
 def check_generated_path(out: Path) -> None:
@@ -71,13 +74,21 @@ def check_generated_path(out: Path) -> None:
         )
 
 
-def generate_files(cfg: dict[str, Any], block: SealBlock) -> None:
+def generate_files(
+    cfg: dict[str, Any], block: SealBlock, tokenizer: PreTrainedTokenizerBase | None, template: str | None
+) -> None:
     """Generate the recipe's dataset files, or check that existing files match the recipe.
+
+    Args:
+        cfg: the recipe.
+        block: its ``seal:`` block.
+        tokenizer: with the recipe's chat template.
+        template: the recipe's ``chat_template_jinja``, for the command in the manifest.
 
     Raises:
         ValueError: a file does not match the recipe, or the recipe's data cannot be generated.
     """
-    if block.data is None:
+    if block.data is None or tokenizer is None:
         return
     datasets = cfg.get("datasets") or []
     paths = [Path(dataset["path"]) for dataset in datasets if dataset.get("path")]
@@ -88,7 +99,6 @@ def generate_files(cfg: dict[str, Any], block: SealBlock) -> None:
         )
     from filelock import FileLock
 
-    tokenizer = recipe_tokenizer(cfg, datasets[0])
     for data, out in zip(block.data, paths, strict=True):
         check_output(out)
         request = Request(**data.model_dump(), split="train")
@@ -102,7 +112,8 @@ def generate_files(cfg: dict[str, Any], block: SealBlock) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         # Every process of a distributed run gets here; the first one writes the file.
         with FileLock(out.with_name(f".{out.name}.lock")):
-            written = write(request, tokenizer, out, chat_template=cfg.get("chat_template_jinja"))
+            written = write(request, tokenizer, out, chat_template=template,
+                            template_arguments=cfg.get("chat_template_kwargs"))  # fmt: skip
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             status = "generated" if written else "already exist"
             note = remark(row for _, row in read_rows(out))

@@ -10,29 +10,41 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from axolotl_plugins.common.tokenizer import Messages, check_template, encode_chat
+from axolotl_plugins.common.window import condensed, stated_window
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
-
-Messages = list[dict[str, str]]
 
 
 def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, int]:
     """Tokenize a chat; return its ids, int64 of shape (1, T), and the index of the first token of its last turn.
 
     Raises:
-        ValueError: the chat has fewer than two turns or an empty one, or its prompt, rendered for generation, is not a
-            prefix of the rendered chat.
+        ValueError: the chat has fewer than two turns or an empty one, or see ``encode_chat``.
     """
     if not isinstance(messages, list) or len(messages) < 2 or not all(isinstance(turn, dict) for turn in messages):
         raise ValueError(f"a chat: found {str(messages)[:60]!r}, expected a list of turns that ends with an answer")
     if not all(str(turn.get("content") or "").strip() for turn in messages):
         raise ValueError(f"a chat: a turn of {str(messages)[:60]!r} is empty")
-    ids = tokenizer.apply_chat_template(messages, return_dict=False)
-    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
-    if ids[: len(prompt)] != prompt:
-        raise ValueError("the chat template's generation prompt is not a prefix of the same chat with its answer")
-    return torch.tensor([ids]), len(prompt)
+    ids, start = encode_chat(tokenizer, messages)
+    return torch.tensor([ids]), start
+
+
+def check_window(model: PeftModel, tokens: int) -> None:
+    """Raise unless a sample fits into the window of a model whose RoPE is what its config says.
+
+    Raises:
+        ValueError: see above.
+    """
+    if condensed(model.config):
+        raise ValueError(
+            "rope_condense_ratio: Transformers ignores it: load the model with `config=read_config(NAME)` of "
+            "axolotl_plugins.common.window"
+        )
+    if (window := stated_window(model.config)) and tokens > window:
+        raise ValueError(f"a chat of {tokens} tokens does not fit into the model's window of {window}: shorten it")
 
 
 def answer_loss(model: torch.nn.Module, ids: torch.Tensor, start: int) -> torch.Tensor:
@@ -64,7 +76,8 @@ def tune(
     Args:
         model: wrapped by any PEFT method; only its trainable parameters change.
         chats: chats that end with the answer.
-        tokenizer: with the model's chat template.
+        tokenizer: with the model's chat template, whose variables ``axolotl_plugins.common.tokenizer.with_arguments``
+            sets.
         lr: learning rate, in the paper 1e-2 or 2e-2 for line retrieval.
         epochs: passes over the samples, in the paper 1.
         seed: seed of the samples' order.
@@ -75,7 +88,8 @@ def tune(
         The loss of every step.
 
     Raises:
-        ValueError: no trainable parameters, no chats, an invalid learning rate, or a chat that cannot be tokenized.
+        ValueError: no trainable parameters, no chats, an invalid learning rate, or a chat that cannot be tokenized or
+            exceeds the model's window.
         FloatingPointError: a loss is not finite.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -86,7 +100,9 @@ def tune(
     if not 0 < lr < math.inf:
         raise ValueError(f"lr: found {lr}, expected a number above 0; the paper's lie between 5e-3 and 5e-2")
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    check_template(tokenizer, tokenizer.name_or_path)
     samples = [encode(chat, tokenizer) for chat in chats]
+    check_window(model, max(ids.shape[1] for ids, _ in samples))
     order = random.Random(seed)
     losses: list[float] = []
     was_training = model.training

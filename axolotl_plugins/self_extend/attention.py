@@ -5,8 +5,11 @@ of ``group_size`` tokens, so that no distance exceeds those of pretraining. Sect
 it, with groups of 6 and a neighbour window of 1,024 tokens.
 
 The model's config enables it: ``rope_parameters: {rope_type: self_extend, rope_theta: ..., group_size: 6,
-neighbor_window: 1024}``. Importing this package registers the RoPE type with Transformers; without it, loading such a
-model fails instead of running at positions beyond pretraining.
+neighbor_window: 1024}``. With a window of w and groups of G, ``w - w // G`` is added to distances in groups, so that
+they continue the near ones; with ``exact_offset: true`` it is ``w - w / G``, as in the prefill of the original program.
+
+Importing this package registers the RoPE type with Transformers; without it, loading such a model fails instead of
+running at positions beyond pretraining.
 """
 
 from __future__ import annotations
@@ -32,8 +35,8 @@ def slides(config: PreTrainedConfig) -> bool:
     return bool(getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None))
 
 
-def settings(config: PreTrainedConfig) -> tuple[int, int]:
-    """Return the group size and the neighbour window of a config, in tokens.
+def settings(config: PreTrainedConfig) -> tuple[int, int, float]:
+    """Return the group size and the neighbour window of a config, and what it adds to far distances, in tokens.
 
     Raises:
         ValueError: they are missing or invalid, or the architecture is not supported.
@@ -43,11 +46,13 @@ def settings(config: PreTrainedConfig) -> tuple[int, int]:
     for key, value in (("group_size", group), ("neighbor_window", window)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"rope_parameters.{key}: found {value!r}, expected a whole number of tokens from 1")
+    if not isinstance(exact := rope.get("exact_offset", False), bool):
+        raise ValueError(f"rope_parameters.exact_offset: found {exact!r}, expected true or false")
     if config.model_type not in MODEL_TYPES:
         raise ValueError(f"self_extend: found {config.model_type}, expected one of {', '.join(MODEL_TYPES)}")
     if slides(config):
         raise ValueError("self_extend: the model has sliding-window attention: set `sliding_window: null`")
-    return group, window
+    return group, window, window - (window / group if exact else window // group)
 
 
 def inverse_frequencies(config: PreTrainedConfig) -> torch.Tensor:
@@ -177,11 +182,11 @@ def self_extend_attention(
     else:
         shape, expected = tuple(attention_mask.shape), (key.shape[0], tokens)
         raise ValueError(f"self_extend: found a mask of shape {shape}, expected a padding mask of shape {expected}")
-    group, window = settings(module.config)
+    group, window, offset = settings(module.config)
     frequencies = inverse_frequencies(module.config)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query_position = position[:, tokens - queries :]
-    far_query = rotate(query, query_position // group + window - window // group - query_position, frequencies)
+    far_query = rotate(query, query_position // group + offset - query_position, frequencies)
     far_key = rotate(key, position // group - position, frequencies)
     chunks = []
     for start in range(0, queries, QUERIES):

@@ -20,6 +20,7 @@ COMMON = 10  # words asked for
 # Counts of each common and each other word, then the example's number of words and their counts, below 4,096 tokens
 # and from there on.
 SHORT, LONG = ((6, 1), (20, 3, 1)), ((30, 3), (40, 10, 3))
+STEP_2024 = 10  # words
 MAX_NEW_TOKENS = 120  # RULER's tokens_to_generate
 
 
@@ -46,13 +47,16 @@ def numbered(entries: list[str]) -> str:
     return " ".join(f"{number}. {word}" for number, word in enumerate(entries, 1))
 
 
-def render_example(entries: list[str], common: list[str]) -> str:
-    """Return a worked example: prompt, prefix and answer."""
-    return PROMPT.format(context=numbered(entries)) + f"{PREFIX} {numbered(common)}"
+def render_example(entries: list[str], common: list[str], version: int | None = None) -> tuple[str, str]:
+    """Return the prompt of a worked example, and prefix and answer; in 2024 no space was between these two."""
+    return PROMPT.format(context=numbered(entries)), f"{PREFIX}{'' if version == 2024 else ' '}{numbered(common)}"
 
 
 def sample(request: Request, rng: random.Random, index: int, budget: LengthBudget) -> dict[str, Any]:
-    """Draw a sample with as many different words as fit.
+    """Draw a sample with as many different words as fit, in RULER's steps of that year.
+
+    With a version of RULER the worked example is an earlier exchange, as where its program wraps example and task in a
+    model's template one by one.
 
     Raises:
         ValueError: the length is too small for the example and ten words, or needs more words than wonderwords has.
@@ -64,7 +68,9 @@ def sample(request: Request, rng: random.Random, index: int, budget: LengthBudge
         chosen = rng.sample(pool, len(pool))
     seed = rng.getrandbits(64)
     example_pool = rng.sample(pool, example_words)
-    example = render_example(word_list(example_pool, example_common, example_other, rng), example_pool[:COMMON])
+    version = request.ruler_version
+    shown = word_list(example_pool, example_common, example_other, rng)
+    example = render_example(shown, example_pool[:COMMON], version)
 
     def of_size(count: int) -> dict[str, Any]:
         if count > len(chosen):
@@ -72,13 +78,20 @@ def sample(request: Request, rng: random.Random, index: int, budget: LengthBudge
                 f"tokens: {budget.tokens} needs more than the {len(chosen)} words of wonderwords: ask for less"
             )
         entries = word_list(chosen[:count], common, other, random.Random(seed))
-        prompt = f"{example}\n{PROMPT.format(context=numbered(entries))}"
-        return make_sample(prompt, PREFIX, numbered(chosen[:COMMON]), chosen[:COMMON], MAX_NEW_TOKENS, words=count)
+        prompt, facts = PROMPT.format(context=numbered(entries)), dict[str, Any](words=count)
+        if version is None:
+            prompt = "".join(example) + "\n" + prompt
+        else:
+            facts["example"] = (example[0], example[1].strip())
+        return make_sample(prompt, PREFIX, numbered(chosen[:COMMON]), chosen[:COMMON], MAX_NEW_TOKENS, **facts)
 
-    return of_size(largest(lambda n: length(of_size(n), budget), budget.tokens, first=COMMON + 1, what="cwe"))
+    step = STEP_2024 if version == 2024 else 1
+    first = COMMON + step
+    return of_size(largest(lambda n: length(of_size(n), budget), budget.tokens, first=first, step=step, what="cwe"))
 
 
 register(Task(
     name="cwe", title="Common words", description="RULER's common words", source=SOURCE, sample=sample,
     shortest=3500, metric=string_match_all, max_new_tokens=MAX_NEW_TOKENS, group="ruler",
+    options=("ruler_version",),
 ))  # fmt: skip

@@ -38,12 +38,15 @@ def draw_vocabulary(size: int, rng: random.Random) -> list[str]:
 
 
 def sample(request: Request, rng: random.Random, index: int, budget: LengthBudget) -> dict[str, Any]:
-    """Draw a sample of as many words as fit.
+    """Draw a sample of as many words as fit, with a version of RULER in its steps.
+
+    Its program of 2024 did not subtract the answer from the length; here no sample exceeds the length.
 
     Raises:
         ValueError: the length is too small for ranks 1 to 5 to differ in frequency.
     """
-    size = max((budget.tokens - MAX_NEW_TOKENS) // 50, 5)
+    tokens = budget.tokens - (0 if request.ruler_version == 2024 else MAX_NEW_TOKENS)
+    size = max(tokens // 50, 5)
     vocabulary = draw_vocabulary(size, rng)
     while not budget.accept(" ".join(vocabulary[1:4])):
         vocabulary = draw_vocabulary(size, rng)
@@ -58,10 +61,15 @@ def sample(request: Request, rng: random.Random, index: int, budget: LengthBudge
 
     # The smallest total at which ranks 1 to 5 all differ in frequency.
     first = next(n for n in range(1, 10_000) if len(set(frequencies(n, 5))) == 5)
-    return of_size(largest(lambda n: length(of_size(n), budget), budget.tokens, first=first, what="fwe"))
+    step = 1
+    if request.ruler_version:  # words, counted up from a sixth of the tokens
+        step = max(1, tokens // 32)
+        first += (tokens // WORD_LETTERS - first) % step
+    return of_size(largest(lambda n: length(of_size(n), budget), budget.tokens, first=first, step=step, what="fwe"))
 
 
 register(Task(
     name="fwe", title="Frequent words", description="RULER's frequent words", source=SOURCE, sample=sample,
     shortest=2500, metric=string_match_all, max_new_tokens=MAX_NEW_TOKENS, group="ruler",
+    options=("ruler_version",),
 ))  # fmt: skip

@@ -1,6 +1,7 @@
 """Training samples for LongBench: the 50 longest of TriviaQA with passages, ``triviaqa_e`` (paper Table 6).
 
 Prompt and truncation in the middle follow LongBench (THUDM/LongBench, ``pred.py`` and ``config/dataset2prompt.json``).
+The hub's copy without a loading script is a formatted one, whose fields hold the instructions already.
 """
 
 from __future__ import annotations
@@ -21,7 +22,18 @@ PROMPT = (
     "Answer the question based on the given passage. Only give me the answer and do not output any other words. The "
     "following are some examples.\n\n{context}\n\n{input}"
 )
-DATASET = ("Xnhyacinth/LongBench", "triviaqa_e")  # the original's files, without its loading script
+DATASET = ("Xnhyacinth/LongBench", "triviaqa_e")
+
+
+def formatted_prompt(row: dict[str, Any]) -> str | None:
+    """Return the prompt of a row of the formatted copy, None for one of the original's files.
+
+    The copy puts the instructions into ``context``, the question with its label into ``question``, and the prompt's
+    last words into ``answer_prefix``.
+    """
+    if row.get("answer_prefix") is None:
+        return None
+    return row["context"] + row["question"] + row["answer_prefix"]
 
 
 @functools.cache
@@ -44,7 +56,7 @@ def longest(data: str | None) -> list[dict[str, Any]]:
     else:
         rows = [row for _, row in read_rows(Path(data))]
     for number, row in enumerate(rows, 1):
-        # Some copies on the hub rename the original's `input` to `question`.
+        # Copies on the hub rename the original's `input` to `question`.
         row.setdefault("input", row.get("question"))
         if not (isinstance(row["input"], str) and row.get("context") and row.get("answers") and "length" in row):
             raise ValueError(f"{data or DATASET[0]}, row {number}: expected context, input, answers and length")
@@ -61,7 +73,7 @@ def sample(request: Request, rng: random.Random, index: int, budget: LengthBudge
     if index >= len(rows):
         raise ValueError(f"samples: {request.data or DATASET[0]} has {len(rows)} rows, sample {index + 1} is requested")
     row = rows[index]
-    prompt, answer = PROMPT.format(**row), row["answers"][0]
+    prompt, answer = formatted_prompt(row) or PROMPT.format(**row), row["answers"][0]
     full = budget.count(prompt, answer)
     ids = budget.encode(prompt)
     remaining = min(len(ids), budget.tokens - budget.count("", answer))

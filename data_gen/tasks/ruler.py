@@ -2,6 +2,10 @@
 
 RULER's answer prefix begins the assistant's turn. A space at its end belongs to the answer instead, so that the tokens
 of a prompt are a prefix of those of its training sample. As in RULER, a sample's length includes the response budget.
+
+RULER's text and the steps in which it enlarges a sample changed in May 2025. ``Request.ruler_version`` chooses; without
+it, the text is that of 2025, the worked example of common words is in the prompt itself, and samples are as long as
+fits.
 """
 
 from __future__ import annotations
@@ -29,5 +33,6 @@ def make_sample(
 
 def length(sample: dict[str, Any], budget: LengthBudget) -> int:
     """Return the tokens of a sample with its response budget, or with its answer if that is longer."""
-    full = budget.count(sample["prompt"], sample["answer"])
-    return max(full, budget.count(sample["prompt"], sample["prefix"]) + sample["budget"])
+    example = sample.get("example")
+    full = budget.count(sample["prompt"], sample["answer"], example)
+    return max(full, budget.count(sample["prompt"], sample["prefix"], example) + sample["budget"])

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "test"]
 # Fields of ``Request`` that only some tasks accept.
-OPTIONS = ("lines", "haystack", "needles", "depths", "data")
+OPTIONS = ("lines", "haystack", "needles", "depths", "data", "ruler_version")
+RULER_VERSIONS = (2024, 2025)
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,10 @@ class Task:
         description: the title within a sentence.
         source: paper or program whose wording, metric and generation settings the task takes.
         sample: draws the sample of an index: ``prompt``, ``answer`` (the assistant's turn), ``references`` (correct
-            answers), optionally ``prefix`` (what the answer begins with, given to the model) and any JSON values that
-            describe the sample. Randomness comes from the generator alone, and the chat has at most ``budget.tokens``
-            tokens. Raises ValueError if no sample is that short.
+            answers), optionally ``prefix`` (what the answer begins with, given to the model), ``example`` (prompt and
+            answer of an earlier exchange in the chat) and any JSON values that describe the sample. Randomness comes
+            from the generator alone, and the chat has at most ``budget.tokens`` tokens. Raises ValueError if no sample
+            is that short.
         metric: score of a response in [0, 1], from the response and the references; None if lm-eval scores the
             benchmark with its own tasks.
         max_new_tokens: longest response; None without a metric.
@@ -189,6 +191,8 @@ class Request:
         needles: for niah, a file of training needles; defaults to the paper's ten.
         depths: for niah, how many depths from 0 to 100 per cent test samples step through; defaults to ten.
         data: for longbench, a local file instead of the hub's.
+        ruler_version: for RULER's tasks, the year of NVIDIA's program whose text and steps of size samples have; by
+            default the text of 2025, with as many words as fit, and worked examples in the prompt itself.
 
     Raises:
         ValueError: a field is invalid.
@@ -204,6 +208,7 @@ class Request:
     needles: str | None = None
     depths: int | None = None
     data: str | None = None
+    ruler_version: int | None = None
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -219,6 +224,8 @@ class Request:
             raise ValueError(
                 f"split: {self.task} samples are for training; score with `python -m eval run --task {self.task}`"
             )
+        if self.ruler_version not in (None, *RULER_VERSIONS):
+            raise ValueError(f"ruler_version: found {self.ruler_version!r}, expected 2024 or 2025")
         if self.depths is not None and (self.depths < 2 or self.split == "train"):
             raise ValueError(f"depths: found {self.depths}, expected at least 2, and only for test samples")
         if (self.tokens is None) == (self.lines is None):

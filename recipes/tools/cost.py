@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from axolotl_plugins.common.io import load_yaml
+from axolotl_plugins.common.window import read_config
 from recipes.tools.estimate import (
     CARD_SHARE,
     CARDS,
@@ -27,17 +28,14 @@ def shape_for(base_model: str) -> Shape:
     """Return the shape of a model: that in ``matrix.yml``, else from its config.
 
     Raises:
-        ValueError: the config lacks a size that costs depend on.
-        OSError: the config cannot be loaded.
+        ValueError: the config cannot be loaded, or lacks a size that costs depend on.
     """
     matrix = read_matrix()
     names = {model["base_model"]: model["shape"] for model in matrix["models"].values()}
     if base_model in names:
         return Shape.of(matrix["shapes"][names[base_model]])
-    from transformers import AutoConfig
-
     try:
-        return Shape.of(AutoConfig.from_pretrained(base_model).to_dict())
+        return Shape.of(read_config(base_model).to_dict())
     except KeyError as error:
         raise ValueError(f"{base_model}: its config has no {error}, so its cost cannot be estimated") from None
 

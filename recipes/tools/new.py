@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from axolotl_plugins.common.console import first_line
+from axolotl_plugins.common.window import context_window, read_config
 from data_gen.dataset import Request, generate
 from data_gen.tasks import resolve_task
 from recipes.tools.estimate import CARDS, Shape
@@ -21,7 +22,8 @@ PAPER_WINDOW_SHARE = (31, 32)  # of the window that the longest training sample 
 
 def recipe_for(
     base: str, task: str, method: str, tokens: str | None = None, chat_template: str | None = None,
-    out: Path | None = None, gpu: bool | None = None, card: int = CARD, data: Path | None = None,
+    out: Path | None = None, gpu: bool | None = None, window: int | None = None,
+    template_arguments: dict[str, Any] | None = None, *, card: int = CARD, data: Path | None = None,
 ) -> tuple[str, str]:  # fmt: skip
     """Render a recipe, and return it with the names of the modules that it scales.
 
@@ -33,6 +35,8 @@ def recipe_for(
         chat_template: name of a chat template in recipes/templates.
         out: file that the recipe is for; it is not written.
         gpu: whether the recipe is for a GPU; None checks this machine.
+        window: context window in tokens, for a model whose config states none.
+        template_arguments: variables of the chat template, see ``axolotl_plugins.common.tokenizer.with_arguments``.
         card: memory of that GPU in GiB, a key of ``CARDS``.
         data: JSON lines file of chats to train on instead of a task's samples.
 
@@ -52,12 +56,14 @@ def recipe_for(
     out = out or FOLDER.relative_to(FOLDER.parent) / f"{Path(base).name.lower().replace('.', '_')}_{name}_{method}.yml"
     if not re.fullmatch(r"\w[\w.+-]*\.ya?ml", out.name):  # it is part of names in the recipe as well
         raise ValueError(f"out: found the name {out.name!r}, expected letters, digits and any of . _ + -, then .yml")
-    tokenizer = load_tokenizer(base, str(template_file(chat_template)) if chat_template else None)
+    tokenizer = load_tokenizer(base, str(template_file(chat_template)) if chat_template else None, template_arguments)
     own = OwnData(str(data), tuple(chat_lengths(data, {}, tokenizer).values())) if data else None
-    model = meta_model(base)
+    changes = {"max_position_embeddings": window} if window else {}
+    model = meta_model(base, changes)
     modules = find_attention_outputs(model)
     entry = model_entry(model, base, len(tokenizer), own)
-    entry |= {"gpu": torch.cuda.is_available() if gpu is None else gpu, "template": chat_template}
+    entry |= {"gpu": torch.cuda.is_available() if gpu is None else gpu, "template": chat_template,
+              "template_arguments": template_arguments, "model_config": changes}  # fmt: skip
     entry["tokens"] = None if own else sample_lengths(entry["window"], task, tokens)
     rates = read_matrix()["rates"]
     known = not own and task in rates
@@ -80,9 +86,10 @@ def model_entry(model: PreTrainedModel, base: str, vocabulary: int, own: OwnData
         raise ValueError(f"{base}: has {embeddings} embeddings, fewer than its tokenizer has tokens: call the model's "
                          f"`resize_token_embeddings({vocabulary})` and save it")  # fmt: skip
     config = model.config.get_text_config()
-    window = getattr(config, "max_position_embeddings", None)
-    if not window:
-        raise ValueError(f"{base}: its config declares no context window (max_position_embeddings)")
+    try:
+        window = context_window(model.config, base)
+    except ValueError as error:
+        raise ValueError(f"{error}; or give --window N, which becomes part of the recipe") from None
     if own and max(own.lengths) > window:
         raise ValueError(f"{own.path}: its longest sample has {max(own.lengths)} tokens, more than the model's window "
                          f"of {window}: shorten or remove it")  # fmt: skip
@@ -122,21 +129,21 @@ def template_file(name: str) -> Path:
     return TEMPLATES / f"{name}.jinja"
 
 
-def meta_model(base: str) -> PreTrainedModel:
-    """Build a model on the meta device, without weights.
+def meta_model(base: str, changes: dict[str, Any] | None = None) -> PreTrainedModel:
+    """Build a model on the meta device, without weights; ``changes`` override keys of its config.
 
     Raises:
         ValueError: its config cannot be loaded.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = read_config(base, changes)
     try:
-        config = AutoConfig.from_pretrained(base)
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the config of {base!r} ({first_line(error)})") from error
+    except ValueError as error:
+        raise ValueError(f"cannot build the model of {base!r}: {first_line(error)}") from error
     model.tie_weights()  # moving to the meta device untied them
     return model
 

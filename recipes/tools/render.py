@@ -72,6 +72,7 @@ class Recipe:
         sharding: ``fsdp2`` or ``zero3`` to shard weights across devices.
         context_parallel_size: devices that every sample's tokens are sharded across.
         own: file to train on instead of a task's samples.
+        ruler_version: of RULER's tasks, see ``data_gen.dataset.Request``.
     """
 
     file: Path
@@ -87,6 +88,7 @@ class Recipe:
     context_parallel_size: int = 1
     card: int = CARD
     own: OwnData | None = None
+    ruler_version: int | None = None
 
     @property
     def name(self) -> str:
@@ -169,6 +171,7 @@ class Recipe:
                 "task": part,
                 "tokens": sample_tokens(self.model, self.task, part),
                 "samples": self.samples // len(self.tasks),
+                "ruler_version": self.ruler_version if part in RULER else None,
                 "path": f"data/{key}.jsonl" if len(self.tasks) == 1 else f"data/{key}_{part}.jsonl",
             }
             for part in self.tasks
@@ -360,6 +363,7 @@ def matrix_recipes() -> list[Recipe]:
                 shows=f"{row['shows']} of arXiv 2501.15225", shape=Shape.of(shape),
                 samples=row.get("samples", 50), epochs=row.get("epochs", 1), sharding=row.get("sharding"),
                 context_parallel_size=row.get("context_parallel", 1), card=row.get("card", matrix["card"]),
+                ruler_version=row.get("ruler_version"),
             )  # fmt: skip
     return list(recipes.values())
 

@@ -47,7 +47,7 @@ def parse_chain(text):
 def test_variable_tracking_is_nvidias_byte_for_byte(row):
     example, main = row["input"].split(vt.PROMPT.split("\n")[0])[1:]
     prompt, prefix = vt.render(*parse_chain(main))
-    assert vt.render_example(*parse_chain(example)) + "\n" + prompt == row["input"]
+    assert vt.render_example(*parse_chain(example)) + prompt == row["input"]
     assert prefix == row["answer_prefix"] and parse_chain(main)[0] == row["outputs"]
 
 
@@ -63,7 +63,8 @@ def test_common_words_are_nvidias_byte_for_byte(row):
         entries(example.split("list are: ")[1]),
         entries(main),
     )
-    rebuilt = cwe.render_example(example_words, answer) + "\n" + cwe.PROMPT.format(context=cwe.numbered(words))
+    shown = "".join(cwe.render_example(example_words, answer))
+    rebuilt = shown + "\n" + cwe.PROMPT.format(context=cwe.numbered(words))
     assert rebuilt == row["input"] and row["answer_prefix"] == cwe.PREFIX
     (common, other), (count, example_common, example_other) = cwe.SHORT
     assert set(Counter(words).values()) == {common, other}
@@ -80,6 +81,99 @@ def test_frequent_words_are_nvidias_byte_for_byte(row):
     possible = [[n for n in fwe.frequencies(total, size) if n] for total in range(1, 3000)]
     assert [n for _, n in counts.most_common()] in possible
     assert [word for word, _ in counts.most_common(4)] == ["...", *row["outputs"]]
+
+
+# Samples that NVIDIA's programs of 2024 and 2025 wrote with the template ``[INST] {task_template} [/INST]``.
+VERSIONS = [json.loads(row) for row in (FIXTURES / "ruler_versions.jsonl").read_text().splitlines()]
+
+
+def versions(task):
+    return [row for row in VERSIONS if row["task"] == task]
+
+
+def parse_lines_2024(text):
+    """The arguments of ``vt.render`` for the text of 2024, in which assignments stand before the noise of a line."""
+    text = re.split(r"following text\.\s+", text, maxsplit=1)[1].split("Question:")[0]
+    names, positions, value = [], [], None
+    for match in re.finditer(r"VAR (\w+) = (?:VAR )?(\w+)", text):
+        names.append(match[1])
+        positions.append(text[: match.start()].count(vt.NOISE))
+        value = value or match[2]
+    return names, value, positions, text.count(vt.NOISE)
+
+
+@pytest.mark.parametrize("row", versions("vt"))
+def test_variable_tracking_is_nvidias_of_both_years(row):
+    example, main = row["input"].split("Memorize and track")[1:]
+    parse = parse_lines_2024 if row["version"] == 2024 else parse_chain
+    prompt, prefix = vt.render(*parse(main), row["version"])
+    assert f"[INST] {vt.render_example(*parse(example), row['version'])}{prompt} [/INST]{prefix}" == row["input"]
+    assert ("assgined" in prefix) == (row["version"] == 2024)
+    assert parse(main)[0] == row["outputs"]
+
+
+@pytest.mark.parametrize("row", versions("cwe"))
+def test_common_words_are_nvidias_of_both_years(row):
+    """Example and task are two turns of a chat."""
+    example, main = row["input"].split("\n[INST] ")
+    shown, words = entries(example.split("\n")[1]), entries(main)
+    answer = entries(example.split("list are:")[1])
+    prompt, reply = cwe.render_example(shown, answer, row["version"])
+    assert f"[INST] {prompt} [/INST]{reply}" == example
+    assert cwe.PROMPT.format(context=cwe.numbered(words)) + f" [/INST]{cwe.PREFIX}" == main
+    if row["version"] == 2024:
+        assert len(set(words)) % cwe.STEP_2024 == 0
+
+
+@pytest.mark.parametrize("row", versions("fwe"))
+def test_frequent_words_have_nvidias_vocabulary_and_steps_of_both_years(row):
+    body = row["input"].split("coded words. ")[1].split("\nQuestion")[0]
+    assert f"[INST] {fwe.PROMPT.format(context=body)} [/INST]{fwe.PREFIX}" == row["input"]
+    length = row["tokens"] - (0 if row["version"] == 2024 else fwe.MAX_NEW_TOKENS)
+    counts = [n for _, n in Counter(body.split(" ")).most_common()]
+    size, step = length // 50, length // 32
+    possible = [[n for n in fwe.frequencies(length // 6 + k * step, size) if n] for k in range(30)]
+    assert counts in possible
+
+
+@pytest.mark.parametrize("version", [2024, 2025])
+@pytest.mark.parametrize("task", ["vt", "cwe", "fwe"])
+def test_samples_of_a_version_have_its_text_and_steps(task, version, tokenizer):
+    tokens = 9000 if task == "cwe" else 4200
+    requests = [Request(task, tokens, samples=2, split="test", ruler_version=year) for year in (version, None)]
+    samples, plain = (list(generate(request, tokenizer)) for request in requests)
+    for sample, unversioned in zip(samples, plain, strict=True):
+        text = sample["messages"][-2]["content"]
+        assert sample["tokens"] == count_tokens(tokenizer, sample["messages"]) <= tokens
+        assert sample["references"] == unversioned["references"] or task == "fwe"
+        if task == "vt":
+            parse = parse_lines_2024 if version == 2024 else parse_chain
+            example, main = text.split("Memorize and track")[1:]
+            assert vt.render_example(*parse(example), version) + vt.render(*parse(main), version)[0] == text
+            assert sample["noises"] % 10 == 0 or version == 2025
+            assert ("assgined" in sample["prefix"]) == (version == 2024)
+        elif task == "cwe":
+            shown, reply, prompt, _ = sample["messages"]
+            assert [turn["role"] for turn in sample["messages"]] == ["user", "assistant"] * 2
+            assert reply["training"] is False and reply["content"].startswith(cwe.PREFIX.strip())
+            assert ("are:1. " in reply["content"]) == (version == 2024)
+            example = entries(shown["content"].split("\n")[1]), entries(reply["content"].split("are:")[1])
+            assert cwe.render_example(*example, version) == (shown["content"], " " + reply["content"])
+            assert prompt["content"] == cwe.PROMPT.format(context=cwe.numbered(entries(prompt["content"])))
+            assert sample["words"] % 10 == 0 or version == 2025
+        else:
+            length = 4200 - (0 if version == 2024 else 50)
+            assert (sample["words"] - length // 6) % (length // 32) == 0
+            assert sample["words"] < unversioned["words"]
+
+
+def test_a_version_of_ruler_is_one_of_rulers():
+    for arguments, message in (
+        ({"task": "line", "ruler_version": 2024}, "ruler_version: line has no such option"),
+        ({"task": "vt", "ruler_version": 2023}, "found 2023, expected 2024 or 2025"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Request(tokens="4096", **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +337,15 @@ def test_longbench_takes_the_longest_and_truncates_the_middle(tmp_path, tokenize
         list(generate(Request("longbench", "900", samples=1, data=str(data)), tokenizer))
 
 
+@pytest.mark.parametrize("source", ["original", "formatted"])
+def test_longbench_trains_on_the_originals_prompts_from_either_source(source, tmp_path, tokenizer):
+    rows = [json.loads(row) for row in (FIXTURES / "longbench_formatted.jsonl").read_text().splitlines()]
+    row = next(row for row in rows if row["set"] == "triviaqa_e")
+    (tmp_path / "data.jsonl").write_text(json.dumps(row[source]) + "\n")
+    sample = next(generate(Request("longbench", "900", samples=1, data=str(tmp_path / "data.jsonl")), tokenizer))
+    assert sample["messages"][0]["content"] == row["prompt"] and sample["answer"] == "a letter"
+
+
 def test_what_cannot_be_asked_for():
     for arguments, message in (
         ({"task": "line", "tokens": "400", "haystack": "x"}, "haystack: line has no such option"),
@@ -260,6 +363,18 @@ def test_what_cannot_be_asked_for():
 def test_a_length_that_is_too_short_is_one_clear_error(task, tokenizer):
     with pytest.raises(ValueError, match="tokens: 60 is too short for"):
         next(generate(Request(task, "60", samples=1), tokenizer))
+
+
+def test_a_template_that_drops_the_text_ends_the_search(tokenizer):
+    """Samples of every size then have one length, so that no size is too long."""
+    deaf = AutoTokenizer.from_pretrained(TINY)
+    deaf.chat_template = (
+        "{% for m in messages %}{% for part in m.content | selectattr('type', 'equalto', 'text') %}{{ part.text }}"
+        "{% endfor %}{% endfor %}<s>"
+    )
+    for task in ("line", "niah", "vt", "fwe"):
+        with pytest.raises(ValueError, match="the chat template drops the text"):
+            next(generate(Request(task, 600, samples=1), deaf))
 
 
 def test_splits_of_names_halve_them():

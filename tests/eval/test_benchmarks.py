@@ -82,6 +82,29 @@ def test_longbench_is_asked_and_scored_as_by_its_own_programs():
             assert function(row, [row["response"]])["score"] == pytest.approx(row["score"])
 
 
+# Rows of LongBench's own files, as the script behind the hub's formatted copy writes them, and the original's prompts.
+FORMATTED = [json.loads(row) for row in (FIXTURES / "longbench_formatted.jsonl").read_text().splitlines()]
+
+
+def test_longbench_has_the_originals_prompts_from_either_source(tmp_path, monkeypatch):
+    prompts, sets = {}, {row["set"]: row for row in FORMATTED if row["set"] in LONGBENCH}
+    assert set(sets) == set(LONGBENCH)
+
+    monkeypatch.setattr(Harness, "generate_until", lambda harness, requests, **_: [
+        prompts.setdefault(request.doc["dataset"], []).append(request.args[0]) or "a letter" for request in requests
+    ])  # fmt: skip
+    loaded = load(TINY)
+    for source in ("original", "formatted"):
+        folder = tmp_path / source
+        folder.mkdir()
+        for name, row in sets.items():
+            (folder / f"{name}.jsonl").write_text(json.dumps(row[source]) + "\n")
+        assert run_benchmark(loaded, "longbench", data=str(folder)).mean == 100
+    for name, row in sets.items():
+        expected = f"<s><|user|>{row['prompt']}<|assistant|>"
+        assert prompts[name] == [expected, expected], name
+
+
 def test_longbench_is_scored_in_per_cent_as_the_paper_does(longbench, monkeypatch):
     """A model that always says the answer has 100."""
     monkeypatch.setattr(Harness, "generate_until", lambda harness, requests, **_: ["a letter"] * len(requests))

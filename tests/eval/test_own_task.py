@@ -116,9 +116,8 @@ def test_earlier_turns_reach_the_model_and_are_no_contamination(loaded, tmp_path
     task = file_task(path, "last_integer", 5)
     (sample,) = task.rows(loaded.tokenizer)
     harness = Harness(pretrained=loaded.model, tokenizer=loaded.tokenizer, add_bos_token=False)
-    lm_task = lm_eval_task(task, [{**sample, "length": 1}])
-    lm_task.build_all_requests(apply_chat_template=True, chat_template=harness.apply_chat_template,
-                               tokenizer_name=harness.tokenizer_name)  # fmt: skip
+    lm_task = lm_eval_task(task, [{**sample, "length": 1}], loaded.tokenizer)
+    lm_task.build_all_requests()
     ids = harness.tok_encode(lm_task.instances[0].args[0])
     assert ids == prompt_ids(loaded.tokenizer, sample)
     assert ids == loaded.tokenizer.apply_chat_template(turns, return_dict=False)[: len(ids)]

@@ -28,7 +28,7 @@ from eval.report import labels
 from eval.result_cache import result_name
 from eval.results import from_json, read_results, to_json
 from eval.run import mean_scores, run
-from eval.spec import EvalSpec, default_lengths
+from eval.spec import EvalSpec, default_lengths, resolve_tasks
 
 
 @pytest.mark.parametrize(
@@ -267,19 +267,19 @@ def test_a_recipes_model_config_holds_for_a_base_model(tmp_path):
     assert loaded.model.config._attn_implementation == "self_extend" and load(TINY).window == 2048
 
 
-@pytest.mark.parametrize("task", ["line", "niah", "vt", "cwe", "fwe"])
-def test_prompt_ids_are_the_first_of_the_training_ids(task):
+@pytest.mark.parametrize(
+    ("task", "version"), [("line", None), ("niah", None), ("vt", None), ("cwe", None), ("fwe", None), ("cwe", 2025)]
+)
+def test_prompt_ids_are_the_first_of_the_training_ids(task, version):
     """Also where the prompt goes on into the assistant's turn."""
     from eval.lm_eval_task import lm_eval_task
 
     loaded = load(TINY)
     harness = Harness(pretrained=loaded.model, tokenizer=loaded.tokenizer, add_bos_token=False)
-    request = Request(task, "1500", samples=2)
+    request = Request(task, "1900", samples=2, ruler_version=version)
     samples = list(generate(request, loaded.tokenizer))
-    lm_task = lm_eval_task(resolve_task(task), samples)
-    lm_task.build_all_requests(
-        apply_chat_template=True, chat_template=harness.apply_chat_template, tokenizer_name=harness.tokenizer_name
-    )
+    lm_task = lm_eval_task(resolve_task(task), samples, loaded.tokenizer)
+    lm_task.build_all_requests()
     for instance, sample in zip(lm_task.instances, samples, strict=True):
         ids, mask = harness.tok_batch_encode([instance.args[0]])
         prompt = ids[0].tolist()
@@ -309,6 +309,26 @@ def test_an_example_with_its_answer_comes_before_the_prompt(monkeypatch):
     assert all(example in prompt for prompt in prompts)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"cases": "c"}, "lengths: published cases have their own: choose files by --lines"),
+     ({"lines": [200]}, "lines: choose files of --cases, which is not given")],
+)  # fmt: skip
+def test_lengths_are_chosen_in_one_way(options, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_tasks("line", EvalSpec(lengths=[400]), **options)
+
+
+def test_an_adapter_is_scored_with_the_text_of_ruler_that_it_was_tuned_on(tmp_path):
+    folder = Path(tuned(tmp_path / "adapter", "head", 1.0))
+    files = [{"path": "d", "sha256": "0", "manifest": {"task": "vt", "ruler_version": 2024}}]
+    (folder / "training_data.json").write_text(json.dumps({"files": files, "unread": [], "texts": []}))
+    with pytest.raises(ValueError, match="was tuned on vt of RULER 2024: add --ruler-version 2024"):
+        run(load(folder), "vt", lengths=[1500], samples=1)
+    for task, version in (("vt", 2024), ("vt", 2025), ("fwe", None)):
+        assert run(load(folder), task, lengths=[1500], samples=1, ruler_version=version).mean.count == 1
+
+
 def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(tmp_path, monkeypatch):
     journal, loaded = tmp_path / "journal", load(TINY)
     options = {"lengths": [260, 400], "samples": 3, "journal": journal}
@@ -331,6 +351,14 @@ def test_longevals_own_cases_are_scored_as_they_are(tmp_path):
     result = run(load(TINY), longeval_cases(tmp_path))
     assert [score.length for score in result.scores] == [30, 200]
     assert result.responses[0]["references"] == [str(sample["number"])]
+    assert [score.length for score in run(load(TINY), longeval_cases(tmp_path, [200])).scores] == [200]
+    with pytest.raises(ValueError, match=r"has no 300_lines\.jsonl, only those of 30, 200 lines"):
+        longeval_cases(tmp_path, [200, 300])
+    long = next(generate(Request("line", "2000", samples=1), load(TINY).tokenizer))["messages"][0]["content"]
+    (tmp_path / "680_lines.jsonl").write_text(json.dumps(case | {"prompt": long, "num_lines": 680}) + "\n")
+    with pytest.raises(ValueError, match=r"does not fit into the model's window .* choose shorter files by --lines"):
+        run(load(TINY), longeval_cases(tmp_path))
+    assert len(run(load(TINY), longeval_cases(tmp_path, [200, 30])).scores) == 2
     (tmp_path / "30_lines.jsonl").write_text('{"prompt": "x"}\n')
     with pytest.raises(ValueError, match=r"30_lines.jsonl, line 1: not a case of LongEval's"):
         longeval_cases(tmp_path)

@@ -449,7 +449,7 @@ def test_no_command_of_the_docs_asks_for_other_samples_under_the_name_of_a_resul
     options_by_result: dict[tuple[str, ...], set[frozenset[tuple[str, str]]]] = {}
     for command in re.findall(r"seal eval [^`\n]+", REPRODUCE.read_text()):
         options = dict(re.findall(r"--(\S+) (\S+)", command))
-        name = tuple(options.pop(key, "") for key in ("model", "task", "shots", "model-config"))
+        name = tuple(options.pop(key, "") for key in ("model", "task", "shots", "model-config", "out"))
         options.pop("chat-template", None)
         options_by_result.setdefault(name, set()).add(frozenset(options.items()))
     assert len(options_by_result) >= 7

@@ -30,6 +30,7 @@ FAMILIES = {
     "Qwen2": {"num_key_value_heads": 4},
     "GPTNeoX": {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}},
 }
+EXACT = {"rope_parameters": {**ROPE, "exact_offset": True}}
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +40,7 @@ def small_chunks(monkeypatch):
 
 def build(family: str, **changes: object):
     torch.manual_seed(0)
-    settings = {"rope_parameters": dict(ROPE), **SHAPE, **FAMILIES[family], **changes}
+    settings = copy.deepcopy({"rope_parameters": ROPE, **SHAPE, **FAMILIES[family], **changes})
     model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**settings))
     return model.eval()
 
@@ -59,16 +60,19 @@ def formula(module, query, key, value, attention_mask, scaling=None, **_):
         return torch.cat((pairs.real, pairs.imag, x[..., 2 * half :]), -1)
 
     near = query @ key.transpose(-1, -2)
-    far = at(query, place // GROUP + WINDOW - WINDOW // GROUP) @ at(key, place // GROUP).transpose(-1, -2)
+    exact = config.rope_parameters.get("exact_offset")
+    far = at(query, place // GROUP + WINDOW - (WINDOW / GROUP if exact else WINDOW // GROUP)) @ at(
+        key, place // GROUP
+    ).transpose(-1, -2)
     distance = place[:, None] - place[None, :]
     scores = torch.where(distance < WINDOW, near, far) * (scaling or query.shape[-1] ** -0.5)
     scores = scores.masked_fill(distance < 0, float("-inf"))
     return (scores.softmax(-1) @ value).transpose(1, 2), None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_gradients_are_the_formulas(family, monkeypatch):
-    model = get_peft_model(build(family), SealConfig(granularity="channel"))
+@pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in FAMILIES), ("Llama", EXACT)])
+def test_logits_and_gradients_are_the_formulas(family, changes, monkeypatch):
+    model = get_peft_model(build(family, **changes), SealConfig(granularity="channel"))
     ids = torch.randint(1, 97, (2, 40))
 
     def run():
@@ -105,6 +109,14 @@ def test_cache_chunks_and_padding_change_no_token(family):
     assert together == uncached and in_chunks == uncached
 
 
+def test_the_offset_of_far_keys_is_rounded_down_unless_asked_otherwise():
+    ids = torch.randint(1, 97, (1, 40))
+    assert self_extend.settings(build("Llama").config)[2] == WINDOW - WINDOW // GROUP
+    assert self_extend.settings(build("Llama", **EXACT).config)[2] == pytest.approx(WINDOW - WINDOW / GROUP)
+    difference = (build("Llama")(input_ids=ids).logits - build("Llama", **EXACT)(input_ids=ids).logits).abs()
+    assert difference[:, :WINDOW].max() == 0 and difference[:, -1].max() > 1e-3
+
+
 def test_group_and_window_live_in_the_saved_config(tmp_path):
     model = build("Llama")
     model.save_pretrained(tmp_path)
@@ -128,6 +140,7 @@ def test_without_the_plugin_loading_fails(tmp_path):
     [
         ("Llama", {"rope_parameters": {**ROPE, "group_size": 0}}, "group_size: found 0"),
         ("Llama", {"rope_parameters": {**ROPE, "neighbor_window": "1024"}}, "neighbor_window: found '1024'"),
+        ("Llama", {"rope_parameters": {**ROPE, "exact_offset": 1}}, "exact_offset: found 1"),
         ("Mistral", {"sliding_window": 64}, "has sliding-window attention"),
     ],
 )

@@ -27,6 +27,15 @@ def users(option: str) -> str:
     return " and ".join(tasks_with(option))
 
 
+RulerVersion = Annotated[
+    int | None,
+    typer.Option(help=f"For {users('ruler_version')}: 2024 (the paper's) or 2025, as NVIDIA's program was then."),
+]
+TemplateArguments = Annotated[
+    str | None, typer.Option(help="Variables of the chat template as JSON, such as '{\"enable_thinking\": false}'.")
+]
+
+
 def main(
     task: Annotated[str, typer.Argument(help=f"Task to draw: {', '.join(TASKS)}; or needles, to train niah with.")],
     out: Annotated[Path, typer.Option(help="JSON lines file to write, with its manifest beside it.")],
@@ -57,13 +66,8 @@ def main(
         typer.Option(help=f"For test samples of {users('depths')}: depths from 0 to 100 per cent; default: ten."),
     ] = None,
     data: Annotated[str | None, typer.Option(help=f"For {users('data')}: a local file instead of the hub's.")] = None,
-    ruler_version: Annotated[
-        int | None,
-        typer.Option(help=f"For {users('ruler_version')}: 2024 (the paper's) or 2025, as NVIDIA's program was then."),
-    ] = None,
-    chat_template_kwargs: Annotated[
-        str | None, typer.Option(help="Variables of the chat template as JSON, such as '{\"enable_thinking\": false}'.")
-    ] = None,
+    ruler_version: RulerVersion = None,
+    chat_template_kwargs: TemplateArguments = None,
     base_url: Annotated[
         str | None, typer.Option(help="For needles: an OpenAI-compatible endpoint, such as http://localhost:8000/v1.")
     ] = None,

@@ -81,21 +81,13 @@ def run(
         raise ValueError(f"task: found {task!r}, expected one of {', '.join(METRICS)}")
     if cases and task != "line":
         raise ValueError(f"cases: they are LongEval's line cases, but the task is {task}")
-    if ruler_version is None and (tuned := provenance.ruler_version(Path(loaded.name), task)):
-        raise ValueError(
-            f"ruler-version: {loaded.name} was tuned on {task} of RULER {tuned}: add --ruler-version {tuned}"
-        )
+    check_version(loaded.name, task, ruler_version)
     lengths = [] if cases else lengths or default_lengths(loaded.window)
     if max(lengths, default=0) > loaded.window:
         raise ValueError(f"lengths: {max(lengths)} tokens do not fit into the model's window of {loaded.window}")
-    requests = [
-        Request(task, str(length), samples=samples, seed=seed, split=split, haystack=haystack, depths=depths,
-                ruler_version=ruler_version)
-        for length in lengths
-    ]  # fmt: skip
-    shot = None
-    if shots:
-        shot = Request(task, str(shot_tokens), samples=shots, seed=seed, haystack=haystack, ruler_version=ruler_version)
+    common: dict[str, Any] = {"seed": seed, "haystack": haystack, "ruler_version": ruler_version}
+    requests = [Request(task, str(length), samples=samples, split=split, depths=depths, **common) for length in lengths]
+    shot = Request(task, str(shot_tokens), samples=shots, **common) if shots else None
     longest = loaded.window - answer_budget(task)
     metadata = {
         "tokenizer": loaded.tokenizer.name_or_path,
@@ -113,6 +105,16 @@ def run(
         depths=mean_scores(responses, "length", "depth") if task == "niah" else [],
         mean=mean_scores(responses)[0], responses=responses,
     )  # fmt: skip
+
+
+def check_version(name: str, task: str, version: int | None) -> None:
+    """Raise if a model was tuned on the text of one of RULER's versions and none is asked for.
+
+    Raises:
+        ValueError: see above.
+    """
+    if version is None and (tuned := provenance.ruler_version(Path(name), task)):
+        raise ValueError(f"ruler-version: {name} was tuned on {task} of RULER {tuned}: add --ruler-version {tuned}")
 
 
 def mean_scores(responses: list[dict[str, Any]], *keys: str) -> list[LengthScore]:

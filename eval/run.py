@@ -74,10 +74,7 @@ def run(
         ValueError: bad input; the message is one line.
     """
     task = scored_task(task)
-    if ruler_version is None and (tuned := provenance.ruler_version(Path(loaded.name), task.name)):
-        raise ValueError(
-            f"ruler-version: {loaded.name} was tuned on {task.name} of RULER {tuned}: add --ruler-version {tuned}"
-        )
+    check_version(loaded.name, task.name, ruler_version)
     if task.rows is None:
         lengths = lengths or default_lengths(loaded.window)
         loaded.check_lengths(lengths)
@@ -98,6 +95,16 @@ def run(
         depths=mean_scores(responses, "length", "depth") if task.name == "niah" else [],
         mean=mean_scores(responses)[0], responses=responses,
     )  # fmt: skip
+
+
+def check_version(name: str, task: str, version: int | None) -> None:
+    """Raise if a model was tuned on the text of one of RULER's versions and none is asked for.
+
+    Raises:
+        ValueError: see above.
+    """
+    if version is None and (tuned := provenance.ruler_version(Path(name), task)):
+        raise ValueError(f"ruler-version: {name} was tuned on {task} of RULER {tuned}: add --ruler-version {tuned}")
 
 
 def mean_scores(responses: list[dict[str, Any]], *keys: str) -> list[LengthScore]:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from axolotl_plugins.common.console import first_line
 from axolotl_plugins.common.io import write_text, written_whole
 from axolotl_plugins.common.tokenizer import Messages, as_messages, count_tokens
-from data_gen.tasks import TASKS, LengthBudget, Request, in_split
+from data_gen.file_task import select
+from data_gen.tasks import LengthBudget, Request, Task, in_split, resolve_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,9 +37,10 @@ def generate(request: Request, tokenizer: PreTrainedTokenizerBase) -> Iterator[d
     Raises:
         ValueError: no sample fits into the length.
     """
+    task = resolve_task(request.task)
     for index in range(request.samples):
         length = request.tokens if request.tokens is not None else f"{request.lines} lines"
-        rng = random.Random(f"{request.task}/{request.split}/{request.seed}/{length}/{index}")
+        rng = random.Random(f"{task.name}/{request.split}/{request.seed}/{length}/{index}")
         count = functools.lru_cache(maxsize=64)(
             lambda prompt, answer, example=None: count_tokens(tokenizer, as_chat(prompt, answer, example))
         )
@@ -49,11 +51,11 @@ def generate(request: Request, tokenizer: PreTrainedTokenizerBase) -> Iterator[d
             encode=lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
             decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
         )
-        sample = TASKS[request.task].sample(request, rng, index, budget)
+        sample = task.sample(request, rng, index, budget)
         prompt, example = sample.pop("prompt"), sample.pop("example", None)
         yield {
             "messages": as_chat(prompt, sample["answer"], example),
-            "task": request.task,
+            "task": task.name,
             "split": request.split,
             "seed": request.seed,
             "index": index,
@@ -68,6 +70,39 @@ def as_chat(prompt: str, answer: str, example: tuple[str, str] | None) -> Messag
         return as_messages(prompt, answer)
     shown, reply = as_messages(*example)
     return [shown, {**reply, "training": False}, *as_messages(prompt, answer)]
+
+
+class WordTokenizer:
+    """Words in the place of tokens, to preview a task without a model."""
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[str]]:
+        """Return the words of a text."""
+        return {"input_ids": text.split()}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> list[str]:
+        """Return the words of a chat."""
+        return [word for message in messages for word in message["content"].split()]
+
+    def decode(self, words: list[str], **_: Any) -> str:
+        """Return the text of words."""
+        return " ".join(words)
+
+
+def preview(request: Request, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Return the first sample of a request as text: prompt, answer, and what the answer is scored by.
+
+    Raises:
+        ValueError: see ``generate``.
+    """
+    sample = next(generate(request, tokenizer or WordTokenizer()))
+    task, unit = resolve_task(request.task), "tokens" if tokenizer else "words"
+    *turns, answer = (message["content"] for message in sample["messages"])
+    references = json.dumps(sample["references"], ensure_ascii=False)
+    prompt = "\n\n".join(turns)
+    return (
+        f"--- prompt\n{prompt}\n--- answer\n{answer}\n--- {task.title}: {sample['tokens']} {unit}, {request.split} "
+        f"split, references {references}"
+    )
 
 
 def manifest_path(out: Path) -> Path:
@@ -93,11 +128,41 @@ def draw(request: Request, tokenizer: PreTrainedTokenizerBase) -> list[dict[str,
     return CACHE[key]
 
 
+def samples_by_length(
+    task: Task, tokenizer: PreTrainedTokenizerBase, lengths: list[int] | None, samples: int | None = None, *,
+    drawn: Callable[[Request, PreTrainedTokenizerBase], Iterable[dict[str, Any]]] = generate, **options: Any,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Yield samples of a task with the ``length`` that their scores are grouped by.
+
+    Args:
+        task: draws the samples, or has them all.
+        tokenizer: counts tokens.
+        lengths: longest samples, in tokens; None only for a file's samples, see ``data_gen.file_task.select``.
+        samples: of each length; None draws 50, and takes all of a file.
+        drawn: ``generate`` or ``draw``.
+        options: other fields of ``Request``, which a file's samples do not depend on.
+
+    Raises:
+        ValueError: see ``generate`` and ``data_gen.file_task.select``; or no length is given.
+    """
+    if task.rows is not None:
+        yield from select(task.rows(tokenizer), lengths, samples)
+        return
+    if not lengths:
+        raise ValueError(f"lengths: missing: name the longest samples of {task.name}, in tokens")
+    for length in lengths:
+        request = Request(task.key, str(length), samples=samples or Request.samples, **options)
+        for row in drawn(request, tokenizer):
+            yield {"length": length, **row}
+
+
 def describe(request: Request, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return everything that the bytes of a data file depend on."""
+    task = resolve_task(request.task)
     return {
         **{key: value for key, value in asdict(request).items() if value is not None},
-        **TASKS[request.task].sources(request),
+        "task": task.name,
+        **task.sources(request),
         "tokenizer": tokenizer_hash(tokenizer),
         "wonderwords": version("wonderwords"),
     }
@@ -115,7 +180,7 @@ def command_of(
         for key, value in options.items()
         if key != "task" and value is not None
     ]
-    return shlex.join(["python", "-m", "data_gen", request.task, *itertools.chain(*pairs)])
+    return shlex.join(["seal", "data", request.task, *itertools.chain(*pairs)])
 
 
 def write(
@@ -152,7 +217,10 @@ def write(
                 progress(done)
         # A file without a manifest comes from a run interrupted at this point, or from elsewhere.
         if out.exists() and out.read_bytes() != partial.read_bytes():
-            raise ValueError(f"{out}: holds other data and has no {manifest_path(out).name}: move it away")
+            raise ValueError(
+                f"{out}: exists, was not generated by this command, and would be replaced: name another file; in a "
+                "recipe, remove `seal: data` to train on it"
+            )
     manifest = {
         "command": command_of(request, tokenizer.name_or_path, chat_template, template_arguments, out),
         **expected,

@@ -1,4 +1,4 @@
-"""``python -m eval``: score models, probe them, and gather results into a report."""
+"""``seal eval``, ``report``, ``probe`` and ``push``, or ``python -m eval``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import typer
 
 from axolotl_plugins.common.console import quiet_libraries, stop
 from axolotl_plugins.common.console import run as run_app
-from axolotl_plugins.common.io import load_yaml
+from axolotl_plugins.common.io import check_output, load_yaml
 from axolotl_plugins.common.tokenizer import parse_arguments
 from data_gen.dataset import remark
-from eval.cli_options import BatchSize, parse_adapters, parse_numbers
+from eval.cli_options import OWN_TASK, BatchSize, MaxNewTokens, Metric, parse_adapters, parse_numbers
 from eval.probe.cli import app as probe
 from eval.result_cache import result_file, result_name
 from eval.spec import LM_EVAL_TASKS, SEAL_TASKS, EvalSpec, resolve_tasks
@@ -33,15 +33,21 @@ Adapters = Annotated[
     list[str] | None,
     typer.Option(help="NAME=FOLDER, once for each of several adapters of one base, which is loaded once."),
 ]
-Task = Annotated[
-    str, typer.Option(help=f"What to score: {', '.join((*SEAL_TASKS, *LM_EVAL_TASKS))}; ruler for its three, or all.")
-]
+TaskName = Annotated[
+    str,
+    typer.Option("--task", help=f"What to score: {', '.join((*SEAL_TASKS, *LM_EVAL_TASKS))}; ruler for its three, all; "
+                 f"or your own: {OWN_TASK}."),
+]  # fmt: skip
 Lengths = Annotated[
-    str, typer.Option(help="Longest samples in tokens, as 512,2048; default: the paper's fractions of the window.")
-]
+    str,
+    typer.Option(help="Longest samples in tokens, as 512,2048; default: the paper's fractions of the window; of a "
+                 "file, its rows' `length` or powers of two."),
+]  # fmt: skip
 Samples = Annotated[
     int | None,
-    typer.Option(help="Samples per length, by default the paper's 50; for longbench and mmlu at most, by default all."),
+    typer.Option(
+        help="Samples per length, by default the paper's 50; for a file, longbench and mmlu at most, by default all."
+    ),
 ]
 Limit = Annotated[int | None, typer.Option(help="At most so many samples of each length or set, for a first look.")]
 Seed = Annotated[int, typer.Option(help="Seed of the test samples.")]
@@ -74,6 +80,10 @@ ModelConfig = Annotated[
 Backend = Annotated[
     Literal["hf", "vllm"], typer.Option(help="Answer with Transformers, or with vLLM's server of a merged model.")
 ]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Of all models' weights; default: the first base checkpoint's."),
+]
 BaseUrl = Annotated[str, typer.Option(help="For vllm: URL of its endpoint; `vllm serve MODEL` starts it.")]
 Out = Annotated[
     Path,
@@ -93,16 +103,15 @@ def main() -> None:
     """Score models on the tasks they are tuned for."""
 
 
-@app.command(
-    epilog="Example: python -m eval run --model outputs/smollm2_line_sealc --lengths 512,1024,2048 --samples 100"
-)
+@app.command(epilog="Example: seal eval --model outputs/smollm2_line_sealc --lengths 512,1024,2048 --samples 100")
 def run(
-    model: Models = None, adapter: Adapters = None, task: Task = "line", lengths: Lengths = "",
-    samples: Samples = None, limit: Limit = None, seed: Seed = 0, shots: Shots = 0, shot_tokens: ShotTokens = 1000,
-    haystack: Haystack = None, depths: Depths = None, cases: Cases = None, lines: Lines = "",
-    ruler_version: RulerVersion = None, data: Data = None, chat_template: ChatTemplate = None,
-    chat_template_kwargs: TemplateArguments = None, model_config: ModelConfig = None, backend: Backend = "hf",
-    base_url: BaseUrl = "http://localhost:8000/v1", batch_size: BatchSize = None, out: Out = Path("results"),
+    model: Models = None, adapter: Adapters = None, task: TaskName = "line", metric: Metric = None,
+    max_new_tokens: MaxNewTokens = None, lengths: Lengths = "", samples: Samples = None, limit: Limit = None,
+    seed: Seed = 0, shots: Shots = 0, shot_tokens: ShotTokens = 1000, haystack: Haystack = None, depths: Depths = None,
+    cases: Cases = None, lines: Lines = "", ruler_version: RulerVersion = None, data: Data = None,
+    chat_template: ChatTemplate = None, chat_template_kwargs: TemplateArguments = None,
+    model_config: ModelConfig = None, backend: Backend = "hf", base_url: BaseUrl = "http://localhost:8000/v1",
+    dtype: Dtype = "auto", batch_size: BatchSize = None, out: Out = Path("results"),
     allow_contamination: AllowContamination = False, trust_remote_code: TrustRemoteCode = False,
 ) -> None:  # fmt: skip
     """Score a model, and write a table, a JSON file and a plot."""
@@ -111,29 +120,39 @@ def run(
         spec = EvalSpec(
             lengths=list(dict.fromkeys(parse_numbers(lengths, "lengths"))) if lengths else None, samples=samples,
             limit=limit, seed=seed, shots=shots, shot_tokens=shot_tokens, haystack=haystack, depths=depths,
-            cases=cases, lines=parse_numbers(lines, "lines") if lines else None, ruler_version=ruler_version, data=data,
-            batch_size=batch_size, allow_contamination=allow_contamination,
+            ruler_version=ruler_version, data=data, batch_size=batch_size, allow_contamination=allow_contamination,
         )  # fmt: skip
-        tasks = resolve_tasks(task, spec)
+        tasks = resolve_tasks(task, spec, metric=metric, max_new_tokens=max_new_tokens, cases=cases,
+                              lines=parse_numbers(lines, "lines") if lines else None)  # fmt: skip
+        names = [task.name for task in tasks]
         models, folders = model or [], parse_adapters(adapter or [])
-        check_models(models, folders, backend, model_config)
-        outputs = output_files(list(folders) or [result_name(name) for name in models], tasks, out, shots, model_config)
+        check_models(models, folders, backend, dtype, model_config)
+        outputs = output_files(list(folders) or [result_name(name) for name in models], names, out, shots, model_config)
         changes = read_model_config(model_config) if model_config else None
-        arguments = parse_arguments(chat_template_kwargs)
-        from eval.evaluate import evaluate
+        options: dict[str, Any] = {"chat_template": chat_template, "trust_remote_code": trust_remote_code,
+                                   "template_arguments": parse_arguments(chat_template_kwargs)}  # fmt: skip
+        from eval.evaluate import evaluate, stored_results
 
-        results = evaluate(
-            load_models(models, folders, changes, base_url if backend == "vllm" else None,
-                        chat_template=chat_template, trust_remote_code=trust_remote_code, template_arguments=arguments),
-            tasks, spec, outputs=outputs.values(), cache_key=(backend, changes, chat_template, arguments),
-            on_start=print_start, on_result=print_result,
-        )  # fmt: skip
+        # With several models the first one's dtype is that of all.
+        key = (backend, changes, options, models[:1] if dtype == "auto" else dtype)
+        results = stored_results(list(folders.values()) or models, tasks, spec, outputs.values(), key, print_result)
+        if results:
+            print("scored before; remove the result files to score again")
+        else:
+            drawn = spec.lengths if any(task.rows is None for task in tasks) else None
+            check_before_loading(models or folders.values(), drawn, outputs, model_config=changes, **options)
+            results = evaluate(
+                load_models(models, folders, changes, base_url if backend == "vllm" else None, dtype=dtype, **options),
+                tasks, spec, outputs=outputs.values(), cache_key=key, on_start=print_start, on_result=print_result,
+            )  # fmt: skip
     except (ValueError, OSError) as error:
-        stop("eval", error)
-    print_comparisons(results, tasks, list(outputs))
+        stop(error)
+    print_comparisons(results, names, list(outputs))
 
 
-def check_models(models: list[str], folders: dict[str, str], backend: str, model_config: Path | None) -> None:
+def check_models(
+    models: list[str], folders: dict[str, str], backend: str, dtype: str, model_config: Path | None
+) -> None:
     """Check that models are named in one way, which the backend supports.
 
     Raises:
@@ -143,10 +162,36 @@ def check_models(models: list[str], folders: dict[str, str], backend: str, model
         raise ValueError("model: name one by --model, or adapters of one base by --adapter NAME=FOLDER")
     if folders and backend == "vllm":
         raise ValueError("backend: vllm serves merged models: name one by --model")
+    if dtype != "auto" and backend == "vllm":
+        raise ValueError("dtype: vllm's server has its own: leave it out, and start `vllm serve` with another")
     if folders and model_config:
         raise ValueError("model-config: adapters bring their own: leave it out")
     if len(models) > 1 and backend == "vllm":
         raise ValueError("backend: vllm's server has one model: name one")
+
+
+def check_before_loading(
+    names: Iterable[str], lengths: list[int] | None, outputs: dict[str, dict[str, Path]], **options: Any
+) -> None:
+    """Check every model but its weights, and every output, before time is spent on any.
+
+    Args:
+        names: hub ids or folders.
+        lengths: of samples that are drawn.
+        outputs: see ``output_files``.
+        options: of ``load``.
+
+    Raises:
+        ValueError: a model is missing or cannot be loaded, its window is too short, or an output cannot be written.
+    """
+    from axolotl_plugins.seal.model_loading import check_name, load
+
+    for files in outputs.values():
+        for file in files.values():
+            check_output(file)
+    for name in list(map(str, names)):
+        check_name(name)
+        load(name, weights=False, **options).check_lengths(lengths)
 
 
 def read_model_config(recipe: Path) -> dict[str, Any]:
@@ -162,7 +207,7 @@ def read_model_config(recipe: Path) -> dict[str, Any]:
 
 
 def output_files(
-    names: list[str], tasks: tuple[str, ...], out: Path, shots: int, model_config: Path | None
+    names: list[str], tasks: list[str], out: Path, shots: int, model_config: Path | None
 ) -> dict[str, dict[str, Path]]:
     """Return result files by model and task; a model's name gets a suffix for shots and config.
 
@@ -180,38 +225,46 @@ def output_files(
 
 
 def load_models(
-    models: list[str], folders: dict[str, str], changes: dict[str, Any] | None, server: str | None, **options: Any
-) -> Iterable[LoadedModel]:
-    """Load models, or adapters of one base model, one after the other.
+    models: list[str], folders: dict[str, str], changes: dict[str, Any] | None, server: str | None, *,
+    dtype: str = "auto", **options: Any,
+) -> Iterable[LoadedModel]:  # fmt: skip
+    """Load models, or adapters of one base model, one after the other, all in one dtype.
 
     Args:
         models: hub ids or folders.
         folders: adapter folders by name, instead of models.
         changes: of the models' config.
         server: URL of a vLLM server that answers for the models; None loads weights.
+        dtype: of the weights; ``auto`` is the first base checkpoint's.
         options: of ``load``.
 
     Raises:
-        ValueError: a name is no model; or, when its turn comes, see ``load`` and ``connect``.
+        ValueError: when its turn comes, see ``load`` and ``connect``.
     """
-    from axolotl_plugins.seal.model_loading import check_name, load, load_each
+    from axolotl_plugins.seal.model_loading import load, load_each
 
     if folders:
-        return load_each(folders, **options)
-    for name in models:
-        check_name(name)
-    loaded = (load(name, **options, model_config=changes, weights=server is None) for name in models)
-    if server is None:
-        return loaded
-    from eval.vllm_backend import connect
+        return load_each(folders, dtype=dtype, **options)
+    if server is not None:
+        from eval.vllm_backend import connect
 
-    return (connect(model, server) for model in loaded)
+        return (connect(load(name, **options, model_config=changes, weights=False), server) for name in models)
+
+    def in_one_dtype() -> Iterable[LoadedModel]:
+        shared: str | None = dtype
+        for name in models:
+            loaded = load(name, **options, dtype=shared or "auto", model_config=changes)
+            shared = loaded.dtype
+            yield loaded
+
+    return in_one_dtype()
 
 
 def print_start(task: str, options: dict[str, Any]) -> None:
     """Print how many samples are scored at which lengths."""
     if options.get("lengths"):
-        print(f"{task}: {options['samples']} samples at each of {', '.join(map(str, options['lengths']))} tokens")
+        count = options["samples"] or "all"
+        print(f"{task}: {count} samples at each of {', '.join(map(str, options['lengths']))} tokens")
 
 
 def print_result(result: Result, path: Path | None) -> None:
@@ -228,7 +281,7 @@ def print_result(result: Result, path: Path | None) -> None:
         print(f"{path} and {path.with_suffix('.png')}{remark(result.responses)}")
 
 
-def print_comparisons(results: list[Result], tasks: tuple[str, ...], names: list[str]) -> None:
+def print_comparisons(results: list[Result], tasks: list[str], names: list[str]) -> None:
     """Print the scores of several models side by side, a table per task."""
     from eval.results import EvalResult
     from eval.table import print_scores
@@ -239,7 +292,7 @@ def print_comparisons(results: list[Result], tasks: tuple[str, ...], names: list
             print_scores(rows, names)
 
 
-@app.command(epilog="Example: python -m eval report --results results --out results/report.html")
+@app.command(epilog="Example: seal report --results results --out results/report.html")
 def report(
     results: Annotated[Path, typer.Option(help="Folder with the JSON files of `run`.")] = Path("results"),
     out: Annotated[Path, typer.Option(help="The page to write, with its figures embedded.")] = Path(
@@ -253,8 +306,40 @@ def report(
     try:
         count = write_report(results, out)
     except (ValueError, OSError) as error:
-        stop("eval", error)
+        stop(error)
     print(f"{out}: {count} results")
+
+
+@app.command(epilog="Example: seal push outputs/smollm2_line_sealc me/smollm2-sealc --private")
+def push(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    repository: Annotated[str | None, typer.Argument(help="Hub id; without it, only the card is written.")] = None,
+    results: Annotated[Path, typer.Option(help="Folder with results of `seal eval`.")] = Path("results"),
+    private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the card and the files to upload; write and upload nothing.")
+    ] = False,
+) -> None:
+    """Write a model card (method, data, scores and the paper's) into an adapter's folder, and upload the folder."""
+    quiet_libraries()
+    from axolotl_plugins.common.io import write_text
+    from axolotl_plugins.seal.model_card import card, uploaded_files
+    from axolotl_plugins.seal.model_card import push as upload
+    from eval.table import score_tables
+
+    try:
+        scores = score_tables(results, str(adapter))
+        if dry_run:
+            print(card(adapter, scores))
+            files = sorted({"README.md", *(str(file.relative_to(adapter)) for file in uploaded_files(adapter))})
+            print(f"{repository or adapter}: would have {', '.join(files)}")
+        elif repository is None:
+            write_text(adapter / "README.md", card(adapter, scores))
+            print(adapter / "README.md")
+        else:
+            print(upload(adapter, repository, scores, private=private))
+    except (ValueError, OSError) as error:
+        stop(error)
 
 
 if __name__ == "__main__":

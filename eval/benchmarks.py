@@ -143,8 +143,8 @@ def run_benchmark(
     )  # fmt: skip
     sets = [set_score(output, group, name, len(truncated.get(name, []))) for name in tasks]
     return BenchmarkResult(
-        model=loaded.name, base=loaded.base, method=loaded.method, task=group, window=loaded.window, sets=sets,
-        mean=round(sum(row.score for row in sets) / len(sets), 4),
+        model=loaded.name, base=loaded.base, method=loaded.method, task=group, window=loaded.window,
+        dtype=loaded.dtype, sets=sets, mean=round(sum(row.score for row in sets) / len(sets), 4),
     )  # fmt: skip
 
 

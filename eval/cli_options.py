@@ -8,8 +8,20 @@ from typing import Annotated, Any
 
 import typer
 
+from data_gen.file_task import MAX_NEW_TOKENS, METRIC
+from data_gen.metrics import METRICS
+
 BatchSize = Annotated[
     int | None, typer.Option(help="Prompts decoded together; default: as many as memory allows, 32 at most.")
+]
+
+OWN_TASK = "a file of samples (.jsonl), a description (.yml), or module:object"
+Metric = Annotated[
+    str | None,
+    typer.Option(help=f"For a file of samples: {', '.join(METRICS)}, or module:function; default: {METRIC}."),
+]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(help=f"For a file of samples: longest response; default: {MAX_NEW_TOKENS} tokens.")
 ]
 
 

@@ -35,10 +35,10 @@ def batches(
         part = encoded[start : start + BATCH]
         longest = part[-1][0].shape[1]
         ids = torch.cat([F.pad(row, (0, longest - row.shape[1]), value=padding) for row, _ in part])
-        place = torch.arange(longest)
+        position = torch.arange(longest)
         ends = torch.tensor([row.shape[1] for row, _ in part])[:, None]
         first = torch.tensor([first for _, first in part])[:, None]
-        mask, scored = place < ends, (place >= first) & (place < ends)
+        mask, scored = position < ends, (position >= first) & (position < ends)
         yield ids.to(device), mask.long().to(device), scored[:, 1:].to(device)
 
 

@@ -12,7 +12,6 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import postprocess_generated_text
 from tqdm import tqdm
 
-from axolotl_plugins.common.tokenizer import prompt_turns
 from axolotl_plugins.seal.model_loading import LoadedModel
 from axolotl_plugins.seal.provenance import text_hash
 from eval.generation import generate_answers, stop_ids
@@ -123,5 +122,5 @@ class Harness(HFLM):
 
 
 def is_contaminated(document: dict[str, Any], texts: frozenset[str]) -> bool:
-    """Return whether the hash of a sample's prompt is among those of training texts."""
-    return text_hash(prompt_turns(document)[-1]["content"]) in texts
+    """Return whether the hashes of all turns before a sample's answer are among those of training texts."""
+    return all(text_hash(turn["content"]) in texts for turn in document["messages"][:-1])

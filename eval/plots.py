@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,7 +19,8 @@ COLOURS = {
     "base": "#555555", "SEAL-H": "#e08214", "SEAL-C": "#2166ac", "shuffled": "#9467bd", "wrong facts": "#2ca02c",
     "wrong answers": "#d62728", "one-shot": "#17becf", "LoRA": "#2ca02c", "DoRA": "#9467bd", "query": "#8c564b",
     "SEAL-H shuffled": "#fdb863", "SEAL-C shuffled": "#92c5de", "SEAL-H wrong answers": "#b35806",
-    "SEAL-C wrong answers": "#053061",
+    "SEAL-C wrong answers": "#053061", "query+output": "#e377c2", "IA3": "#bcbd22", "LayerNorm": "#7f7f7f",
+    "VeRA": "#17becf", "SEAL-C from mixture": "#f4a582",
 }  # fmt: skip
 
 
@@ -108,5 +106,5 @@ def accuracy_by_length(results: Sequence[EvalResult], out: Path) -> None:
     """Write a plot of results of one task."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     draw_accuracy(axes, [to_json(result) for result in results])
-    axes.set_title(f"{TITLES[results[0].task]}, {results[0].scores[0].count} samples per length")
+    axes.set_title(f"{TITLES.get(results[0].task, results[0].task)}, {results[0].scores[0].count} samples per length")
     save_figure(figure, out)

@@ -1,4 +1,4 @@
-"""Gather results into one HTML page: ``python -m eval report``."""
+"""Gather results into one HTML page: ``seal report``."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def rate_table(sweep: dict[str, Any]) -> dict[str, Any]:
 
 
 def probe_section(result: dict[str, Any]) -> dict[str, Any]:
-    """Return the page's section on a result of ``python -m eval probe``."""
+    """Return the page's section on a result of ``seal probe``."""
     from eval.probe.captions import CAPTION, TITLE
     from eval.probe.plots import DRAW
 
@@ -87,6 +87,12 @@ def embed(figure: plt.Figure) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def name_of(result: EvalResult, results: Sequence[EvalResult]) -> str:
+    """Return a result's method, with its shots, and its dtype if results beside it have another."""
+    shots = f", {result.shots}-shot" if result.shots else ""
+    return result.method + shots + (f", {result.dtype}" if len({row.dtype for row in results}) > 1 else "")
+
+
 def score_table(results: Sequence[EvalResult]) -> dict[str, Any]:
     """Return a table with a row per method and a column per length."""
     lengths = sorted({score.length for result in results for score in result.scores if score.length is not None})
@@ -97,8 +103,7 @@ def score_table(results: Sequence[EvalResult]) -> dict[str, Any]:
             {**vars(by_length[length]), "paper": paper_value(result, length)} if length in by_length else None
             for length in lengths
         ]
-        rows.append({"name": result.method + (f", {result.shots}-shot" if result.shots else ""),
-                     "model": result.model, "cells": cells})  # fmt: skip
+        rows.append({"name": name_of(result, results), "model": result.model, "cells": cells})
     return {"rows_are": "method", "columns": lengths, "rows": rows}
 
 
@@ -115,8 +120,7 @@ def grid(result: EvalResult) -> tuple[np.ndarray, list[int], list[int]]:
 
 def labels(results: Sequence[EvalResult]) -> list[str]:
     """Return a name for each result on one plot: its method, with shots and model where methods are equal."""
-    names = ["one-shot" if result.method == "base" and result.shots == 1 else
-             result.method + (f", {result.shots}-shot" if result.shots else "")
+    names = ["one-shot" if result.method == "base" and result.shots == 1 else name_of(result, results)
              for result in results]  # fmt: skip
     return [
         name if names.count(name) == 1 else f"{name}, {result.model}"
@@ -178,8 +182,58 @@ def base_section(base: str, results: Sequence[Result]) -> dict[str, Any]:
     return {"name": base, "sections": sections, "scales": scale_figures(results)}
 
 
+def study_runs(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return ``task``, ``method`` and ``scores`` of every run in the JSON of a study or of the demo; else nothing."""
+    if {"rows", "rates"} <= values.keys():
+        return [row for row in values["rows"] if row["scores"]]
+    if {"prompts", "samples_per_length"} <= values.keys():
+        shared = [{"length": length, "count": values["samples_per_length"]} for length in values["lengths"]]
+        return [
+            {"task": "line", "method": method, "scores": [a | b for a, b in zip(shared, scores, strict=True)]}
+            for method, scores in values["scores"].items()
+        ]
+    return []
+
+
+def study_table(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return a table of one task, a row per method: means over seeds, with an interval where there is one seed."""
+    lengths = sorted({score["length"] for run in runs for score in run["scores"]})
+    rows = []
+    for method in dict.fromkeys(run["method"] for run in runs):
+        cells: list[dict[str, Any] | None] = []
+        for length in lengths:
+            scores = [s for run in runs if run["method"] == method for s in run["scores"] if s["length"] == length]
+            count = sum(score["count"] for score in scores)
+            mean = sum(score["score"] * score["count"] for score in scores) / max(1, count)
+            interval = scores[0] if len(scores) == 1 else {"low": None, "high": None}
+            cells.append({**interval, "score": mean, "count": count, "paper": None} if scores else None)
+        rows.append({"name": method, "model": "", "cells": cells})
+    return {"rows_are": "method", "columns": lengths, "rows": rows}
+
+
+def study_section(file: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the page's section on a study or the demo: by task a plot and a table, then scales and answers."""
+    by_task: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for run in study_runs(values):
+        by_task[run["task"]].append(run)
+    sections = []
+    for task, runs in by_task.items():
+        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+        draw_accuracy(axes, runs, at="length")
+        sections.append({"title": TITLES.get(task, task), "figures": [embed(figure)], "tables": [study_table(runs)]})
+    maps = []
+    for method, scales in values.get("scales", {}).items():
+        figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
+        draw_scales(figure, axes, np.array(scales), f"{method}: mean scale of each head")
+        maps.append(embed(figure))
+    measured = (values.get(key) for key in ("date", "commit", "device", "machine"))
+    note = ", ".join(" and ".join(value) if isinstance(value, list) else str(value) for value in measured if value)
+    name = f"{file.name} ({note})"
+    return {"name": name, "sections": sections, "scales": maps, "prompts": values.get("prompts", [])}
+
+
 def write_report(folder: Path, out: Path) -> int:
-    """Write the page, with its figures embedded; results of probes are read from ``folder/probes``.
+    """Write the page, with its figures embedded: results, studies and the demo, and probes from ``folder/probes``.
 
     Returns:
         The number of results it shows.
@@ -190,8 +244,9 @@ def write_report(folder: Path, out: Path) -> int:
     check_output(out)
     results = read_results(folder)
     probes = [values for values in read_objects(folder / "probes").values() if "kind" in values]
-    if not results and not probes:
-        raise ValueError(f"{folder}: holds no results: make some with `python -m eval run`")
+    studies = [(file, values) for file, values in read_objects(folder).items() if study_runs(values)]
+    if not results and not probes and not studies:
+        raise ValueError(f"{folder}: holds no results: make some with `seal eval`")
     by_base: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         by_base[result.base].append(result)
@@ -199,8 +254,8 @@ def write_report(folder: Path, out: Path) -> int:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.get_template("report.html").render(
-        bases=[base_section(base, rows) for base, rows in by_base.items()],
+        bases=[base_section(base, rows) for base, rows in by_base.items()] + [study_section(*pair) for pair in studies],
         probes=[probe_section(result) for result in probes],
     )
     write_text(out, page)
-    return len(results) + len(probes)
+    return len(results) + len(studies) + len(probes)

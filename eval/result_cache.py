@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ from axolotl_plugins.common.io import check_output, load_json
 
 
 def result_name(model: str) -> str:
-    """Return a model's name as part of a file name."""
-    return model.strip("/").replace("/", "_")
+    """Return a model's or a task's name as part of a file name."""
+    return re.sub(r"[/:]", "_", model.strip("/"))
 
 
 def result_file(folder: Path, task: str, name: str) -> Path:
     """Return the result file of a task and a named model in a folder."""
-    return folder / f"{task}_{name}.json"
+    return folder / f"{result_name(task.removesuffix('.jsonl'))}_{name}.json"
 
 
 def check_replaced(out: Path, options: dict[str, Any]) -> None:
@@ -43,16 +44,21 @@ def check_replaced(out: Path, options: dict[str, Any]) -> None:
 
 
 def journal_file(out: Path, model: str, *settings: object) -> Path:
-    """Return the cache file beside ``out``; its name depends on the model's weights and config, and on settings.
+    """Return the cache file beside ``out``; its name depends on the model and on settings, see ``fingerprint``.
 
     Raises:
         ValueError: ``out`` cannot be written.
     """
     check_output(out)
+    return out.with_name(f".{out.name}.{fingerprint(model, *settings)}.partial")
+
+
+def fingerprint(model: str, *settings: object) -> str:
+    """Return a hash of settings, a model's name, and the sizes and times of its weights and configs, if it is local."""
     folder, patterns = Path(model), ("*.safetensors", "*config.json")
     files = sorted(file for pattern in patterns for file in folder.glob(pattern)) if folder.is_dir() else []
     identity = [model, *settings, *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)]
-    return out.with_name(f".{out.name}.{hashlib.sha256(repr(identity).encode()).hexdigest()[:12]}.partial")
+    return hashlib.sha256(repr(identity).encode()).hexdigest()[:12]
 
 
 class Journal:

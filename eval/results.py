@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from axolotl_plugins.common.io import load_json, write_text
 from data_gen.tasks import TaskAttribute
 
-TITLES = TaskAttribute("title", mmlu="MMLU")
+TITLES = TaskAttribute("title", mmlu="MMLU")  # a user's own task has its name as title, wherever a result is read
 Row = TypeVar("Row")
 
 
@@ -66,8 +66,9 @@ class EvalResult:
         model: hub id or folder.
         base: hub id or folder of its base model.
         method: ``base``, ``SEAL-H``, ``SEAL-C``, ``LoRA``, ``DoRA`` or another PEFT type.
-        task: a key of ``eval.metrics.METRICS``.
+        task: its name.
         window: the model's context window, tokens.
+        dtype: of the model's weights, such as ``bfloat16``; None where it is unknown.
         seed: of the samples.
         shots: worked examples before every prompt.
         contaminated: how many samples the model was tuned on; None where its training data is unknown.
@@ -76,6 +77,7 @@ class EvalResult:
         mean: over all samples.
         responses: one row per sample: what identifies it, ``response`` and ``score``.
         asked: options that determine the samples; None where the result was not made by ``eval.evaluate``.
+        fingerprint: see ``eval.result_cache.fingerprint``; an evaluation with the same one is not run again.
     """
 
     model: str
@@ -83,6 +85,7 @@ class EvalResult:
     method: str
     task: str
     window: int
+    dtype: str | None = None
     seed: int = 0
     shots: int = 0
     contaminated: int | None = None
@@ -91,6 +94,7 @@ class EvalResult:
     mean: LengthScore
     responses: list[dict[str, Any]]
     asked: dict[str, Any] | None = None
+    fingerprint: str | None = None
 
     def by_length(self) -> dict[int, float]:
         """Return mean scores by requested length."""
@@ -111,9 +115,11 @@ class BenchmarkResult:
     method: str
     task: str
     window: int
+    dtype: str | None = None
     sets: list[SetScore]
     mean: float
     asked: dict[str, Any] | None = None
+    fingerprint: str | None = None
 
 
 Result = EvalResult | BenchmarkResult
@@ -127,9 +133,7 @@ def to_json(result: Result) -> dict[str, Any]:
             [without_missing(row) for row in values[key]] for key in ("scores", "depths")
         )
         values["mean"] = without_missing(values["mean"])
-    if result.asked is None:
-        del values["asked"]
-    return values
+    return {key: value for key, value in values.items() if value is not None or key not in ("asked", "fingerprint")}
 
 
 def without_missing(row: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,13 @@ from lm_eval import evaluate
 
 from axolotl_plugins.seal import provenance
 from axolotl_plugins.seal.model_loading import LoadedModel
-from data_gen.dataset import Request
-from data_gen.tasks import Split
+from data_gen.dataset import Request, draw, samples_by_length
+from data_gen.tasks import Split, Task
+from eval.confidence import wilson
 from eval.harness import Harness, Responses, is_contaminated
 from eval.lm_eval_task import lm_eval_task
-from eval.metrics import METRICS, wilson
 from eval.results import EvalResult, LengthScore
-from eval.scoring import answer_budget
-from eval.spec import default_lengths
+from eval.spec import default_lengths, scored_task
 from eval.vllm_backend import Served, ServedHarness
 
 # Fields of a sample that a result stores.
@@ -48,27 +46,25 @@ def harness_for(
 
 
 def run(
-    loaded: LoadedModel, task: str, *, lengths: list[int] | None = None, samples: int = 50, seed: int = 0,
-    split: Split = "test", shots: int = 0, shot_tokens: int = 1000, haystack: str | None = None,
-    depths: int | None = None, cases: str | None = None, lines: list[int] | None = None,
-    ruler_version: int | None = None, batch_size: int | None = None, journal: Path | None = None,
+    loaded: LoadedModel, task: str | Task, *, lengths: list[int] | None = None, samples: int | None = None,
+    seed: int = 0, split: Split = "test", shots: int = 0, shot_tokens: int = 1000, haystack: str | None = None,
+    depths: int | None = None, ruler_version: int | None = None, batch_size: int | None = None,
+    journal: Path | None = None,
     allow_contamination: bool = False,
 ) -> EvalResult:  # fmt: skip
     """Score a model on a task.
 
     Args:
         loaded: the model with its tokenizer.
-        task: one of ``METRICS``.
-        lengths: longest samples, in tokens; None uses ``default_lengths``.
-        samples: per length.
+        task: see ``scored_task``.
+        lengths: longest samples, in tokens; None uses ``default_lengths``, or those of a file's samples.
+        samples: per length; None uses 50, or all of a file.
         seed: of the samples.
         split: ``train`` with a seed that was not trained on yields validation data.
         shots: worked examples before every prompt (paper section 8: one).
         shot_tokens: longest example, in tokens (paper section 8: 1K).
         haystack: see ``data_gen.dataset.Request``.
         depths: see ``data_gen.dataset.Request``.
-        cases: folder of LongEval's published line cases, scored instead of generated samples; ``samples`` of each file.
-        lines: numbers of lines of the files of ``cases`` to score; None scores all.
         ruler_version: see ``data_gen.dataset.Request``.
         batch_size: prompts decoded together; None uses what memory allows.
         journal: file that caches responses as they come in; an interrupted run resumes from it.
@@ -77,42 +73,38 @@ def run(
     Raises:
         ValueError: bad input; the message is one line.
     """
-    if task not in METRICS:
-        raise ValueError(f"task: found {task!r}, expected one of {', '.join(METRICS)}")
-    if cases and task != "line":
-        raise ValueError(f"cases: they are LongEval's line cases, but the task is {task}")
-    if ruler_version is None and (tuned := provenance.ruler_version(Path(loaded.name), task)):
-        raise ValueError(
-            f"ruler-version: {loaded.name} was tuned on {task} of RULER {tuned}: add --ruler-version {tuned}"
-        )
-    lengths = [] if cases else lengths or default_lengths(loaded.window)
-    if max(lengths, default=0) > loaded.window:
-        raise ValueError(f"lengths: {max(lengths)} tokens do not fit into the model's window of {loaded.window}")
-    requests = [
-        Request(task, str(length), samples=samples, seed=seed, split=split, haystack=haystack, depths=depths,
-                ruler_version=ruler_version)
-        for length in lengths
-    ]  # fmt: skip
-    shot = None
-    if shots:
-        shot = Request(task, str(shot_tokens), samples=shots, seed=seed, haystack=haystack, ruler_version=ruler_version)
-    longest = loaded.window - answer_budget(task)
-    metadata = {
-        "tokenizer": loaded.tokenizer.name_or_path,
-        "chat_template": loaded.tokenizer.chat_template,
-        "requests": [asdict(request) for request in requests],
-        "examples": asdict(shot) if shot else None,
-        "cases": {"folder": cases, "samples": samples, "lines": lines, "longest": longest} if cases else None,
-    }
-    responses = generate_responses(loaded, task, metadata, batch_size, journal, allow_contamination)
+    task = scored_task(task)
+    check_version(loaded.name, task.name, ruler_version)
+    if task.rows is None:
+        lengths = lengths or default_lengths(loaded.window)
+        loaded.check_lengths(lengths)
+    options: dict[str, Any] = {"seed": seed, "haystack": haystack, "ruler_version": ruler_version}
+    rows = list(samples_by_length(task, loaded.tokenizer, lengths, samples, drawn=draw, split=split, depths=depths,
+                                  **options))  # fmt: skip
+    example = Request(task.key, str(shot_tokens), samples=shots, **options) if shots else None
+    shown = "".join(
+        "\n".join(message["content"] for message in row["messages"]) + "\n\n"
+        for row in (draw(example, loaded.tokenizer) if example else ())
+    )
+    responses = generate_responses(loaded, task, rows, shown, batch_size, journal, allow_contamination)
     seen = [row.pop("seen") for row in responses]
     return EvalResult(
-        model=loaded.name, base=loaded.base, method=loaded.method, task=task, window=loaded.window, seed=seed,
-        shots=shots, contaminated=None if loaded.trained_on is None else sum(seen),
+        model=loaded.name, base=loaded.base, method=loaded.method, task=task.name, window=loaded.window,
+        dtype=loaded.dtype, seed=seed, shots=shots, contaminated=None if loaded.trained_on is None else sum(seen),
         scores=mean_scores(responses, "length"),
-        depths=mean_scores(responses, "length", "depth") if task == "niah" else [],
+        depths=mean_scores(responses, "length", "depth") if task.name == "niah" else [],
         mean=mean_scores(responses)[0], responses=responses,
     )  # fmt: skip
+
+
+def check_version(name: str, task: str, version: int | None) -> None:
+    """Raise if a model was tuned on the text of one of RULER's versions and none is asked for.
+
+    Raises:
+        ValueError: see above.
+    """
+    if version is None and (tuned := provenance.ruler_version(Path(name), task)):
+        raise ValueError(f"ruler-version: {name} was tuned on {task} of RULER {tuned}: add --ruler-version {tuned}")
 
 
 def mean_scores(responses: list[dict[str, Any]], *keys: str) -> list[LengthScore]:
@@ -135,15 +127,16 @@ def mean_scores(responses: list[dict[str, Any]], *keys: str) -> list[LengthScore
 
 
 def generate_responses(
-    loaded: LoadedModel, task: str, metadata: dict[str, Any], batch_size: int | None, journal: Path | None,
-    allow_contamination: bool = False,
+    loaded: LoadedModel, task: Task, samples: list[dict[str, Any]], shown: str, batch_size: int | None,
+    journal: Path | None, allow_contamination: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Run lm-eval on a task and return a row per sample.
 
     Args:
         loaded: the model.
-        task: one of ``METRICS``.
-        metadata: arguments of ``eval.lm_eval_task.documents``.
+        task: has a metric.
+        samples: see ``samples_by_length``.
+        shown: worked examples, put before every prompt in the same turn (paper section 8).
         batch_size: prompts decoded together; None uses what memory allows.
         journal: see ``run``.
         allow_contamination: see ``run``.
@@ -151,11 +144,11 @@ def generate_responses(
     Returns:
         ``SAMPLE_FIELDS`` of each sample, its ``response`` and ``score``, and whether it was ``seen`` in training.
     """
-    name = f"seal_{task}"
     harness = harness_for(loaded, batch_size, journal)
     trained_on = loaded.trained_on or frozenset()
     harness.refused = frozenset() if allow_contamination else trained_on
-    results = evaluate(harness, {name: lm_eval_task(task, **metadata)}, bootstrap_iters=0)
+    lm_task = lm_eval_task(task, samples, loaded.tokenizer, shown)
+    results = evaluate(harness, {task.name: lm_task}, bootstrap_iters=0)
     return [
         {
             **{key: row["doc"][key] for key in SAMPLE_FIELDS if key in row["doc"]},
@@ -163,5 +156,5 @@ def generate_responses(
             "score": row["score"],
             "seen": is_contaminated(row["doc"], trained_on),
         }
-        for row in sorted(results["samples"][name], key=lambda row: row["doc_id"])
+        for row in sorted(results["samples"][task.name], key=lambda row: row["doc_id"])
     ]

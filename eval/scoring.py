@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from axolotl_plugins.common.tokenizer import prompt_turns, render_prompt
+from axolotl_plugins.common.tokenizer import render_prompt
 from axolotl_plugins.common.window import stated_window
-from data_gen.tasks import TASKS
+from data_gen.tasks import Task, resolve_task
 from eval.generation import generate_answers, stop_ids
-from eval.metrics import METRICS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,27 +16,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def generation_settings(task: str) -> dict[str, Any]:
-    """Return a task's ``max_gen_toks`` (longest answer in tokens) and ``until`` (texts that end an answer)."""
-    return {"max_gen_toks": TASKS[task].max_new_tokens, "until": list(TASKS[task].stop)}
-
-
-def answer_budget(task: str) -> int:
-    """Return a task's longest answer in tokens, as in the original program."""
-    return generation_settings(task)["max_gen_toks"]
-
-
 def prompt_text(tokenizer: PreTrainedTokenizerBase, sample: dict[str, Any], shown: str = "") -> str:
     """Render a sample's prompt with the model's chat template.
 
     Args:
         tokenizer: with a chat template.
-        sample: its ``messages`` may end with the answer; ``prefix``, if any, begins the model's.
-        shown: worked examples, put before the prompt in the same turn.
+        sample: its ``messages`` end with the answer; ``prefix``, if any, begins the model's.
+        shown: worked examples, put before the last turn's text.
     """
-    turns = prompt_turns(sample)
-    last = {**turns[-1], "content": shown + turns[-1]["content"]}
-    return render_prompt(tokenizer, [*turns[:-1], last], sample.get("prefix", ""))
+    *context, last, _ = sample["messages"]
+    turns = [*context, {**last, "content": shown + last["content"]}]
+    return render_prompt(tokenizer, turns, sample.get("prefix", ""))
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, sample: dict[str, Any], shown: str = "") -> list[int]:
@@ -53,15 +42,16 @@ def truncate_at(text: str, until: list[str]) -> str:
 
 
 def score_samples(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, task: str, samples: list[dict[str, Any]],
-    *, batch_size: int | None = None, shown: str = "", on_answer: Callable[[int], object] = lambda index: None,
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, task: str | Task,
+    samples: list[dict[str, Any]], *, batch_size: int | None = None, shown: str = "",
+    on_answer: Callable[[int], object] = lambda index: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Answer samples greedily and score the answers.
 
     Args:
         model: in evaluation mode.
         tokenizer: with a chat template.
-        task: a key of ``METRICS``.
+        task: has a metric.
         samples: as ``data_gen.dataset`` draws them, with the nominal ``length``.
         batch_size: see ``generate_answers``.
         shown: see ``prompt_ids``.
@@ -73,8 +63,8 @@ def score_samples(
     Raises:
         ValueError: a prompt with its answer exceeds the model's window.
     """
-    settings = generation_settings(task)
-    budget, until = settings["max_gen_toks"], settings["until"]
+    task = resolve_task(task)
+    budget, until = task.answer_budget, list(task.stop)
     prompts = [prompt_ids(tokenizer, sample, shown) for sample in samples]
     window = stated_window(model.config)
     if window and (longest := max(map(len, prompts))) + budget > window:
@@ -97,7 +87,7 @@ def score_samples(
             "index": sample["index"],
             "tokens": sample["tokens"],
             "response": response,
-            "score": METRICS[task](response, sample["references"]),
+            "score": task.score(response, sample["references"]),
         }
         for sample, response in zip(samples, responses, strict=True)
     ]

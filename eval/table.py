@@ -43,7 +43,7 @@ def print_sets(result: BenchmarkResult) -> None:
 
 def markdown_table(result: Result) -> str:
     """Return a result as a Markdown section, with the paper's score at the same length where it prints one."""
-    title = f"### {TITLES[result.task]}"
+    title = f"### {TITLES.get(result.task, result.task)}"
     if isinstance(result, BenchmarkResult):
         rows = [f"| {row.name} | {row.score:.2f} | {row.count} |" for row in result.sets]
         return "\n".join([title, "", "| set | score | samples |", "|---|---:|---:|", *rows])

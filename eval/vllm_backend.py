@@ -29,6 +29,10 @@ class Served(LoadedModel):
 
     server: str = ""
 
+    @property
+    def dtype(self) -> None:
+        """Return None: the server knows."""
+
 
 def connect(loaded: LoadedModel, server: str) -> Served:
     """Return the model as a server answers for it.

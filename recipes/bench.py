@@ -32,6 +32,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from axolotl_plugins.common.console import first_line, out_of_memory, quiet_libraries, stop
 from axolotl_plugins.common.io import load_json, write_text
 from axolotl_plugins.seal.tune import answer_loss
+from eval.cli_options import parse_numbers
 from recipes.tools.estimate import Shape, training_flop
 from recipes.tools.machine import machine
 from recipes.tools.methods import peft_config
@@ -46,6 +47,7 @@ METHODS = {
     "IA3": lambda: IA3Config(target_modules=["o_proj"], feedforward_modules=["o_proj"]),
     "LoRA": lambda: peft_config("seall"),
 }
+OFFLOAD = {"offload": "inputs", "offload_all": "all"}
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 # Forward kernels of scaled dot-product attention, whose outputs `selective_checkpointing: true` stores.
 ATTENTION = {getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default for kernel in (
@@ -63,6 +65,7 @@ class Setting:
         selective: whether attention outputs are stored nevertheless (``selective_checkpointing: true``).
         every: only every N-th layer is recomputed (``gradient_checkpointing_kwargs: every_n_layers``).
         liger: whether Liger's RMSNorm, RoPE and SwiGLU are used.
+        offload: what recomputed layers store in host memory, see ``StepConfig``; Axolotl's own code does it.
         backend: of scaled dot-product attention, one of ``BACKENDS``; None leaves the choice to PyTorch.
     """
 
@@ -70,6 +73,7 @@ class Setting:
     selective: bool = False
     every: int = 1
     liger: bool = False
+    offload: str = ""
     backend: str | None = None
 
     @classmethod
@@ -81,18 +85,21 @@ class Setting:
         """
         parts = set(name.split("+"))
         every = {int(part[5:]) for part in parts if part.startswith("every") and part[5:].isdecimal()}
-        valid = {"full", "none", "selective", "liger", *BACKENDS, *(f"every{n}" for n in every)}
+        valid = {"full", "none", "selective", "liger", *OFFLOAD, *BACKENDS, *(f"every{n}" for n in every)}
         if unknown := parts - valid:
             raise ValueError(f"settings: found {min(unknown)!r}, expected full, none, selective, everyN, liger, "
-                             f"{', '.join(BACKENDS)} or several joined by +")  # fmt: skip
-        backends = [part for part in BACKENDS if part in parts]
-        recomputed = "full" in parts or "selective" in parts or bool(every)
-        if ("none" in parts and recomputed) or ("full" in parts and every) or len(every) > 1 or len(backends) > 1:
+                             f"{', '.join([*OFFLOAD, *BACKENDS])} or several joined by +")  # fmt: skip
+        backend, offload = ([part for part in names if part in parts] for names in (BACKENDS, OFFLOAD))
+        recomputed = bool(parts & {"full", "selective"} or every or offload)
+        several = max(len(every), len(backend), len(offload)) > 1
+        if several or ("none" in parts and recomputed) or ("full" in parts and every):
             raise ValueError(f"settings: the parts of {name!r} exclude each other")
+        if "offload_all" in parts and "selective" not in parts:
+            raise ValueError("settings: offload_all stores attention outputs: add +selective, or take offload")
         if 0 in every:
             raise ValueError("settings: found 'every0', expected every1 or more")
         return cls("none" not in parts, "selective" in parts, max(every, default=1), "liger" in parts,
-                   backends[0] if backends else None)  # fmt: skip
+                   OFFLOAD[offload[0]] if offload else "", backend[0] if backend else None)  # fmt: skip
 
     def check(self, device: str) -> None:
         """Check that its kernels can run.
@@ -102,6 +109,8 @@ class Setting:
         """
         if self.liger and find_spec("liger_kernel") is None:
             raise ValueError("settings: liger: liger_kernel is not installed: pip install liger-kernel")
+        if self.offload and find_spec("axolotl") is None:
+            raise ValueError("settings: offload: axolotl is not installed: pip install --no-deps axolotl==0.19.0")
         if device != "cuda" and (self.liger or self.backend):
             raise ValueError(f"settings: {'liger' if self.liger else self.backend} needs a GPU")
 
@@ -137,7 +146,15 @@ def applied(model: Any, setting: Setting) -> Iterator[None]:
     with ExitStack() as undo:
         if setting.recompute:
             options: dict[str, Any] = {"use_reentrant": False}
-            if setting.selective:
+            if setting.offload:
+                from axolotl.monkeypatch.checkpoint_activation_offload import CheckpointHiddenStatesOffload
+
+                undo.enter_context(CheckpointHiddenStatesOffload())
+            if setting.offload == "all":
+                from axolotl.monkeypatch.selective_checkpointing_offload import build_sac_offload_context_fn
+
+                options["context_fn"] = build_sac_offload_context_fn()
+            elif setting.selective:
                 options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_attention)
             base.gradient_checkpointing_enable(options, every_n_layers=setting.every)
             base.disable_input_require_grads()  # backprop stops at the lowest scale, as in training
@@ -358,33 +375,36 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = lambda text: text.split(",")  # noqa: E731
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.bench", description=__doc__.splitlines()[0],
+        epilog="Example: python -m recipes.bench --methods SEAL-C,LoRA --tokens 2048,4096 --settings full,selective",
+    )  # fmt: skip
     parser.add_argument("--shape", default="small", help="small, or a shape in recipes/matrix.yml such as llama2_7b")
     parser.add_argument("--layers", type=int, help="default: the shape's own")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--settings", type=lambda names: names.split(","), default=["none"],
-                        help="comma-separated, the most important first: full, none, selective, everyN, liger, "
-                        "cudnn, flash, or several joined by +, such as selective+liger+every2")  # fmt: skip
+    parser.add_argument("--tokens", default="2048,4096", help="lengths of samples")
+    parser.add_argument("--methods", type=names, default=list(METHODS), help=f"some of {','.join(METHODS)}")
+    parser.add_argument("--settings", type=names, default=["none"],
+                        help="the most important first: full, none, selective, everyN, liger, cudnn, flash, or several "
+                        "joined by +, such as selective+liger+every2")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5, help="timed steps")
     parser.add_argument("--warmup", type=int, help="tokens of the warm-up step, at most (default: the sample's)")
     parser.add_argument("--minutes", type=float, help="skip rows that would end later")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("results/bench.json"),
-        help="file of rows; existing rows are not measured again",
-    )
+    parser.add_argument("--out", type=Path, default=Path("results/bench.json"),
+                        help="file of rows; existing rows are not measured again")  # fmt: skip
     return parser.parse_args(argv)
 
 
 def check(args: argparse.Namespace, shapes: dict[str, Any]) -> None:
-    """Check the command line.
+    """Check the command line, and parse its lengths.
 
     Raises:
         ValueError: an option is invalid.
     """
+    args.tokens = parse_numbers(args.tokens, "tokens")
+    if unknown := [name for name in args.methods if name not in METHODS]:
+        raise ValueError(f"methods: found {unknown[0]!r}, expected some of {', '.join(METHODS)}")
     if args.shape not in shapes:
         raise ValueError(f"shape: found {args.shape!r}, expected one of {', '.join(shapes)}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -408,7 +428,7 @@ def main(argv: list[str] | None = None) -> None:
         check(args, shapes)
         rows = load_json(args.out)["rows"] if args.out.exists() else []
     except ValueError as error:
-        stop("bench", error)
+        stop(error)
     shape = dict(shapes[args.shape]) | ({"num_hidden_layers": args.layers} if args.layers else {})
     device = torch.cuda.get_device_name() if args.device == "cuda" else machine()
     shared = {"device": device, "torch": torch.__version__, "shape": args.shape, "layers": shape["num_hidden_layers"],
@@ -418,11 +438,11 @@ def main(argv: list[str] | None = None) -> None:
     fill(rows, shape, shared, args, clock)
     device_rows = [row for row in rows if all(row[key] == shared[key] for key in KEY[:4])]
     if all("error" in row for row in device_rows):
-        sys.exit("bench: nothing was measured: ask for fewer --tokens or more --minutes")
+        sys.exit("seal: nothing was measured: ask for fewer --tokens or more --minutes")
     print_rows(device_rows)
     print(args.out)
     if failed := [row["setting"] for row in device_rows if row.get("error", OUT_OF_MEMORY) != OUT_OF_MEMORY]:
-        sys.exit(f"bench: failed: {', '.join(failed)}; remove these rows from {args.out} to measure them again")
+        sys.exit(f"seal: failed: {', '.join(failed)}; remove these rows from {args.out} to measure them again")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,6 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 from typer.core import TyperCommand, TyperGroup
@@ -28,7 +25,7 @@ class Program(NamedTuple):
     """A Typer app to mount.
 
     Attributes:
-        module: what ``python -m`` runs; its ``app`` holds the commands.
+        module: what ``python -m`` runs, a package by its ``__main__``; its ``app`` holds the commands.
         command: subcommand to mount; empty mounts the whole app.
         help: line in the list of commands.
     """
@@ -37,14 +34,9 @@ class Program(NamedTuple):
     command: str
     help: str
 
-    @property
-    def call(self) -> str:
-        """How to call it without ``seal``."""
-        return f"python -m {self.module} {self.command}".rstrip()
-
 
 PROGRAMS = {
-    "recipe": Program("recipes", "", "Write, fetch, estimate and smoke-test training recipes."),
+    "recipe": Program("recipes", "", "Write training recipes and estimate their cost; fetch a model."),
     "data": Program("data_gen", "", "Write training and test samples as chats in JSON lines."),
     "eval": Program("eval", "run", "Score models, merged folders or adapters over context lengths."),
     "report": Program("eval", "report", "Gather results into one HTML page beside the paper's numbers."),
@@ -52,7 +44,7 @@ PROGRAMS = {
     "merge": Program("axolotl_plugins.seal", "merge", "Fold an adapter's scales into its base model's weights."),
     "verify": Program("axolotl_plugins.seal", "verify", "Check a merged model against its adapter and base model."),
     "export": Program("axolotl_plugins.seal", "export", "Convert an adapter to a stock PEFT IA3 adapter."),
-    "push": Program("axolotl_plugins.seal", "push", "Write an adapter's model card and upload it to the Hub."),
+    "push": Program("eval", "push", "Write an adapter's model card and upload it to the Hub."),
     "settings": Program("axolotl_plugins.seal", "settings", "List the settings of a recipe's `seal:` block."),
     "study": Program("recipes.study", "", "Reproduce the paper's tables on a small model."),
 }
@@ -60,41 +52,15 @@ PROGRAMS = {
 EXTRAS = {"axolotl": "axolotl", "datasets": "eval", "lm_eval": "eval", "matplotlib": "eval", "scipy": "eval"}
 
 
-def import_program(name: str) -> ModuleType:
-    """Import what ``python -m NAME`` runs, without importing a package around it: SEAL's imports PEFT, for seconds."""
-    spec = find_spec(name)
-    if spec is None or spec.submodule_search_locations is None:
-        return import_module(name)
-    name = f"{name}.__main__"
-    if name not in sys.modules:
-        spec = spec_from_file_location(name, Path(spec.submodule_search_locations[0]) / "__main__.py")
-        assert spec is not None and spec.loader is not None  # the file is part of this project
-        sys.modules[name] = module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-def rename_examples(command: Command, old: str, new: str) -> None:
-    """Rewrite the example below a command's help, and below its subcommands', for another name of the program.
-
-    A command without an example takes no arguments, so the call itself is one; a group shows its first subcommand's.
-    """
-    subcommands = getattr(command, "commands", {})
-    for name, subcommand in subcommands.items():
-        rename_examples(subcommand, f"{old} {name}", f"{new} {name}")
-    if subcommands:
-        command.epilog = next(iter(subcommands.values())).epilog
-    else:
-        command.epilog = (command.epilog or f"Example: {old}").replace(old, new)
-
-
 def load_command(name: str) -> Command:
-    """Import the command behind a key of ``PROGRAMS``."""
+    """Import the command behind a key of ``PROGRAMS``; the example of a group is that of its first subcommand."""
     program = PROGRAMS[name]
-    command = get_command(import_program(program.module).app)
+    module = import_module(program.module)
+    command = get_command((module if hasattr(module, "app") else import_module(f"{program.module}.__main__")).app)
     if program.command:
         command = command.commands[program.command]  # type: ignore[attr-defined]
-    rename_examples(command, program.call, f"seal {name}")
+    if subcommands := getattr(command, "commands", {}):
+        command.epilog = next(iter(subcommands.values())).epilog
     return command
 
 
@@ -129,7 +95,7 @@ def main() -> None:
         package = (error.name or "").split(".")[0]
         if package not in EXTRAS:
             raise
-        stop("seal", ValueError(f"{package} is not installed: pip install -e '.[{EXTRAS[package]}]'"))
+        stop(ValueError(f"{package} is not installed: pip install -e '.[{EXTRAS[package]}]'"))
 
 
 if __name__ == "__main__":

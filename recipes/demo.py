@@ -16,8 +16,8 @@ from rich.table import Table
 
 from axolotl_plugins.common.console import quiet_libraries, stop
 from axolotl_plugins.common.console import run as run_app
-from axolotl_plugins.common.io import load_json, write_text
-from data_gen.tasks.line_retrieval import QUESTION
+from axolotl_plugins.common.io import load_json, load_yaml, write_text
+from data_gen import tasks
 from eval.result_cache import result_file, result_name
 from recipes.tools.machine import machine
 
@@ -28,7 +28,7 @@ app = typer.Typer(add_completion=False)
 
 
 def read_scores(model: Path, folder: Path) -> dict[str, Any]:
-    """Read the result of `python -m eval run --model MODEL --task line`."""
+    """Read the result of `seal eval --model MODEL --task line`."""
     return load_json(result_file(folder, "line", result_name(str(model))))
 
 
@@ -76,7 +76,9 @@ def summarise(base: Path, adapters: list[Path], scores: Path) -> dict[str, Any]:
         "prompts": [
             {
                 "tokens": rows[0]["tokens"],
-                "question": QUESTION.format(key=rows[0]["key"]),
+                "question": load_yaml(Path(tasks.__file__).with_name("line.yml"))["question"].format(
+                    key=rows[0]["key"]
+                ),
                 "reference": rows[0]["references"][0],
                 "answers": {method: row["response"] for method, row in zip(results, rows, strict=True)},
             }
@@ -141,7 +143,7 @@ def main(
         plot(summary, out.with_suffix(".png"))
         write_text(out, json.dumps(summary, indent=1) + "\n")
     except (ValueError, OSError, KeyError) as error:
-        stop("demo", error)
+        stop(error)
     print_summary(summary)
     print(f"{out} and {out.with_suffix('.png')}: merged and unmerged models gave the same answers")
 

@@ -7,18 +7,18 @@ validation samples of the training split, never on test samples.
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,199 +49,110 @@ from recipes.tools.study_cells import (
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 PATIENCE = 5.0  # seconds for a worker to end after SIGTERM
-TRIES = 2  # per cell: a worker may fail for a momentary lack of memory
+WAIT = 1.0  # seconds until a worker looks again whether another one has finished the cells that it needs
 
 
-def start_worker_process(threads: int) -> None:
-    """Set up a worker process; SIGTERM ends it cleanly."""
+# --- workers ---------------------------------------------------------------------------------------------------------
+
+
+def rated(folder: Path, cell: Cell) -> Cell | None:
+    """Return a cell with the learning rate that validation chose; None until validation is done."""
+    if cell.rated_as is None or cell.rate is not None:
+        return cell
+    rates = []
+    for source in cell.sources:
+        results = [read_cell(folder, candidate) for candidate in validation_cells(source, cell.rated_as)]
+        if any(result is None for result in results):
+            return None
+        rates.append(choose_rate([result for result in results if result is not None]))
+    return replace(cell, rate=statistics.median_low(rates))  # of a mixture: the median of its tasks' rates
+
+
+def open_cells(folder: Path, cells: list[Cell]) -> list[Cell]:
+    """Return the cells without a result; those whose validation is done with their learning rate."""
+    with_rates = [rated(folder, cell) or cell for cell in cells]
+    return [cell for cell in with_rates if read_cell(folder, cell) is None]
+
+
+@contextmanager
+def claimed(folder: Path, cell: Cell) -> Iterator[bool]:
+    """Hold the lock of a cell; yield False if another process holds it. The lock ends with the process."""
+    file = folder / "locks" / cell.file_name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def work(
+    model: Path, device: str, settings: Settings, folder: Path, cells: list[Cell], commit: str | None, threads: int
+) -> None:
+    """Run open cells, the first that no other process runs, until none is left; a cell that fails is skipped."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     quiet_libraries()
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     import torch
     import transformers
 
+    from recipes.tools.study_cells import Workbench
+
     torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-
-
-def work(connection: Connection, model: Path, device: str, settings: Settings, data: Path, threads: int) -> None:
-    """Run the cells that a connection receives and send back their results; an error ends the process."""
-    start_worker_process(threads)
-    from recipes.tools.study_cells import Workbench
-
-    try:
-        bench = Workbench(model, device, settings, data)
-        while (cell := connection.recv()) is not None:
-            connection.send(bench.run(cell))
-    except (EOFError, KeyboardInterrupt):
-        return  # the study ended
-    except Exception as error:
-        connection.send(f"{type(error).__name__}: {first_line(error)}")
-        raise
-
-
-@dataclass
-class Worker:
-    """A process that runs one cell at a time.
-
-    Attributes:
-        process: the process.
-        connection: sends cells, receives results.
-        cell: the running cell; None while idle.
-    """
-
-    process: BaseProcess
-    connection: Connection
-    cell: Cell | None = None
-
-    def send(self, cell: Cell | None) -> None:
-        """Send a cell, or None to end the process."""
-        self.cell = cell
-        self.connection.send(cell)
-
-
-class Study:
-    """The cells of a study: which are done, and which is next."""
-
-    def __init__(self, folder: Path, cells: list[Cell]) -> None:
-        """Start with no results loaded; they are read from the folder on demand."""
-        self.folder, self.open = folder, cells
-        self.results: dict[Cell, dict[str, Any]] = {}
-        self.errors: dict[Cell, list[str]] = {}
-        self.running: set[Cell] = set()
-        self.new = 0
-
-    def result(self, cell: Cell) -> dict[str, Any] | None:
-        """Return a cell's result; None if it is not done."""
-        if cell not in self.results and (stored := read_cell(self.folder, cell)) is not None:
-            self.results[cell] = stored
-        return self.results.get(cell)
-
-    def given_up(self, cell: Cell) -> bool:
-        """Return whether a cell failed too often."""
-        return len(self.errors.get(cell, ())) >= TRIES
-
-    def with_rate(self, cell: Cell) -> Cell | None:
-        """Return a cell with the learning rate that validation chose; None until validation is done."""
-        if cell.rated_as is None or cell.rate is not None:
-            return cell
-        candidates = validation_cells(cell.task, cell.rated_as)
-        results = [self.result(candidate) for candidate in candidates if not self.given_up(candidate)]
-        if not results or any(result is None for result in results):
-            return None
-        return replace(cell, rate=choose_rate([result for result in results if result is not None]))
-
-    def next_cell(self) -> Cell | None:
-        """Return the first open cell whose learning rate is known; None if there is none for now."""
-        waiting = []
-        chosen = None
-        for position, cell in enumerate(self.open):
-            ready = self.with_rate(cell)
-            if ready is None or ready in self.running:
-                waiting.append(cell)
-            elif self.result(ready) is None and not self.given_up(ready):
-                chosen = ready
-                self.open = waiting + self.open[position:]
-                break
+    bench = Workbench(model, device, settings, folder / "data")
+    failed: set[Cell] = set()
+    while True:
+        others_run = False
+        for cell in open_cells(folder, cells):
+            if cell in failed or (cell.rated_as and cell.rate is None):
+                continue
+            with claimed(folder, cell) as mine:
+                others_run |= not mine
+                if not mine or read_cell(folder, cell) is not None:
+                    continue
+                try:
+                    result = bench.run(cell)
+                except (RuntimeError, ValueError, OSError) as error:  # such as a lack of memory: others go on
+                    failed.add(cell)
+                    print(f"{cell}: {type(error).__name__}: {first_line(error)}", file=sys.stderr, flush=True)
+                    continue
+                write_cell(folder, cell, {**result, "commit": commit})
+            scores = " ".join(f"{row['score']:.2f}" for row in result["scores"]) or result["failed"]
+            spent = result.get("tuning_seconds", 0) + result.get("scoring_seconds", 0)
+            print(f"{cell}: {scores} ({spent:.0f} s)", flush=True)
+            break  # cells before it may have their learning rate now
         else:
-            self.open = waiting
-        if chosen is not None:
-            self.running.add(chosen)
-        return chosen
-
-    def add(self, cell: Cell, result: dict[str, Any]) -> None:
-        """Store a result."""
-        write_cell(self.folder, cell, result)
-        self.running.discard(cell)
-        self.results[cell] = result
-        self.new += 1
-
-    def fail(self, cell: Cell, error: str) -> None:
-        """Record that a cell's worker failed."""
-        self.running.discard(cell)
-        self.errors.setdefault(cell, []).append(error)
+            if not others_run:
+                return
+            time.sleep(WAIT)
 
 
-def run_cells(
-    study: Study, deadline: float, jobs: int, *, model: Path, device: str, settings: Settings, commit: str | None
-) -> bool:
-    """Run open cells on ``jobs`` processes until all are done or the deadline has passed.
-
-    Only this process writes results, so that workers can be terminated at any moment.
+def run_cells(deadline: float, jobs: int, *arguments: Any) -> None:
+    """Run ``work`` in ``jobs`` processes; those that still run at the deadline are terminated.
 
     Args:
-        study: what to run.
-        deadline: of ``time.monotonic``; cells that are running then are terminated.
-        jobs: worker processes.
-        model: folder of the model.
-        device: for torch.
-        settings: of the study.
-        commit: of the code, stored with every result.
-
-    Returns:
-        True if all cells are done or have failed too often.
+        deadline: of ``time.monotonic``.
+        jobs: number of processes.
+        arguments: of ``work``, without ``threads``.
     """
     context = multiprocessing.get_context("spawn")
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs))
-    workers: list[Worker] = []
-    begin = time.monotonic()
-
-    def start() -> Worker:
-        here, there = context.Pipe()
-        arguments = (there, model, device, settings, study.folder / "data", threads)
-        process = context.Process(target=work, args=arguments, daemon=True)
-        process.start()
-        there.close()
-        workers.append(Worker(process, here))
-        return workers[-1]
-
+    workers = [context.Process(target=work, args=(*arguments, threads), daemon=True) for _ in range(jobs)]
     try:
-        while time.monotonic() < deadline:
-            idle = [worker for worker in workers if worker.cell is None]
-            while (idle or len(workers) < jobs) and (cell := study.next_cell()) is not None:
-                (idle.pop() if idle else start()).send(cell)
-            busy = {worker.connection: worker for worker in workers if worker.cell is not None}
-            if not busy:
-                return True
-            for connection in wait(list(busy), timeout=min(60.0, max(0.0, deadline - time.monotonic()))):
-                worker = busy[connection]  # type: ignore[index]
-                if not receive(study, worker, begin, commit):
-                    workers.remove(worker)
-        return False
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(max(0.0, deadline - time.monotonic()))
     finally:
         for worker in workers:
-            worker.process.terminate()
+            worker.terminate()
         for worker in workers:
-            worker.process.join(PATIENCE)
-            worker.process.kill()
-
-
-def receive(study: Study, worker: Worker, begin: float, commit: str | None) -> bool:
-    """Receive a worker's result or error and print a line; return whether the worker is still alive.
-
-    Raises:
-        ValueError: several cells failed and none was done.
-    """
-    cell = worker.cell
-    assert cell is not None
-    try:
-        result = worker.connection.recv()
-    except EOFError:
-        result = "its process was killed, probably out of memory"
-    clock = f"[{time.monotonic() - begin:4.0f} s]"
-    if isinstance(result, str):
-        study.fail(cell, result)
-        print(f"{clock} {cell}: {result}", file=sys.stderr, flush=True)
-        if not study.new and sum(map(len, study.errors.values())) > 2 * TRIES:
-            raise ValueError(f"no cell can be run; the last error: {result}")
-        return False
-    worker.cell = None
-    study.add(cell, {**result, "commit": commit})
-    scores = " ".join(f"{row['score']:.2f}" for row in result["scores"]) or result["failed"]
-    spent = result.get("tuning_seconds", 0) + result.get("scoring_seconds", 0)
-    print(f"{clock} {study.new:3d} {cell}: {scores} ({spent:.0f} s)", flush=True)
-    return True
+            worker.join(PATIENCE)
+            worker.kill()
 
 
 def draw_sample_file(wanted: Request, model: Path, file: Path) -> None:
@@ -289,7 +200,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        stop("study", error)
+        stop(error)
 
 
 def names(text: str, valid: tuple[str, ...], option: str) -> list[str]:
@@ -375,6 +286,7 @@ ShotTokens = Annotated[int, typer.Option(min=1, help="Longest worked example of 
 HaystackOption = Annotated[str, typer.Option(help="Of needles: a folder of text files, essays or prose.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Processes; several share one GPU.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+Minutes = Annotated[float, typer.Option(min=0, max=30_000, help="Stop after this time; running cells are terminated.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or auto: bfloat16 on a GPU.")]
 
 
@@ -383,7 +295,7 @@ def main() -> None:
     """Reproduce the paper's tables on a small model, on a CPU or a GPU."""
 
 
-@app.command(epilog="Example: python -m recipes.study data --model models/smollm2-135m --out outputs/study --jobs 2")
+@app.command(epilog="Example: seal study data --model models/smollm2-135m --out outputs/study --jobs 2")
 def data(
     model: Model = Path("models/smollm2-135m"), out: Out = Path("outputs/study"), tasks: Tasks = "",
     methods: Methods = "", seeds: Seeds = "0,1,2", longest: Longest = None, lengths: Lengths = "",
@@ -404,16 +316,14 @@ def data(
         print(f"{len(requests)} files in {out / 'data'}, {size / 1e6:.1f} MB, {count} of them new")
 
 
-@app.command(
-    epilog="Example: python -m recipes.study run --model models/smollm2-135m --device cuda --minutes 10 --jobs 6"
-)
+@app.command(epilog="Example: seal study run --model models/smollm2-135m --device cuda --minutes 10 --jobs 6")
 def run(
     model: Model = Path("models/smollm2-135m"), out: Out = Path("outputs/study"), tasks: Tasks = "",
     methods: Methods = "", seeds: Seeds = "0,1,2", longest: Longest = None, lengths: Lengths = "",
     train_tokens: TrainTokens = "", samples: Samples = 100, validation_samples: ValidationSamples = 30,
     tune_samples: TuneSamples = 50, shot_tokens: ShotTokens = 1000, haystack: HaystackOption = "prose",
     jobs: Jobs = 1, device: Device = "auto", dtype: Dtype = "auto",
-    minutes: Annotated[float, typer.Option(min=0, help="Stop after this time; running cells are terminated.")] = 1e6,
+    minutes: Minutes = 30_000,
 ) -> None:  # fmt: skip
     """Tune and score all open cells; the same command resumes."""
     deadline = time.monotonic() + 60 * minutes
@@ -434,17 +344,19 @@ def run(
         store_settings(out, settings)
         cells = plan(names(tasks, TASKS, "tasks"), names(methods, METHODS, "methods"), numbers(seeds, "seeds"))
         draw_missing(data_requests(settings, cells), model, out / "data", jobs)
-        study = Study(out, cells)
-        done = run_cells(
-            study, deadline, jobs, model=model, device=device, settings=settings, commit=current_commit()
+        before = open_cells(out, cells)
+        run_cells(
+            deadline, min(jobs, max(1, len(before))), model, device, settings, out, before, current_commit()
         )  # fmt: skip
-        failed = [cell for cell in study.errors if study.given_up(cell)]
-        print(f"{study.new} cells done now" + ("" if done else ", more are open: run the same command again"))
-        if failed:
-            raise ValueError(f"{len(failed)} cells failed, the first is {failed[0]}: {study.errors[failed[0]][-1]}")
+        remaining = open_cells(out, before)
+        timely = time.monotonic() < deadline
+        more = ", more are open: run the same command again" if remaining and not timely else ""
+        print(f"{len(before) - len(remaining)} cells done now{more}")
+        if remaining and timely:
+            raise ValueError(f"{len(remaining)} cells failed, the first is {remaining[0]}: see above")
 
 
-@app.command(epilog="Example: python -m recipes.study collect --out outputs/study --result results/smollm2.json")
+@app.command(epilog="Example: seal study collect --out outputs/study --result results/smollm2.json")
 def collect(
     out: Out = Path("outputs/study"),
     result: Annotated[Path, typer.Option(help="Result file; its plots go beside it.")] = Path("results/smollm2.json"),
@@ -456,6 +368,20 @@ def collect(
         gathered = gather(out, current_commit())
         save(gathered, result)
         print(tables(gathered))
+
+
+@app.command(epilog="Example: seal study adapters --out outputs/study --to results/adapters/smollm2-135m")
+def adapters(
+    model: Model = Path("models/smollm2-135m"), out: Out = Path("outputs/study"),
+    to: Annotated[Path, typer.Option(help="Gets one folder per task and method.")] = Path("outputs/adapters"),
+) -> None:  # fmt: skip
+    """Write the tested SEAL adapters, each with its model card and the record of its training data."""
+    with one_line_errors():
+        from recipes.tools.adapters import share
+        from recipes.tools.study_results import gather
+
+        for folder in share(out, gather(out, current_commit()), model, to):
+            print(folder)
 
 
 if __name__ == "__main__":

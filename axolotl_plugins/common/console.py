@@ -33,11 +33,11 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(message in str(error) for message in messages)
 
 
-def stop(program: str, error: BaseException) -> NoReturn:
-    """Exit with status 1 and the error in one line."""
+def stop(error: BaseException) -> NoReturn:
+    """Exit with status 1 and the error in one line, which begins with ``seal:`` in every program."""
     if out_of_memory(error):
-        sys.exit(f"{program}: out of memory: ask for less at once (shorter samples, a smaller batch)")
-    sys.exit(f"{program}: {first_line(error)}")
+        sys.exit("seal: out of memory: ask for less at once (shorter samples, a smaller batch)")
+    sys.exit(f"seal: {first_line(error)}")
 
 
 def run(app: Typer, program: str, arguments: list[str] | None = None) -> None:
@@ -61,20 +61,21 @@ def run(app: Typer, program: str, arguments: list[str] | None = None) -> None:
     except ClickException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else program
-        stop(program.split()[-1], ValueError(f"{error.format_message()} (see `{command} --help`)"))
+        stop(ValueError(f"{error.format_message()} (see `{command} --help`)"))
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        stop(program.split()[-1], error)
+        stop(error)
     if code == INTERRUPTED:
-        print(f"{program.split()[-1]}: interrupted: nothing is half-written, call it again", file=sys.stderr)
+        print("seal: interrupted: nothing is half-written, call it again", file=sys.stderr)
     if isinstance(code, int) and code:
         sys.exit(code)
 
 
 def quiet_libraries() -> None:
-    """Silence library messages that a user cannot act on; call it before those libraries are imported."""
+    """Set libraries up for a command line, before their import; silence messages that a user cannot act on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("MPLBACKEND", "Agg")  # plots are files, also where there is a display
     # torchao logs kernels built for other machines, torch an enum that torchao registers, lm-eval that tasks take other
     # arguments, bitsandbytes a missing kernel that is not called.
     for name in ("torchao", "torch.utils._pytree", "lm_eval", "bitsandbytes.backends.cpu.ops"):

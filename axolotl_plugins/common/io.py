@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -31,6 +32,21 @@ def check_output(path: Path, *, folder: bool = False, new: bool = False) -> None
         raise ValueError(f"{path}: cannot be written, for {existing} is a file: name another path")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"{path}: cannot be written, for {existing} is not writable: name another path")
+
+
+def check_file(path: Path) -> None:
+    """Raise unless a file exists.
+
+    Raises:
+        ValueError: see above; the message names the existing file with the nearest name.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, expected a file")
+    if not path.exists():
+        files = [file.name for file in path.parent.iterdir() if file.is_file()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, files, n=1)
+        where = f"is {path.parent / close[0]} meant?" if close else f"there is none like it in {path.parent}"
+        raise ValueError(f"{path}: no such file; {where}")
 
 
 def remove(path: Path) -> None:
@@ -107,8 +123,8 @@ def load_json(path: Path) -> Any:
         raise ValueError(f"{path}: not JSON ({first_line(error)}): mend it or move it away") from None
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping.
+def load_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
+    """Read a YAML file that holds a mapping; ``what`` names it in error messages.
 
     Raises:
         ValueError: it is not YAML, or holds no mapping.
@@ -120,7 +136,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a recipe: found {type(content).__name__}, expected settings and their values")
+        raise ValueError(f"{path}: not a {what}: found {type(content).__name__}, expected settings and their values")
     return content
 
 

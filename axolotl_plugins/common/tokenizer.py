@@ -20,12 +20,6 @@ def as_messages(prompt: str, answer: str) -> Messages:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def prompt_turns(sample: dict[str, Any]) -> Messages:
-    """Return the turns of a sample's chat without its answer, if it has one."""
-    messages: Messages = sample["messages"]
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
-
-
 def load_tokenizer(
     name: str, chat_template: str | None = None, template_arguments: dict[str, Any] | None = None, *,
     fallback: str | None = None, trust_remote_code: bool = False,
@@ -120,6 +114,8 @@ def with_arguments(template: str | None, arguments: dict[str, Any]) -> str:
     header = re.match(r"(?:\{% set \w+ = [^\n]* %\}\n)*", template)
     assert header is not None
     lines = "".join(f"{{% set {name} = {value!r} %}}\n" for name, value in arguments.items())
+    if header[0].endswith(lines):  # set already
+        return template
     return template[: header.end()] + lines + template[header.end() :]
 
 

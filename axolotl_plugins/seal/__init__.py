@@ -1,26 +1,30 @@
 """SEAL as a PEFT tuner: ``get_peft_model(model, SealConfig(granularity="head"))``.
 
-Importing this package registers the tuner with PEFT and needs PyTorch, Transformers, PEFT and safetensors only;
-``SealPlugin`` needs Axolotl.
+The tuner needs PyTorch, Transformers, PEFT and safetensors only, ``SealPlugin`` needs Axolotl. Both are imported on
+access, so that command lines print their help at once. Importing ``SealConfig`` registers the tuner with PEFT.
 """
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import register_peft_method
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
 
-from .config import Granularity, SealConfig, peft_type
-from .layer import SealLayer
-from .model import SealModel, find_attention_outputs
+Granularity = Literal["head", "channel"]
 
-__all__ = ["Granularity", "SealConfig", "SealLayer", "SealModel", "find_attention_outputs"]
+if TYPE_CHECKING:
+    from .config import SealConfig
+    from .layer import SealLayer
+    from .model import SealModel, find_attention_outputs
+    from .plugin import SealPlugin
 
-if peft_type() not in PEFT_TYPE_TO_CONFIG_MAPPING:
-    register_peft_method(name="seal", config_cls=SealConfig, model_cls=SealModel)
+__all__ = ["Granularity", "SealConfig", "SealLayer", "SealModel", "SealPlugin", "find_attention_outputs"]
 
 
-def __getattr__(name: str) -> object:
-    """Return ``SealPlugin``, imported on access because it needs Axolotl."""
-    if name == "SealPlugin":
-        from .plugin import SealPlugin
-
-        return SealPlugin
+def __getattr__(name: str) -> Any:
+    """Return an object of ``__all__``, imported on access."""
+    if name in __all__:
+        return getattr(import_module(".plugin" if name == "SealPlugin" else ".model", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if "peft" in sys.modules:  # nothing to save: register the tuner at once
+    import_module(".model", __name__)

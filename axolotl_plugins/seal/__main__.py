@@ -1,4 +1,4 @@
-"""``python -m axolotl_plugins.seal``: merge, verify, export and publish adapters."""
+"""``seal merge``, ``verify``, ``export`` and ``settings``, or ``python -m axolotl_plugins.seal``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 @app.callback()
 def main() -> None:
-    """Merge, verify, export and publish SEAL adapters, and list the settings of a recipe."""
+    """Merge, verify and export SEAL adapters, and list the settings of a recipe."""
 
 
-@app.command(
-    epilog="Example: python -m axolotl_plugins.seal merge outputs/smollm2_line_sealc outputs/smollm2_line_sealc_merged"
-)
+@app.command(epilog="Example: seal merge outputs/smollm2_line_sealc outputs/smollm2_line_sealc_merged")
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
     out: Annotated[Path, typer.Argument(help="Model folder to write.")],
@@ -37,10 +35,10 @@ def merge(
     try:
         write_merged(adapter, out, into)
     except (ValueError, OSError, SafetensorError) as error:
-        stop("merge", error)
+        stop(error)
 
 
-@app.command(epilog="Example: python -m axolotl_plugins.seal verify outputs/smollm2_line_sealc_merged")
+@app.command(epilog="Example: seal verify outputs/smollm2_line_sealc_merged")
 def verify(
     folder: Annotated[Path, typer.Argument(help="Folder that `merge` wrote.")],
     adapter: Annotated[Path | None, typer.Option(help="New path of the adapter, if it was moved.")] = None,
@@ -52,10 +50,10 @@ def verify(
     try:
         verify_merge(folder, adapter)
     except (ValueError, OSError, SafetensorError) as error:
-        stop("verify", error)
+        stop(error)
 
 
-@app.command(epilog="Example: python -m axolotl_plugins.seal export outputs/smollm2_line_sealc outputs/smollm2_ia3")
+@app.command(epilog="Example: seal export outputs/smollm2_line_sealc outputs/smollm2_ia3")
 def export(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
     out: Annotated[Path, typer.Argument(help="Adapter folder to write.")],
@@ -68,38 +66,10 @@ def export(
         export_ia3(adapter, out)
         print(out)
     except (ValueError, OSError, SafetensorError) as error:
-        stop("export", error)
+        stop(error)
 
 
-@app.command(
-    epilog="Example: python -m axolotl_plugins.seal push outputs/smollm2_line_sealc me/smollm2-sealc --private"
-)
-def push(
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
-    repository: Annotated[str | None, typer.Argument(help="Hub id; without it, only the card is written.")] = None,
-    results: Annotated[Path, typer.Option(help="Folder with results of `python -m eval run`.")] = Path("results"),
-    private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
-) -> None:
-    """Write a model card (method, data, scores and the paper's) into an adapter's folder, and upload the folder."""
-    quiet_libraries()
-    from axolotl_plugins.common.io import write_text
-    from eval.table import score_tables
-
-    from .model_card import card
-    from .model_card import push as upload
-
-    try:
-        scores = score_tables(results, str(adapter))
-        if repository is None:
-            write_text(adapter / "README.md", card(adapter, scores))
-            print(adapter / "README.md")
-        else:
-            print(upload(adapter, repository, scores, private=private))
-    except (ValueError, OSError) as error:
-        stop("push", error)
-
-
-@app.command()
+@app.command(epilog="Example: seal settings")
 def settings() -> None:
     """List the settings of the `seal:` block of a recipe."""
     from .args import DataArgs, SealBlock

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
-from .config import Granularity
+from axolotl_plugins.common.schema import Strict, first_error
+
+from . import Granularity
 
 
-class DataArgs(BaseModel):
+class DataArgs(Strict):
     """What to generate into the recipe's dataset file if it does not exist; see ``data_gen.dataset.Request``."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    task: str = Field(description="A task of `seal data`, such as `line`.")
+    task: str = Field(description="A task of `seal data`, such as `line`, or a file that describes one.")
     tokens: int | str | None = Field(
         default=None, description='Longest sample in tokens: N, or "N:M" to draw it uniformly from a range.'
     )
@@ -34,10 +34,8 @@ def as_list(value: Any) -> Any:
     return [value] if isinstance(value, dict) or type(value) is int else value
 
 
-class SealBlock(BaseModel):
+class SealBlock(Strict):
     """Settings of the adapter and of its training data."""
-
-    model_config = ConfigDict(extra="forbid")
 
     granularity: Granularity | None = Field(
         default=None, description="`head` (SEAL-H) or `channel` (SEAL-C); required with `adapter: seal`."
@@ -85,13 +83,7 @@ def parse_block(block: Any) -> SealBlock:
     """
     try:
         return SealArgs(seal=block).seal or SealBlock()
-    except ValidationError as validation_error:
-        error = validation_error.errors()[0]
-        single = isinstance(block, dict) and isinstance(block.get("data"), dict)
+    except ValidationError as error:
         # Without the index of a single description, and without pydantic's names of a union's types.
-        key = ".".join(
-            str(part) for part in error["loc"] if part not in ("str", "list[str]") and not (single and part == 0)
-        )
-        if error["type"] == "extra_forbidden":
-            raise ValueError(f"{key}: no such setting; see `python -m axolotl_plugins.seal settings`") from None
-        raise ValueError(f"{key}: found {error['input']!r}: {error['msg']}") from None
+        single = isinstance(block, dict) and isinstance(block.get("data"), dict)
+        raise ValueError(first_error(error, {"str", "list[str]", *([0] if single else [])})) from None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import InitVar, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
 
-Granularity = Literal["head", "channel"]
+from . import Granularity
 
 
 def peft_type() -> PeftType:

@@ -28,7 +28,7 @@ from .checkpoint import (
     write_config,
 )
 from .layer import SealLayer
-from .model_loading import RECORD, LoadedModel, check_name, is_adapter, load
+from .model_loading import RECORD, LoadedModel, check_adapter, check_name, load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -198,10 +198,7 @@ def load_adapter(adapter: Path, dtype: torch.dtype = torch.float32) -> LoadedMod
         ValueError: the folder is not a SEAL adapter, or its base model is quantised.
     """
     check_name(str(adapter))
-    if (adapter / RECORD).is_file():
-        raise ValueError(f"{adapter}: is a merged model, expected an adapter folder")
-    if not is_adapter(adapter):
-        raise ValueError(f"{adapter}: not an adapter folder (it has no adapter_config.json)")
+    check_adapter(adapter)
     loaded = load(adapter, dtype=dtype, default_window=PROOF_WINDOW, needs_template=False)
     if not loaded.method.startswith("SEAL"):
         raise ValueError(f"{adapter}: found a {loaded.method} adapter; use `axolotl merge-lora` for it")

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils import register_peft_method
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .config import SealConfig
+from .config import SealConfig, peft_type
 from .layer import SealLayer, projection_shape
 
 # Attention output projections in the Transformers library, and some of the models that have them.
@@ -222,3 +224,7 @@ class SealModel(BaseTuner):
         finally:
             for layer in layers:
                 layer.row_adapters = None
+
+
+if peft_type() not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    register_peft_method(name="seal", config_cls=SealConfig, model_cls=SealModel)

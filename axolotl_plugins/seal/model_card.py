@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub.utils import filter_repo_objects
 
 from axolotl_plugins.common.io import load_json, write_text
 
@@ -14,19 +16,31 @@ from .config import SealConfig
 from .model_loading import method_name
 from .scales import saved_tensors
 
+UPLOADED = ["adapter_*", "README.md", "*.json", "*.jinja", "tokenizer*"]
 PAPER = "[arXiv 2501.15225](https://arxiv.org/abs/2501.15225)"
 
 
-def data_lines(adapter: Path) -> list[str]:
-    """Return a Markdown list item for each training data file of an adapter."""
+def data_section(adapter: Path) -> list[str]:
+    """Return the Markdown paragraphs on an adapter's training data: its files, each with an example; lengths."""
     path = adapter / provenance.FILE
-    files = load_json(path)["files"] if path.is_file() else []
-    lines = []
-    for file in files:
+    record = load_json(path) if path.is_file() else {"files": []}
+    parts = []
+    for file in record["files"]:
         manifest = file.get("manifest") or {}
         origin = ", ".join(f"{key} {manifest[key]}" for key in ("task", "tokens", "samples", "seed") if key in manifest)
-        lines.append(f"- {origin or Path(file['path']).name} (SHA-256 {file['sha256']})")
-    return lines
+        own = f"{Path(file['path']).name}, samples {file.get('samples', 'unknown')}"
+        parts.append(f"- {origin or own} (SHA-256 {file['sha256']})")
+        if shown := file.get("example"):
+            parts += ["A prompt and its answer:", fenced(shown["prompt"]), fenced(shown["answer"])]
+    if tokens := record.get("tokens"):
+        parts.append(f"The samples have {tokens[0]:,} to {tokens[1]:,} tokens.")
+    return ["## Training data", *parts] if parts else []
+
+
+def fenced(text: str) -> str:
+    """Return a text as a Markdown code block, whatever it contains."""
+    fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", text))])
+    return f"{fence}text\n{text}\n{fence}"
 
 
 def card(adapter: Path, scores: Sequence[str] = ()) -> str:
@@ -42,7 +56,6 @@ def card(adapter: Path, scores: Sequence[str] = ()) -> str:
     layers = saved_tensors(adapter).values()
     config = SealConfig.from_pretrained(str(adapter))
     method = method_name(config)
-    data = data_lines(adapter)
     scales = np.concatenate(list(layers))
     base = config.base_model_name_or_path
     parts = [
@@ -52,16 +65,22 @@ def card(adapter: Path, scores: Sequence[str] = ()) -> str:
         f"from {scales.min():.3f} to {scales.max():.3f}, mean {scales.mean():.3f}), trained as in {PAPER}. The model's "
         "own weights are unchanged.",
         "## Use",
-        "```python\nimport axolotl_plugins.seal  # registers SEAL\nfrom peft import AutoPeftModelForCausalLM\n\n"
+        "```python\nfrom axolotl_plugins.seal import SealConfig  # registers SEAL\n"
+        "from peft import AutoPeftModelForCausalLM\n\n"
         "model = AutoPeftModelForCausalLM.from_pretrained(THIS_REPOSITORY)\n```",
-        "`python -m axolotl_plugins.seal merge` folds the scales into the weights, `export` writes them as an IA3 "
+        "`seal merge` folds the scales into the weights, `export` writes them as an IA3 "
         "adapter for programs without this package.",
     ]
-    if data:
-        parts += ["## Training data", "\n".join(data)]
+    parts += data_section(adapter)
     if scores:
         parts += ["## Scores", *scores]
     return "\n\n".join(parts) + "\n"
+
+
+def uploaded_files(adapter: Path) -> list[Path]:
+    """Return the files of an adapter's folder that ``push`` uploads."""
+    names = [str(path.relative_to(adapter)) for path in sorted(adapter.rglob("*")) if path.is_file()]
+    return [adapter / name for name in filter_repo_objects(names, allow_patterns=UPLOADED)]
 
 
 def push(adapter: Path, repository: str, scores: Sequence[str] = (), *, private: bool) -> str:
@@ -88,7 +107,7 @@ def push(adapter: Path, repository: str, scores: Sequence[str] = (), *, private:
         hub.create_repo(repository, private=private, exist_ok=True)
         hub.upload_folder(
             repo_id=repository, folder_path=adapter,
-            allow_patterns=["adapter_*", "README.md", "*.json", "*.jinja", "tokenizer*"],
+            allow_patterns=UPLOADED,
         )  # fmt: skip
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         raise ValueError(f"{repository}: the hub refused: {' '.join(str(error).split())[:300]}") from None

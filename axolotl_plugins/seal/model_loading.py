@@ -21,6 +21,7 @@ from axolotl_plugins.common.io import load_json
 from axolotl_plugins.common.tokenizer import load_tokenizer, set_template
 from axolotl_plugins.common.window import context_window, read_config, ropes
 
+from .model import SealModel  # noqa: F401 - registers the tuner with PEFT
 from .provenance import seen_texts
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ class LoadedModel:
     trained_on: frozenset[str] | None = None
 
     @property
+    def dtype(self) -> str | None:
+        """Return the dtype of the weights that answer, such as ``bfloat16``; None if a server has them."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
     def short_window(self) -> int | None:
         """Maximum length, in tokens, with the RoPE frequencies of short texts (LongRoPE); None for other RoPE types.
 
@@ -74,6 +80,15 @@ class LoadedModel:
                 return rope["original_max_position_embeddings"]
         return None
 
+    def check_lengths(self, lengths: list[int] | None) -> None:
+        """Raise if samples of these lengths do not fit into the window.
+
+        Raises:
+            ValueError: see above.
+        """
+        if lengths and max(lengths) > self.window:
+            raise ValueError(f"lengths: {max(lengths)} tokens do not fit into the model's window of {self.window}")
+
     def check_room(self, prompt: int, answer: int) -> None:
         """Raise unless a prompt and its answer fit into the window, on one side of ``short_window``.
 
@@ -89,7 +104,7 @@ class LoadedModel:
         if prompt + answer > self.window:
             raise ValueError(
                 f"a prompt of {prompt} tokens and {answer} tokens of answer do not fit into the model's window "
-                f"of {self.window}: use shorter --lengths, or a model with a longer window"
+                f"of {self.window}: use shorter --lengths (of published cases --lines), or a model with a longer window"
             )
         if (short := self.short_window) and prompt <= short < prompt + answer:
             raise ValueError(
@@ -101,6 +116,18 @@ class LoadedModel:
 def is_adapter(name: str | Path) -> bool:
     """Return whether a folder contains an adapter."""
     return (Path(name) / "adapter_config.json").is_file()
+
+
+def check_adapter(folder: Path) -> None:
+    """Raise if a folder contains no adapter.
+
+    Raises:
+        ValueError: see above; the message tells a merged model from other folders.
+    """
+    if (folder / RECORD).is_file():
+        raise ValueError(f"{folder}: is a merged model, expected an adapter folder")
+    if not is_adapter(folder):
+        raise ValueError(f"{folder}: not an adapter folder (it has no adapter_config.json)")
 
 
 def method_name(config: PeftConfig) -> str:
@@ -171,6 +198,15 @@ def load_weights(base: str, config: Any, dtype: torch.dtype | str, trust_remote_
     return model
 
 
+def meta_model(name: str, config: Any, **trust: bool) -> PreTrainedModel:
+    """Build a model on the meta device, with the generation config of its folder."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, **trust)
+    if (Path(name) / "generation_config.json").is_file():  # may list more EOS tokens
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    return model
+
+
 def cannot_load(name: str, error: BaseException) -> ValueError:
     """Return the one-line error for a model or an adapter that a library could not load."""
     text = " ".join(str(error).split())
@@ -214,7 +250,7 @@ def load(
     Args:
         name: hub id, model folder, or adapter folder (its base model is loaded and the adapter applied; a
             ``config.json`` beside the adapter, such as Axolotl writes, overrides the base model's).
-        dtype: dtype of the base model's weights; ``"auto"`` is the checkpoint's.
+        dtype: dtype of the base model's weights; ``"auto"`` is the base checkpoint's, whatever an adapter was tuned in.
         chat_template: a Jinja file, for base models whose tokenizer has no template.
         trust_remote_code: run code from the checkpoint.
         weights: load the weights; without them the model is on the meta device and an adapter is not applied, for
@@ -242,13 +278,9 @@ def load(
         if source != base and hasattr(config, "quantization_config"):
             # Quantisation during training is not part of the model: evaluate and merge on the base model's weights.
             del config.quantization_config
-        if weights:
-            model = load_weights(base, config, dtype, trust_remote_code)
-        else:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, **trust)
-            if (Path(name) / "generation_config.json").is_file():  # may list more EOS tokens
-                model.generation_config = GenerationConfig.from_pretrained(name)
+        if source != base:
+            config.dtype = read_config(base, trust_remote_code=trust_remote_code).dtype
+        model = load_weights(base, config, dtype, trust_remote_code) if weights else meta_model(name, config, **trust)
         if adapter is not None and weights:
             model = apply_adapter(model, Path(name))
         has_tokenizer = adapter is None or (Path(name) / "tokenizer_config.json").is_file()
@@ -270,16 +302,18 @@ def load(
 def load_each(
     adapters: dict[str, str],
     *,
+    dtype: torch.dtype | str = "auto",
     chat_template: str | None = None,
     trust_remote_code: bool = False,
     template_arguments: dict[str, Any] | None = None,
 ) -> Iterator[LoadedModel]:
     """Load adapters of one base model, which is loaded once; yield each activated adapter until the next.
 
-    All adapters are loaded before the first is yielded, so that errors are raised before time is spent.
+    All adapters are loaded before the first is yielded, so that errors are raised before anything is scored.
 
     Args:
         adapters: name -> adapter folder.
+        dtype: see ``load``.
         chat_template: see ``load``.
         trust_remote_code: see ``load``.
         template_arguments: see ``load``.
@@ -291,9 +325,8 @@ def load_each(
     first, *others = adapters.values()
     for folder in others:
         adapter_file(Path(folder))
-    shared = load(
-        first, chat_template=chat_template, trust_remote_code=trust_remote_code, template_arguments=template_arguments
-    )
+    shared = load(first, dtype=dtype, chat_template=chat_template, trust_remote_code=trust_remote_code,
+                  template_arguments=template_arguments)  # fmt: skip
     model = shared.model
     assert isinstance(model, PeftModel)
     by_name = {"default": shared}

@@ -10,56 +10,31 @@ from typing import Any
 import torch
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from axolotl_plugins.common.console import first_line, in_rust, out_of_memory, stop
-from axolotl_plugins.common.io import check_output, read_rows, write_text
-from axolotl_plugins.common.tokenizer import load_tokenizer
+from axolotl_plugins.common.io import write_text
 from axolotl_plugins.common.window import read_config, stated_window
-from data_gen.dataset import Request, remark, write
 
 from . import provenance
-from .args import SealBlock, parse_block
+from .args import parse_block
 from .config import SealConfig
 from .context_parallel import check_processes
 from .model_loading import apply_adapter
 from .trainer import AnswerTrainer, SealTrainer
-from .validation import check_keys, check_paths, check_recipe
+from .training_data import check_files, generate_files, prepare_template
+from .validation import check_keys, check_liger_runs, check_paths, check_recipe, check_targets
 
 
 def print_one_line(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """Print an uncaught error: one line if memory ran out or a file cannot be written, else the traceback."""
     if out_of_memory(error):
         print("\nseal: out of memory: set `gradient_checkpointing: true`, then `activation_offloading: hidden_states`; "
-              "`python -m recipes cost RECIPE` prints how long samples can be", file=sys.stderr)  # fmt: skip
+              "`seal recipe cost RECIPE` prints how long samples can be", file=sys.stderr)  # fmt: skip
     elif in_rust(error) or (isinstance(error, OSError) and error.errno is not None):
         print(f"\nseal: {first_line(error)}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
-
-
-def prepare_template(cfg: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """Load a recipe's tokenizer with its chat template, which Axolotl then takes as it is, template arguments included.
-
-    So the adapter's folder gets the template that its samples were rendered with, and scoring needs no arguments.
-
-    Raises:
-        ValueError: see ``axolotl_plugins.common.tokenizer.set_template``.
-    """
-    from axolotl.utils.chat_templates import get_chat_template
-
-    choice, arguments = str(cfg.get("chat_template") or "tokenizer_default"), cfg.get("chat_template_kwargs")
-    own, template, fallback = choice.startswith("tokenizer_default"), None, choice.partition("_fallback_")[2]
-    if not own:
-        template = cfg.get("chat_template_jinja") if choice == "jinja" else get_chat_template(choice)
-    tokenizer = load_tokenizer(
-        cfg.get("tokenizer_config") or cfg.get("base_model") or "", template, arguments,
-        fallback=get_chat_template(fallback) if fallback else None,
-        trust_remote_code=cfg.get("trust_remote_code") is True,
-    )  # fmt: skip
-    if own or arguments:
-        cfg["chat_template"], cfg["chat_template_jinja"] = "jinja", tokenizer.chat_template
-    return tokenizer
 
 
 def prepare_window(cfg: dict[str, Any]) -> None:
@@ -84,54 +59,11 @@ def prepare_window(cfg: dict[str, Any]) -> None:
         )
 
 
-def prepare_data(
-    cfg: dict[str, Any], block: SealBlock, tokenizer: PreTrainedTokenizerBase | None, template: str | None
-) -> None:
-    """Generate the recipe's dataset files, or check that existing files match the recipe.
-
-    Args:
-        cfg: the recipe.
-        block: its ``seal:`` block.
-        tokenizer: see ``prepare_template``.
-        template: the recipe's ``chat_template_jinja``, for the command in the manifest.
-
-    Raises:
-        ValueError: a file does not match the recipe, or the recipe's data cannot be generated.
-    """
-    if block.data is None or tokenizer is None:
-        return
-    datasets = cfg.get("datasets") or []
-    paths = [Path(dataset["path"]) for dataset in datasets if dataset.get("path")]
-    if len(datasets) != len(block.data) or len(set(paths)) != len(block.data):
-        raise ValueError(
-            f"seal.data: describes {len(block.data)} file{'s' if len(block.data) > 1 else ''}, so `datasets` must have "
-            f"as many entries, each with its own `path`; found {len(datasets)}"
-        )
-    from filelock import FileLock
-
-    for data, out in zip(block.data, paths, strict=True):
-        check_output(out)
-        request = Request(**data.model_dump(), split="train")
-        if request.tokens and (longest := request.token_range()[1]) > cfg["sequence_len"]:
-            raise ValueError(
-                f"seal.data.tokens: found {request.tokens!r}, expected at most {cfg['sequence_len']} (sequence_len): "
-                f"raise sequence_len to {longest}, or lower tokens"
-            )
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # Every process of a distributed run gets here; the first one writes the file.
-        with FileLock(out.with_name(f".{out.name}.lock")):
-            written = write(request, tokenizer, out, chat_template=template,
-                            template_arguments=cfg.get("chat_template_kwargs"))  # fmt: skip
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            status = "generated" if written else "already exist"
-            note = remark(row for _, row in read_rows(out))
-            print(f"seal: {out}: {data.samples} samples of {data.task} {status}{note}")
-
-
 def quantise_for_seal() -> None:
     """Patch Axolotl's model loader to apply ``load_in_8bit`` and ``load_in_4bit`` with ``adapter: seal``.
 
-    Axolotl quantises for LoRA and QLoRA only and silently loads full precision for any other adapter.
+    Axolotl quantises for LoRA and QLoRA only and silently loads full precision for any other adapter. It has no hook
+    for this: its loader reads the adapter before a plugin's first hook, ``pre_model_load``, which gets no loader.
     """
     from axolotl.loaders.model import ModelLoader
 
@@ -181,15 +113,18 @@ class SealPlugin(BasePlugin):
             quantise_for_seal()
             sys.excepthook = print_one_line
             datasets = cfg.get("datasets") or []
-            rendered = block.data or any(dataset.get("type") == "chat_template" for dataset in datasets)
-            template, tokenizer = cfg.get("chat_template_jinja"), prepare_template(cfg) if rendered else None
+            template = cfg.get("chat_template_jinja")
+            if block.data or any(dataset.get("type") == "chat_template" for dataset in datasets):
+                prepare_template(cfg)
             prepare_window(cfg)
             if not (cfg.get("inference") or cfg.get("merge_lora")):
-                prepare_data(cfg, block, tokenizer, template)
+                check_targets(cfg, block)
+                generate_files(cfg, block, template)
+                check_files(cfg)
                 self.training_data = provenance.record(datasets)
                 self.training_data["chat_template_kwargs"] = cfg.get("chat_template_kwargs")
         except (ValueError, OSError) as error:
-            stop("seal", error)
+            stop(error)
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         """Correct the device map and batch size in the last hook before devices are assigned; load no dataset.
@@ -201,7 +136,7 @@ class SealPlugin(BasePlugin):
         try:
             check_processes(size if preprocess else cfg.world_size, size)
         except ValueError as error:
-            stop("seal", error)
+            stop(error)
         cfg.batch_size = max(1, cfg.batch_size // size)
         if cfg.world_size != 1 and not torch.accelerator.is_available():
             cfg.device_map = None
@@ -221,14 +156,17 @@ class SealPlugin(BasePlugin):
         """Pass the record of the training data to the trainer, and set up context parallelism.
 
         Raises:
-            SystemExit: the model or the processes do not allow context parallelism; the message is one line.
+            SystemExit: the model or the processes do not allow context parallelism, or Liger's kernels lack a GPU; the
+                message is one line.
         """
         trainer.training_data = self.training_data
-        if (size := parse_block(cfg.seal).context_parallel) > 1:
-            try:
+        try:
+            if not torch.accelerator.is_available():
+                check_liger_runs(cfg)
+            if (size := parse_block(cfg.seal).context_parallel) > 1:
                 trainer.share_samples(size)
-            except ValueError as error:
-                stop("seal", error)
+        except ValueError as error:
+            stop(error)
 
     def post_model_build(self, cfg: Any, model: PreTrainedModel) -> None:
         """Store the base model's number of embeddings."""
@@ -257,7 +195,7 @@ class SealPlugin(BasePlugin):
         try:
             return self._load_adapter(model, cfg, config_only)
         except (ValueError, OSError) as error:
-            stop("seal", error)
+            stop(error)
 
     def _load_adapter(self, model: PreTrainedModel, cfg: Any, config_only: bool) -> tuple[PeftModel | None, PeftConfig]:
         block = parse_block(cfg.seal)

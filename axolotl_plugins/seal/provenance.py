@@ -13,6 +13,7 @@ from axolotl_plugins.common.io import file_hash, load_json, read_rows, write_tex
 from data_gen.dataset import manifest_path
 
 FILE = "training_data.json"
+SHOWN = 600, 300  # characters at the start and at the end of a long example
 
 
 def text_hash(text: str) -> str:
@@ -29,43 +30,35 @@ def texts(row: Any) -> Iterator[str]:
             yield from texts(part)
 
 
-def check_chat(file: Path, number: int, row: dict[str, Any], field: str, training: str | None) -> None:
-    """Raise if a row is not a chat that ends with an answer, or excludes a turn from the loss in vain.
+def shorten(text: str) -> str:
+    """Return a text, or its start and end if it is long, with the number of characters left out between."""
+    start, end = SHOWN
+    if (left_out := len(text) - start - end) <= 0:
+        return text
+    return f"{text[:start]}\n[... {left_out:,} characters left out ...]\n{text[-end:]}"
 
-    Args:
-        file: for messages.
-        number: of its line.
-        row: of the file.
-        field: of the turns.
-        training: ``message_field_training`` of the recipe's dataset.
 
-    Raises:
-        ValueError: see above; the message names file and line.
-    """
-    turns = row.get(field)
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns) or not turns:
-        raise ValueError(f"{file}, line {number}: found no chat, expected a list of turns under {field!r}")
-    last = turns[-1].get("content", turns[-1].get("value"))
-    if not isinstance(last, str) or not last.strip():
-        raise ValueError(f"{file}, line {number}: the last turn is empty, expected the assistant's answer")
-    if training != "training" and any(turn.get("training") is False for turn in turns):
-        raise ValueError(f"{file}, line {number}: a turn says `training: false`, which Axolotl reads only with "
-                         "`message_field_training: training` in the recipe's `datasets`")  # fmt: skip
+def example(turns: Any) -> dict[str, str] | None:
+    """Return ``prompt`` and ``answer`` of a chat, shortened; None if it has another form."""
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        return None
+    *prompt, answer = [str(turn.get("content", turn.get("value"))) for turn in turns]
+    return {"prompt": shorten("\n\n".join(prompt)), "answer": shorten(answer)}
 
 
 def record(datasets: list[dict[str, Any]]) -> dict[str, Any]:
-    """Read and check a recipe's training data, and return its record.
+    """Read a recipe's training data, and return its record.
 
     Args:
-        datasets: ``datasets`` of an Axolotl recipe; JSON lines files are read, and those of type ``chat_template``
-            checked.
+        datasets: ``datasets`` of an Axolotl recipe, whose JSON lines files are read.
 
     Returns:
-        ``files``, with ``path``, ``sha256`` and, for generated data, their ``manifest``; ``unread``, names of datasets
-        that are not local JSON lines files; and ``texts``, hashes of all texts that were read.
+        ``files``, with ``path``, ``sha256``, number of ``samples``, an ``example`` of them and, for generated data,
+        their ``manifest``; ``unread``, names of datasets that are not local JSON lines files; and ``texts``, hashes of
+        all texts that were read.
 
     Raises:
-        ValueError: a row cannot be trained on; the message names file and line.
+        ValueError: a file has no samples, or a line is no JSON object; the message names file and line.
     """
     files: list[dict[str, Any]] = []
     unread: list[str] = []
@@ -75,11 +68,9 @@ def record(datasets: list[dict[str, Any]]) -> dict[str, Any]:
         if not path.is_file() or path.suffix != ".jsonl":
             unread.append(str(path))
             continue
-        count = 0
-        for count, (number, row) in enumerate(read_rows(path), 1):  # noqa: B007
-            if dataset.get("type") == "chat_template":
-                field = dataset.get("field_messages") or "messages"
-                check_chat(path, number, row, field, dataset.get("message_field_training"))
+        count, shown = 0, None
+        for count, (_, row) in enumerate(read_rows(path), 1):  # noqa: B007
+            shown = shown or example(row.get(dataset.get("field_messages") or "messages"))
             hashes.update(map(text_hash, texts(row)))
         if not count:
             raise ValueError(f"{path}: has no samples: remove it, or set another path")
@@ -87,6 +78,8 @@ def record(datasets: list[dict[str, Any]]) -> dict[str, Any]:
         files.append({
             "path": str(path),
             "sha256": file_hash(path),
+            "samples": count,
+            "example": shown,
             "manifest": load_json(manifest) if manifest.is_file() else None,
         })  # fmt: skip
     return {"files": files, "unread": unread, "texts": sorted(hashes)}

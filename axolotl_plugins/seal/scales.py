@@ -12,8 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from axolotl_plugins.common.console import first_line
+
 from .layer import SealLayer
 from .model import layer_index
+from .model_loading import check_adapter
 
 
 @torch.no_grad()
@@ -40,11 +43,12 @@ def saved_tensors(adapter: Path) -> dict[str, np.ndarray]:
     Raises:
         ValueError: the folder is not a SEAL adapter.
     """
+    check_adapter(adapter)
     try:
         config = json.loads((adapter / "adapter_config.json").read_text())
         tensors = load_file(adapter / "adapter_model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{adapter}: not an adapter folder ({error})") from error
+        raise ValueError(f"{adapter}: not an adapter folder ({first_line(error)})") from error
     if config.get("peft_type") != "SEAL":
         raise ValueError(f"{adapter}: found a {config.get('peft_type')} adapter, expected a SEAL adapter")
     names = sorted(tensors, key=lambda name: layer_index(name) or 0)

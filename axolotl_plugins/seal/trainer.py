@@ -77,12 +77,22 @@ def check_scales(model: nn.Module) -> None:
 def abort(error: BaseException) -> NoReturn:
     """Exit with an error on a new line, below a progress bar."""
     print(file=sys.stderr)
-    stop("seal", error)
+    stop(error)
 
 
 def interrupted(*_: object) -> NoReturn:
     """Exit on SIGINT without saving; Axolotl would save a partly trained adapter as if it were complete."""
     abort(KeyboardInterrupt("interrupted: no adapter was saved; resume with `--resume-from-checkpoint`"))
+
+
+def token_range(dataset: Any) -> list[int] | None:
+    """Return the least and the greatest number of tokens of a tokenized dataset's samples; None if it is streamed."""
+    columns = getattr(dataset, "column_names", None)
+    if not columns or "input_ids" not in columns or not hasattr(dataset, "data"):
+        return None
+    from pyarrow.compute import list_value_length, min_max
+
+    return list(min_max(list_value_length(dataset.data.column("input_ids"))).as_py().values())
 
 
 class AnswerTrainer(AxolotlTrainer):
@@ -119,13 +129,16 @@ class AnswerTrainer(AxolotlTrainer):
         return loader
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, and write the record of the training data; Axolotl saves the adapter next."""
+        """Train, print the time of a step, and write the training data's record; Axolotl saves the adapter next."""
         if self.args.should_save:
             # Axolotl has written the new configuration already: an older run's scales would seem to belong to it.
             (Path(self.args.output_dir) / "adapter_model.safetensors").unlink(missing_ok=True)
         signal.signal(signal.SIGINT, interrupted)
         result = super().train(*args, **kwargs)
         self.before_saving(Path(self.args.output_dir))
+        if self.args.should_save and not kwargs.get("resume_from_checkpoint"):  # earlier steps are counted, not timed
+            seconds, steps = result.metrics["train_runtime"], max(1, self.state.global_step)
+            print(f"seal: {steps} steps in {seconds:.0f} s, {seconds / steps:.2f} s each")
         return result
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
@@ -136,7 +149,7 @@ class AnswerTrainer(AxolotlTrainer):
     def before_saving(self, folder: Path) -> None:
         """Write the record of the training data into the folder of an adapter."""
         if self.training_data is not None and self.args.should_save:
-            provenance.save(self.training_data, folder)
+            provenance.save({**self.training_data, "tokens": token_range(self.train_dataset)}, folder)
 
     def reentrant(self) -> bool:
         """Return whether checkpointing or offloading may need the embeddings' output to require gradients."""
@@ -148,7 +161,7 @@ class AnswerTrainer(AxolotlTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the loss from the answers' logits only where the model's forward takes ``logits_to_keep``."""
         if self.keeps_logits is None:
-            base = self.accelerator.unwrap_model(model)
+            base = self.accelerator.unwrap_model(model, keep_torch_compile=False)
             base = base.get_base_model() if isinstance(base, PeftModel) else base
             if not self.reentrant():  # here, because Transformers registers its hook when training begins
                 no_embedding_gradients(base)
@@ -203,7 +216,7 @@ class SealTrainer(AnswerTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log a summary of the scales."""
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if "loss" in logs and isinstance(model, PeftModel):
             logs = {**logs, **{f"seal/{key}": value for key, value in summary(scale_matrix(model)).items()}}
         super().log(logs, *args, **kwargs)

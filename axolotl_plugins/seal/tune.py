@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, int]:
     """Tokenize a chat; return its ids, int64 of shape (1, T), and the index of the first token of its last turn.
 
+    Blanks that a template writes after the token that ends the turn (ChatML's line break) are dropped: Axolotl does not
+    train on them either, and no answer has them.
+
     Raises:
         ValueError: the chat has fewer than two turns or an empty one, or see ``encode_chat``.
     """
@@ -29,7 +32,9 @@ def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[torc
     if not all(str(turn.get("content") or "").strip() for turn in messages):
         raise ValueError(f"a chat: a turn of {str(messages)[:60]!r} is empty")
     ids, start = encode_chat(tokenizer, messages)
-    return torch.tensor([ids]), start
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    end = next((i + 1 for i in reversed(range(start, len(ids))) if ids[i] in special), len(ids))
+    return torch.tensor([ids if tokenizer.decode(ids[end:]).strip() else ids[:end]]), start
 
 
 def check_window(model: PeftModel, tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""Checks of an Axolotl recipe before training: unknown keys, and settings under which a run is worthless.
+"""Checks of an Axolotl recipe before training: unknown keys, and settings that would ruin a run.
 
 ``check_recipe`` runs one check per topic; each raises a ``ValueError`` with one line that says what to change.
 """
@@ -36,6 +36,8 @@ def check_recipe(cfg: dict[str, Any]) -> SealBlock:
         check_fsdp(cfg)
         check_deepspeed(cfg)
     check_context_parallel(cfg, block)
+    check_recomputation(cfg, block)
+    check_kernels(cfg)
     check_optimisation(cfg)
     check_sequences(cfg, block)
     return block
@@ -89,6 +91,35 @@ def check_paths(cfg: dict[str, Any]) -> None:
             f"resume_from_checkpoint: found {checkpoint!r}, expected a folder that training saved, such as "
             f"{Path(cfg.get('output_dir') or 'outputs') / 'checkpoint-25'}"
         )
+
+
+def check_targets(cfg: dict[str, Any], block: SealBlock) -> None:
+    """Raise if the adapter's settings do not match the base model's modules; its weights are not loaded.
+
+    A base model that Transformers cannot build from its config is left to Axolotl.
+
+    Raises:
+        ValueError: no module matches, or the number of heads is another.
+    """
+    if cfg.get("adapter") != "seal":
+        return
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from axolotl_plugins.common.window import read_config
+
+    from .config import SealConfig
+    from .model_loading import BROKEN
+
+    trust = {"trust_remote_code": bool(cfg.get("trust_remote_code"))}
+    try:
+        config = read_config(cfg.get("base_model_config") or cfg["base_model"], cfg.get("model_config"), **trust)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, **trust)
+    except BROKEN:
+        return
+    get_peft_model(model, SealConfig(**block.adapter_settings(), task_type="CAUSAL_LM"))
 
 
 def check_adapter(cfg: dict[str, Any], block: SealBlock) -> None:
@@ -173,6 +204,61 @@ def check_context_parallel(cfg: dict[str, Any], block: SealBlock) -> None:
                     f"{key}: found {value!r}, but seal.context_parallel shards one training sample at a time across "
                     "processes: remove it"
                 )
+
+
+def check_recomputation(cfg: dict[str, Any], block: SealBlock) -> None:
+    """Raise on settings of recomputation that Axolotl ignores, or that need another one.
+
+    Raises:
+        ValueError: ``every_n_layers``, ``selective_checkpointing`` or offloading where it has no effect.
+    """
+    options = cfg.get("gradient_checkpointing_kwargs") or {}
+    every, offload = options.get("every_n_layers", 1), cfg.get("activation_offloading")
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"gradient_checkpointing_kwargs.every_n_layers: found {every!r}, expected 1 or more")
+    selective = cfg.get("selective_checkpointing")
+    used = {"gradient_checkpointing_kwargs.every_n_layers": every > 1, "selective_checkpointing": bool(selective)}
+    for key in (key for key, is_used in used.items() if is_used):
+        if not cfg.get("gradient_checkpointing"):
+            raise ValueError(f"{key}: nothing is recomputed: set `gradient_checkpointing: true`, or remove it")
+        if options.get("use_reentrant") is not False:
+            raise ValueError(f"{key}: needs `gradient_checkpointing_kwargs: use_reentrant: false`")
+        if offload and offload != "hidden_states":
+            raise ValueError(
+                f"{key}: has no effect with `activation_offloading: {str(offload).lower()}`, which stores every "
+                "activation in host memory: set `activation_offloading: hidden_states`, or remove it"
+            )
+    if selective and any("self_extend" in str(plugin) for plugin in cfg.get("plugins") or []):
+        raise ValueError("selective_checkpointing: has no effect on Self-Extend's attention: remove it")
+    if selective and block.context_parallel > 1:
+        raise ValueError("selective_checkpointing: cannot store the attention of seal.context_parallel: remove it")
+
+
+def check_kernels(cfg: dict[str, Any]) -> None:
+    """Raise on losses from fused kernels, which take all tokens, and on ``torch.compile``.
+
+    Raises:
+        ValueError: see above.
+    """
+    fused = "liger_fused_linear_cross_entropy" if cfg.get("liger_fused_linear_cross_entropy") else ""
+    if fused or any("CutCrossEntropy" in str(plugin) for plugin in cfg.get("plugins") or []):
+        raise ValueError(f"{fused or 'CutCrossEntropyPlugin'}: logits are computed for answers only, which leaves it "
+                         "nothing to save: remove it")  # fmt: skip
+    if cfg.get("torch_compile"):
+        raise ValueError(
+            "torch_compile: makes Transformers build a mask of T x T (1 GiB at 32K), which no fast attention kernel "
+            "takes: remove it"
+        )
+
+
+def check_liger_runs(cfg: Any) -> None:
+    """Raise if kernels of Liger are to run without a GPU.
+
+    Raises:
+        ValueError: see above.
+    """
+    if used := [key for key in ("liger_rms_norm", "liger_rope", "liger_glu_activation") if cfg.get(key)]:
+        raise ValueError(f"{', '.join(used)}: Liger's kernels need a GPU, and none was found: set them false")
 
 
 def check_optimisation(cfg: dict[str, Any]) -> None:

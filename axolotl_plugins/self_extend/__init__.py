@@ -2,7 +2,7 @@
 
 from .attention import register
 
-__all__ = ["SelfExtendPlugin", "register"]
+__all__ = ["register"]
 
 register()
 

@@ -26,4 +26,4 @@ class SelfExtendPlugin(BasePlugin):
                 f"model_config.rope_parameters.rope_type: found {rope.get('rope_type')!r}, expected {NAME!r} with "
                 "rope_theta, group_size and neighbor_window; or remove SelfExtendPlugin"
             )
-            stop(NAME, error)
+            stop(error)

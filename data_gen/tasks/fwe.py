@@ -8,7 +8,8 @@ import string
 from typing import Any
 
 from data_gen.fit_length import LengthBudget, largest
-from data_gen.tasks.ruler import SOURCE, length, make_sample, string_match_all
+from data_gen.metrics import string_match_all
+from data_gen.tasks.ruler import SOURCE, length, make_sample
 from data_gen.tasks.task import Request, Task, register
 
 PROMPT = (

@@ -18,6 +18,7 @@ from typing import Any
 from axolotl_plugins.common.console import first_line
 from axolotl_plugins.common.io import read_rows
 from data_gen.fit_length import LengthBudget, largest
+from data_gen.metrics import rouge_recall
 from data_gen.tasks.task import Request, Task, register
 
 PROMPT = "<book>{context}</book>\nBased on the content of the book, Question: {question}\nAnswer:"
@@ -157,19 +158,6 @@ def insert(context: str, needle: str, depth: float) -> str:
     return f"{context[:offset]}\n{needle}\n{context[offset:]}"
 
 
-@functools.cache
-def rouge() -> Any:
-    """Return ROUGE-1 with stemming, as the original configures it."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rouge1"], use_stemmer=True)
-
-
-def rouge_recall(response: str, references: list[str]) -> float:
-    """Compute ROUGE-1 recall: the share of the reference's words in a response (times 100 in the paper)."""
-    return rouge().score(references[0], response.strip())["rouge1"].recall
-
-
 def sample(request: Request, rng: random.Random, index: int, budget: LengthBudget) -> dict[str, Any]:
     """Draw a sample with as much haystack as fits.
 
@@ -208,13 +196,18 @@ def sample(request: Request, rng: random.Random, index: int, budget: LengthBudge
     }
 
 
+def haystack_hash(source: str | None) -> str:
+    """Return the SHA-256 of a haystack's text."""
+    text = repr(PROSE) if source in (None, "prose") else read(source)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def sources(request: Request) -> dict[str, str]:
     """Return the hashes of the files that samples are built from, for the manifest."""
-    digest = lambda text: hashlib.sha256(text.encode()).hexdigest()  # noqa: E731
-    source = request.haystack or "prose"
+    pairs = json.dumps(needles(Path(request.needles) if request.needles else NEEDLES))
     return {
-        "haystack_sha256": digest(repr(PROSE) if source == "prose" else read(source)),
-        "needles_sha256": digest(json.dumps(needles(Path(request.needles) if request.needles else NEEDLES))),
+        "haystack_sha256": haystack_hash(request.haystack),
+        "needles_sha256": hashlib.sha256(pairs.encode()).hexdigest(),
     }
 
 

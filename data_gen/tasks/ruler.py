@@ -17,11 +17,6 @@ from data_gen.fit_length import LengthBudget
 SOURCE = "RULER (Hsieh et al. 2024), NVIDIA/RULER"
 
 
-def string_match_all(response: str, references: list[str]) -> float:
-    """Compute the share of references that occur in a response, ignoring case (RULER's ``string_match_all``)."""
-    return sum(reference.lower() in response.lower() for reference in references) / len(references)
-
-
 def make_sample(
     prompt: str, prefix: str, answer: str, references: list[str], max_new_tokens: int, **facts: Any
 ) -> dict[str, Any]:

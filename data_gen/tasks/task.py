@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
 from data_gen.fit_length import LengthBudget
+from data_gen.objects import import_object
+from data_gen.split import Split
 
-Split = Literal["train", "test"]
-# Options that only some tasks accept: fields of ``Request``, and cases, which only ``python -m eval run`` has.
-OPTIONS = ("lines", "haystack", "needles", "depths", "data", "cases", "ruler_version")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Fields of ``Request`` that only some tasks accept.
+OPTIONS = ("lines", "haystack", "needles", "depths", "data", "ruler_version")
 RULER_VERSIONS = (2024, 2025)
 
 
@@ -22,7 +26,7 @@ class Task:
     """A benchmark's prompts, answers and metric.
 
     Attributes:
-        name: on command lines, in files and results.
+        name: in files and results; of a registered task, on command lines.
         title: heading of tables and figures.
         description: the title within a sentence.
         source: paper or program whose wording, metric and generation settings the task takes.
@@ -37,9 +41,12 @@ class Task:
         stop: texts that end a response.
         options: those of ``OPTIONS`` that the task accepts.
         splits: those that samples can be drawn of.
-        group: name that stands for several tasks in ``python -m eval run --task``.
+        group: name that stands for several tasks in ``seal eval --task``.
         shortest: length in tokens that holds a sample with any usual tokenizer.
         sources: hashes of the files that samples depend on, for the manifest.
+        spec: what ``resolve_task`` finds a task by that is not registered: its file, or ``module:object``.
+        rows: returns all samples of a task that draws none, see ``data_gen.file_task``.
+        identity: what determines samples and scores of a task that is not registered; results store it.
     """
 
     name: str
@@ -55,6 +62,25 @@ class Task:
     splits: tuple[Split, ...] = ("train", "test")
     group: str | None = None
     sources: Callable[[Request], dict[str, str]] = lambda request: {}
+    spec: str | None = None
+    rows: Callable[[PreTrainedTokenizerBase], list[dict[str, Any]]] | None = None
+    identity: Mapping[str, str | int] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Return what ``resolve_task`` finds the task by."""
+        return self.spec or self.name
+
+    @property
+    def answer_budget(self) -> int:
+        """Return the longest response of a task with a metric, in tokens."""
+        assert self.max_new_tokens is not None  # see ``register``
+        return self.max_new_tokens
+
+    def score(self, response: str, references: list[str]) -> float:
+        """Return the metric of a response, in [0, 1]."""
+        assert self.metric is not None
+        return self.metric(response, references)
 
 
 TASKS: dict[str, Task] = {}
@@ -77,6 +103,44 @@ def register(task: Task) -> Task:
         raise ValueError(f"task {task.name}: a task with a metric needs max_new_tokens and a test split")
     TASKS[task.name] = task
     return task
+
+
+def resolve_task(spec: str | Task, metric: str | None = None, max_new_tokens: int | None = None) -> Task:
+    """Return a task.
+
+    Args:
+        spec: a registered name, a file of samples (``.jsonl``), a description (``.yml``), or ``module:object``.
+        metric: of a file of samples, see ``data_gen.metrics.resolve_metric``.
+        max_new_tokens: longest response to a sample of a file.
+
+    Raises:
+        ValueError: there is no such task, or it has a metric and a response length of its own.
+    """
+    if isinstance(spec, Task):
+        return spec
+    suffix = Path(spec).suffix
+    if spec not in TASKS and suffix == ".jsonl":
+        from data_gen.file_task import file_task
+
+        return file_task(Path(spec), metric, max_new_tokens)
+    for option, value in (("metric", metric), ("max-new-tokens", max_new_tokens)):
+        if value is not None:
+            raise ValueError(f"{option}: {spec} has its own; only a file of samples (.jsonl) needs it")
+    if spec in TASKS:
+        return TASKS[spec]
+    if suffix in (".yml", ".yaml"):
+        from data_gen.description import load_description
+
+        return replace(load_description(Path(spec)), spec=spec)
+    if ":" not in spec:
+        raise ValueError(
+            f"task: found {spec!r}, expected one of {', '.join(TASKS)}, a file of samples (.jsonl), a description "
+            "(.yml), or module:object"
+        )
+    task = import_object(spec, "task")
+    if not isinstance(task, Task):
+        raise ValueError(f"task: {spec} is a {type(task).__name__}, expected a data_gen.tasks.Task")
+    return task if TASKS.get(task.name) is task else replace(task, spec=spec)
 
 
 class TaskAttribute(Mapping[str, Any]):
@@ -116,12 +180,12 @@ class Request:
     """A set of samples; equal requests give equal bytes.
 
     Attributes:
-        task: a name in ``TASKS``.
+        task: see ``resolve_task``.
         tokens: longest sample, as ``"31000"``, or a range ``"8000:31000"`` that lengths are drawn from.
         lines: number of lines instead, for the line task.
         samples: how many.
         seed: of everything random.
-        split: samples of ``train`` and ``test`` never coincide, see ``in_split``.
+        split: samples of ``train`` and ``test`` never coincide, see ``data_gen.split``.
         haystack: for niah, a folder of text files, ``essays`` (from the hub) or ``prose`` (built in, the default).
         needles: for niah, a file of training needles; defaults to the paper's ten.
         depths: for niah, how many depths from 0 to 100 per cent test samples step through; defaults to ten.
@@ -147,19 +211,16 @@ class Request:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        if self.task not in TASKS:
-            raise ValueError(f"task: found {self.task!r}, expected one of {', '.join(TASKS)}")
+        task = resolve_task(self.task)
         if self.split not in get_args(Split):
             raise ValueError(f"split: found {self.split!r}, expected train or test")
         if self.samples < 1:
             raise ValueError(f"samples: found {self.samples}, expected at least 1")
         for option in OPTIONS:
-            if getattr(self, option, None) is not None and self.task not in (names := tasks_with(option)):
-                raise ValueError(f"{option}: {self.task} has no such option, only {' and '.join(names)}")
-        if self.split not in TASKS[self.task].splits:
-            raise ValueError(
-                f"split: {self.task} samples are for training; score with `python -m eval run --task {self.task}`"
-            )
+            if getattr(self, option) is not None and option not in task.options:
+                raise ValueError(f"{option}: {task.name} has no such option, only {' and '.join(tasks_with(option))}")
+        if self.split not in task.splits:
+            raise ValueError(f"split: {self.task} samples are for training; score with `seal eval --task {self.task}`")
         if self.ruler_version not in (None, *RULER_VERSIONS):
             raise ValueError(f"ruler_version: found {self.ruler_version!r}, expected 2024 or 2025")
         if self.depths is not None and (self.depths < 2 or self.split == "train"):
@@ -179,11 +240,3 @@ class Request:
         if not 0 < low <= high:
             raise ValueError(f"tokens: found {self.tokens!r}, expected N or N:M with 0 < N <= M, such as 8000:31000")
         return low, high
-
-
-def in_split(split: Split, answer: str) -> bool:
-    """Return whether an answer belongs to a split: one bit of its SHA-256 decides.
-
-    So no answer, and therefore no sample, of one split can be drawn in the other, whatever the seed and length.
-    """
-    return (hashlib.sha256(answer.encode()).digest()[0] & 1) == (split == "test")

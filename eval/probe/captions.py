@@ -88,8 +88,19 @@ def sweep(result: dict[str, Any]) -> str:
     return (
         f"{result['model']}, {result['method']}, {result['task']}, {result['validation_samples']} validation samples "
         f"per length. Best: rate {best['rate']:g}, {best['samples']} samples, {best['epochs']} epochs: "
-        f"{best['mean']:.3f}."
+        f"{best['mean']:.3f}." + unsound_scales(result)
     )
+
+
+def unsound_scales(result: dict[str, Any]) -> str:
+    """Return a warning about the rates of a sweep whose scales went far from 1, or an empty text."""
+    cells = [cell for cell in result.get("cells", ()) if cell.get("unsound")]
+    if not cells:
+        return ""
+    rates = ", ".join(f"{rate:g}" for rate in sorted({cell["rate"] for cell in cells}))
+    low, high = min(cell["scales"][0] for cell in cells), max(cell["scales"][1] for cell in cells)
+    chosen = " The best is one of them: prefer a lower rate." if result["best"]["unsound"] else ""
+    return f" Warning: scales far from 1 (from {low:.3g} to {high:.3g}) at the rates {rates}.{chosen}"
 
 
 def controls(result: dict[str, Any]) -> str:

@@ -1,33 +1,54 @@
-"""``python -m eval probe``: the probes' commands. Each writes a JSON file and, beside it, a plot."""
+"""``seal probe``: the probes' commands. Each writes a JSON file and, beside it, a plot."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from axolotl_plugins.common.console import quiet_libraries, stop
 from axolotl_plugins.common.io import check_output, write_text
-from eval.cli_options import BatchSize, parse_adapters, parse_heads, parse_numbers
+from data_gen.tasks import Task
+from eval.cli_options import OWN_TASK, BatchSize, MaxNewTokens, Metric, parse_adapters, parse_heads, parse_numbers
+from eval.metrics import METRICS as SCORED
 from eval.result_cache import journal_file
+from eval.spec import scored_task
+
+if TYPE_CHECKING:
+    from axolotl_plugins.seal.model_loading import LoadedModel
 
 app = typer.Typer(no_args_is_help=True, help="Which heads and channels matter, and why SEAL works.")
 
 Model = Annotated[str, typer.Option(help="Hub id, merged folder, or SEAL adapter folder.")]
 Base = Annotated[str, typer.Option(help="The base model: hub id or folder.")]
-Task = Annotated[str, typer.Option(help="line, niah, vt, cwe or fwe.")]
-Lengths = Annotated[str, typer.Option(help="Longest samples in tokens: a middle and a long one, as 16000,31000.")]
+TaskName = Annotated[str, typer.Option("--task", help=f"{', '.join(SCORED)}; or your own: {OWN_TASK}.")]
+Lengths = Annotated[
+    str,
+    typer.Option(help="Longest samples in tokens: a middle and a long one, as 16000,31000; default, for a file only: "
+                 "its rows' `length` or powers of two."),
+]  # fmt: skip
 TestLengths = Annotated[
     str, typer.Option(help="Longest test samples in tokens; default: the paper's fractions of the window.")
 ]
-ValidationLengths = Annotated[str, typer.Option(help="Longest validation samples, in tokens.")]
-Samples = Annotated[int, typer.Option(help="Samples per length, from the training split: test samples stay unseen.")]
-TestSamples = Annotated[int, typer.Option(help="Test samples per length.")]
+ValidationLengths = Annotated[
+    str, typer.Option(help="Longest validation samples, in tokens; default, for a file only: as for `seal eval`.")
+]
+ValidationSamples = Annotated[
+    str,
+    typer.Option("--validation", help="Validation samples per length, disjoint from the test split, or a file of them "
+                 "(.jsonl)."),
+]  # fmt: skip
+Samples = Annotated[
+    int | None,
+    typer.Option(help="Samples per length, from the training split, so that test samples stay unseen; default: 50, or "
+                 "all of a file."),
+]  # fmt: skip
+TestSamples = Annotated[int | None, typer.Option(help="Test samples per length; default: 50, or all of a file.")]
 Template = Annotated[str | None, typer.Option(help="Jinja file, for base models without a chat template.")]
 Out = Annotated[Path, typer.Option(help="Result file; a PNG lies beside it.")]
 Recipe = Annotated[Path, typer.Option(help="A SEAL recipe that describes its data.")]
@@ -40,7 +61,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
-        stop("probe", error)
+        stop(error)
 
 
 def finish(result: dict[str, Any], out: Path, *journals: Path) -> None:
@@ -55,50 +76,84 @@ def finish(result: dict[str, Any], out: Path, *journals: Path) -> None:
     print(f"{out} and {out.with_suffix('.png')}")
 
 
-@app.command(epilog="Example: python -m eval probe heads --model models/smollm2-135m --lengths 512,2048 --samples 50")
+def read_task(task: str, metric: str | None, max_new_tokens: int | None, lengths: str) -> tuple[Task, list[int] | None]:
+    """Return a task and the lengths to draw its samples at, before a model is loaded.
+
+    Raises:
+        ValueError: see ``scored_task``; or no lengths are given for a task whose samples are drawn.
+    """
+    own = scored_task(task, metric, max_new_tokens)
+    if not lengths and own.rows is None:
+        raise ValueError(f"lengths: missing: name the longest samples of {own.name}, in tokens, as 512,2048")
+    return own, parse_numbers(lengths, "lengths") if lengths else None
+
+
+def load_checked(
+    name: str, task: Task, lengths: list[int] | None, chat_template: str | None, heads: Iterable[tuple[int, int]] = ()
+) -> LoadedModel:
+    """Load a model, after lengths and heads were checked against its config.
+
+    Raises:
+        ValueError: they do not fit; or see ``load``.
+    """
+    from axolotl_plugins.seal.model_loading import load
+    from eval.probe.head_importance import check_heads
+
+    empty = load(name, chat_template=chat_template, weights=False)
+    empty.check_lengths(lengths if task.rows is None else None)
+    config = empty.model.config.get_text_config()
+    check_heads(heads, config.num_hidden_layers, config.num_attention_heads)
+    return load(name, chat_template=chat_template)
+
+
+@app.command(epilog="Example: seal probe heads --model models/smollm2-135m --lengths 512,2048 --samples 50")
 def heads(
-    model: Model, lengths: Lengths, task: Task = "line", samples: Samples = 50,
+    model: Model, lengths: Lengths = "", task: TaskName = "line", metric: Metric = None,
+    max_new_tokens: MaxNewTokens = None, samples: Samples = None,
     batch: Annotated[int, typer.Option(help="Heads ablated in one batch; more need more memory.")] = 8,
     chat_template: Template = None, out: Out = Path("results/probes/heads.json"),
 ) -> None:  # fmt: skip
     """Ablate every head, one at a time, and score the answers (Figure 2b). If interrupted, rerun it to resume."""
     with one_line_errors():
-        from axolotl_plugins.seal.model_loading import load
         from eval.probe.head_importance import ablation_map, changes
 
-        token_lengths = parse_numbers(lengths, "lengths")
-        journal = journal_file(out, model, "heads", task, token_lengths, samples, chat_template)
-        loaded = load(model, chat_template=chat_template)
-        result = ablation_map(loaded, task, token_lengths, samples=samples, batch=batch, journal=journal)
-        print_extremes(model, changes(result, token_lengths[-1]), f"change of the score at {token_lengths[-1]} tokens")
+        own, token_lengths = read_task(task, metric, max_new_tokens, lengths)
+        journal = journal_file(out, model, "heads", own.name, dict(own.identity), token_lengths, samples, chat_template)
+        loaded = load_checked(model, own, token_lengths, chat_template)
+        result = ablation_map(loaded, own, token_lengths, samples=samples, batch=batch, journal=journal)
+        longest = result["lengths"][-1]
+        print_extremes(model, changes(result, longest), f"change of the score at {longest} tokens")
         finish(result, out, journal)
 
 
-@app.command(epilog="Example: python -m eval probe channels --model models/smollm2-135m --heads L9H4 --lengths 2048")
+@app.command(epilog="Example: seal probe channels --model models/smollm2-135m --heads L9H4 --lengths 2048")
 def channels(
-    model: Model, lengths: Lengths,
+    model: Model,
     heads: Annotated[str, typer.Option(help="Heads whose channels are ablated one by one, as L1H18,L13H16.")],
-    task: Task = "line", samples: Samples = 20,
+    lengths: Lengths = "", task: TaskName = "line", metric: Metric = None, max_new_tokens: MaxNewTokens = None,
+    samples: Annotated[int | None, typer.Option(help="Samples per length; default: 20, or all of a file.")] = None,
     batch: Annotated[int, typer.Option(help="Channels ablated in one batch.")] = 8,
     chat_template: Template = None, out: Out = Path("results/probes/channels.json"),
 ) -> None:  # fmt: skip
     """Ablate every channel of some heads, one at a time (Figure 2d)."""
     with one_line_errors():
-        from axolotl_plugins.seal.model_loading import load
         from eval.probe.head_importance import ablation_map
 
-        token_lengths, chosen = parse_numbers(lengths, "lengths"), parse_heads(heads)
-        journal = journal_file(out, model, "channels", task, token_lengths, samples, chosen, chat_template)
-        loaded = load(model, chat_template=chat_template)
-        result = ablation_map(loaded, task, token_lengths, samples=samples, heads=chosen, batch=batch, journal=journal)
+        own, token_lengths = read_task(task, metric, max_new_tokens, lengths)
+        chosen = parse_heads(heads)
+        if samples is None and own.rows is None:
+            samples = 20
+        identity = (own.name, dict(own.identity), token_lengths, samples, chosen, chat_template)
+        journal = journal_file(out, model, "channels", *identity)
+        loaded = load_checked(model, own, token_lengths, chat_template, chosen)
+        result = ablation_map(loaded, own, token_lengths, samples=samples, heads=chosen, batch=batch, journal=journal)
         finish(result, out, journal)
 
 
-@app.command(
-    epilog="Example: python -m eval probe gradient --model models/smollm2-135m --lengths 512,2048 --samples 50"
-)
+@app.command(epilog="Example: seal probe gradient --model models/smollm2-135m --lengths 512,2048 --samples 50")
 def gradient(
-    model: Model, lengths: Lengths, task: Task = "line", samples: Samples = 50,
+    model: Model, lengths: Lengths = "", task: TaskName = "line", metric: Metric = None,
+    max_new_tokens: MaxNewTokens = None, samples: Samples = None,
     points: Annotated[
         str, typer.Option(help="Common scales of all heads at which gradients are taken; each costs one more pass.")
     ] = "1",
@@ -107,33 +162,32 @@ def gradient(
 ) -> None:  # fmt: skip
     """Predict the effect of ablating every head, from one forward and one backward pass per prompt."""
     with one_line_errors():
-        from axolotl_plugins.seal.model_loading import load
         from eval.probe.head_importance import agreement, changes, gradient_map, read_map
 
-        token_lengths, scales = parse_numbers(lengths, "lengths"), parse_numbers(points, "points", float)
+        own, token_lengths = read_task(task, metric, max_new_tokens, lengths)
+        scales = parse_numbers(points, "points", float)
         exact = read_map(compare, model) if compare else None
-        journal = journal_file(out, model, "gradient", task, token_lengths, samples, scales, chat_template)
-        loaded = load(model, chat_template=chat_template)
-        result = gradient_map(loaded, task, token_lengths, samples=samples, points=tuple(scales), journal=journal)
+        identity = (own.name, dict(own.identity), token_lengths, samples, scales, chat_template)
+        journal = journal_file(out, model, "gradient", *identity)
+        loaded = load_checked(model, own, token_lengths, chat_template)
+        result = gradient_map(loaded, own, token_lengths, samples=samples, points=tuple(scales), journal=journal)
         if exact is not None:
             result["spearman"] = agreement(exact, result)
             result["speedup"] = exact["seconds"] / max(result["seconds"], 1e-9)
             print(f"Spearman's correlation with {compare}: {result['spearman']}; {result['speedup']:.0f} times faster")
-        longest = token_lengths[-1]
+        longest = result["lengths"][-1]
         print_extremes(model, changes(result, longest), f"predicted change of the log-probability at {longest} tokens")
         finish(result, out, journal)
 
 
-@app.command(
-    epilog="Example: python -m eval probe quadrants --model models/smollm2-135m --from results/probes/heads.json"
-)
+@app.command(epilog="Example: seal probe quadrants --model models/smollm2-135m --from results/probes/heads.json")
 def quadrants(
     model: Model,
     source: Annotated[Path, typer.Option("--from", help="Map of `heads` or `gradient` at two lengths.")],
     down: Annotated[float, typer.Option(help="Scale of heads whose ablation helps at both lengths.")] = 0.9,
     up: Annotated[float, typer.Option(help="Scale of heads whose ablation hurts at both lengths.")] = 1.1,
-    lengths: TestLengths = "",
-    samples: TestSamples = 50,
+    task: Annotated[str, typer.Option(help=f"Default: the map's. Or another, or your own: {OWN_TASK}.")] = "",
+    metric: Metric = None, max_new_tokens: MaxNewTokens = None, lengths: TestLengths = "", samples: TestSamples = None,
     batch_size: BatchSize = None, chat_template: Template = None,
     adapters: Annotated[Path, typer.Option(help="Folder for the SEAL-H adapters.")] = Path("outputs/quadrants"),
     out: Out = Path("results/probes/quadrants.json"),
@@ -145,8 +199,12 @@ def quadrants(
 
         if not (0 < down < math.inf and 0 < up < math.inf):
             raise ValueError(f"down, up: found {down:g} and {up:g}, expected scales above 0")
+        head_map = read_map(source, model)
+        if not task and head_map["task"].endswith(".jsonl"):
+            raise ValueError(f"task: missing: {source} is of {head_map['task']}; name a file of other samples to score")
+        own = scored_task(task or head_map["task"], metric, max_new_tokens)
         result, journals = score_quadrants(
-            model, read_map(source, model), down=down, up=up,
+            model, head_map, own, down=down, up=up,
             lengths=parse_numbers(lengths, "lengths") if lengths else None, samples=samples, batch_size=batch_size,
             chat_template=chat_template, adapters=adapters, out=out,
         )  # fmt: skip
@@ -154,14 +212,15 @@ def quadrants(
 
 
 @app.command(
-    epilog="Example: python -m eval probe direct --model models/smollm2-135m --adapter outputs/smollm2_line_sealc "
-    "--length 2048"
+    epilog="Example: seal probe direct --model models/smollm2-135m --adapter outputs/smollm2_line_sealc --length 2048"
 )
 def direct(
     model: Base,
     adapter: Annotated[list[str], typer.Option(help="SEAL adapter folder; repeat it for more.")],
-    length: Annotated[int, typer.Option(help="Longest sample, in tokens.")],
-    task: Task = "line",
+    length: Annotated[
+        int | None, typer.Option(help="Longest sample, in tokens; default, for a file only: all its samples.")
+    ] = None,
+    task: TaskName = "line", metric: Metric = None, max_new_tokens: MaxNewTokens = None,
     find: Annotated[
         int, typer.Option(help="Samples to search for one that the base gets wrong and every adapter right.")
     ] = 100,
@@ -177,79 +236,118 @@ def direct(
         from eval.probe.logit_attribution import compare_models
 
         check_output(out)
+        own, _ = read_task(task, metric, max_new_tokens, str(length or ""))
         models = [load(name, chat_template=chat_template) for name in (model, *adapter)]
         for loaded in models:
             wrap(loaded.model)
-        finish(compare_models(models, task, length, find, normalised), out)
+        finish(compare_models(models, own, length, find, normalised), out)
 
 
-@app.command(
-    epilog="Example: python -m eval probe transfer --model BASE --adapter line=outputs/a --adapter vt=outputs/b"
-)
+@app.command(epilog="Example: seal probe transfer --model BASE --adapter line=outputs/a --adapter vt=outputs/b")
 def transfer(
     model: Base,
     adapter: Annotated[list[str], typer.Option(help="NAME=FOLDER of a tuned adapter; once for each.")],
-    tasks: Annotated[str, typer.Option(help="Tasks to score each adapter on.")] = "vt,cwe,fwe",
-    lengths: TestLengths = "",
-    samples: TestSamples = 50,
+    tasks: Annotated[str, typer.Option(help="Tasks to score each adapter on, or files of samples.")] = "vt,cwe,fwe",
+    metric: Metric = None, max_new_tokens: MaxNewTokens = None, lengths: TestLengths = "", samples: TestSamples = None,
     batch_size: BatchSize = None, chat_template: Template = None, out: Out = Path("results/probes/transfer.json"),
 ) -> None:  # fmt: skip
     """Score every adapter on every task: gain over the range of the base model's scores (equation 2, Figure 8)."""
     with one_line_errors():
-        from eval.metrics import METRICS
         from eval.probe.transfer import score_transfer
 
         folders = parse_adapters(adapter)
         if "base" in folders:
             raise ValueError("adapter: found the name 'base', which is --model's: give it another")
-        if unknown := [task for task in tasks.split(",") if task not in METRICS]:
-            raise ValueError(f"tasks: found {unknown[0]!r}, expected some of {','.join(METRICS)}")
+        files = [task for task in tasks.split(",") if task.endswith(".jsonl")]
+        own = [scored_task(task, *((metric, max_new_tokens) if task in files else ())) for task in tasks.split(",")]
         check_output(out)
         result, journals = score_transfer(
-            model, folders, tasks.split(","), lengths=parse_numbers(lengths, "lengths") if lengths else None,
+            model, folders, own, lengths=parse_numbers(lengths, "lengths") if lengths else None,
             samples=samples, batch_size=batch_size, chat_template=chat_template, out=out,
         )  # fmt: skip
         finish(result, out, *journals)
 
 
-@app.command(
-    epilog="Example: python -m eval probe sweep --recipe recipes/smollm2_line_sealh.yml --rates 0.01 --lengths 2048"
-)
+@app.command(epilog="Example: seal probe sweep --recipe recipes/smollm2_line_sealh.yml --rates 0.01 --lengths 2048")
 def sweep(
-    recipe: Recipe, lengths: ValidationLengths,
+    recipe: Recipe, lengths: ValidationLengths = "",
     rates: Annotated[str, typer.Option(help="Learning rates.")] = "0.005,0.01,0.02,0.03",
-    samples: Annotated[str, typer.Option(help="Numbers of samples.")] = "50",
+    samples: Annotated[str, typer.Option(help="Numbers of samples; default: the recipe's.")] = "",
     epochs: Annotated[str, typer.Option(help="Passes over the samples.")] = "1",
     seeds: Annotated[str, typer.Option(help="Seeds of data and order.")] = "1",
-    validation: Annotated[int, typer.Option(help="Validation samples per length, disjoint from the test split.")] = 50,
+    validation: ValidationSamples = "50", metric: Metric = None, max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = None, out: Out = Path("results/probes/sweep.json"),
 ) -> None:  # fmt: skip
     """Tune with every rate and number of samples, score on validation data, print the best (Table 7, Figure 9)."""
     with one_line_errors():
-        from eval.probe import captions
+        from eval.probe.captions import sweep as caption
         from eval.probe.sweep import read_recipe
         from eval.probe.sweep import sweep as run_sweep
 
         grid: dict[str, Any] = {
-            "rates": parse_numbers(rates, "rates", float), "samples": parse_numbers(samples, "samples"),
+            "rates": parse_numbers(rates, "rates", float),
+            "samples": parse_numbers(samples, "samples") if samples else None,
             "epochs": parse_numbers(epochs, "epochs"), "seeds": parse_numbers(seeds, "seeds"),
-            "lengths": parse_numbers(lengths, "lengths"), "validation": validation,
         }  # fmt: skip
         settings = read_recipe(recipe)
-        journal = journal_file(out, settings["base_model"], "sweep", recipe.read_text(), grid["lengths"], validation)
-        result = run_sweep(settings, **grid, batch_size=batch_size, journal=journal)
-        for cell in result["cells"]:
-            print(f"rate {cell['rate']:g}, {cell['samples']} samples, {cell['epochs']} epochs, seed {cell['seed']}: "
-                  f"{cell['mean']:.3f}")  # fmt: skip
-        print(captions.sweep(result))
+        held_out, token_lengths = read_validation(validation, metric, max_new_tokens, lengths)
+        journal = sweep_journal(out, "sweep", settings, recipe, held_out, token_lengths)
+        result = run_sweep(settings, **grid, lengths=token_lengths, validation=held_out, batch_size=batch_size,
+                           journal=journal)  # fmt: skip
+        print_sweep(result)
+        print(caption(result))
         finish(result, out, journal)
 
 
-@app.command(epilog="Example: python -m eval probe controls --recipe recipes/smollm2_line_sealc.yml --lengths 512,2048")
+def read_validation(
+    validation: str, metric: str | None, max_new_tokens: int | None, lengths: str
+) -> tuple[int | Task, list[int] | None]:
+    """Return a number of validation samples, or the task of a file of them, and their lengths.
+
+    Raises:
+        ValueError: it is neither; or no lengths are given for samples that are drawn.
+    """
+    if not validation.isdecimal():
+        return read_task(validation, metric, max_new_tokens, lengths)
+    if not lengths:
+        raise ValueError("lengths: missing: name the longest validation samples, in tokens, as 512,2048")
+    (count,) = parse_numbers(validation, "validation")
+    return count, parse_numbers(lengths, "lengths")
+
+
+def sweep_journal(
+    out: Path, kind: str, settings: dict[str, Any], recipe: Path, held_out: int | Task, lengths: list[int] | None
+) -> Path:
+    """Return the file that caches scores of a recipe's scales on validation samples."""
+    samples = held_out if isinstance(held_out, int) else (held_out.name, dict(held_out.identity))
+    return journal_file(out, settings["base_model"], kind, recipe.read_text(), settings["rows"], lengths, samples)
+
+
+def print_sweep(result: dict[str, Any]) -> None:
+    """Print scores by length, and least and greatest scales, of every combination of a sweep."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("rate", "samples", "epochs", "seed", title=f"{result['task']}: mean validation score")
+    for length in (*result["lengths"], "mean"):
+        table.add_column(str(length), justify="right")
+    table.add_column("scales")
+    base = list(result["base"].values())
+    table.add_row("base", "", "", "", *(f"{score:.3f}" for score in (*base, sum(base) / len(base))), "1")
+    for cell in result["cells"]:
+        low, high = cell["scales"]
+        scores = (f"{score:.3f}" for score in (*cell["scores"].values(), cell["mean"]))
+        remark = " far from 1" if cell["unsound"] else ""
+        table.add_row(f"{cell['rate']:g}", str(cell["samples"]), str(cell["epochs"]), str(cell["seed"]), *scores,
+                      f"{low:.3g} to {high:.3g}{remark}")  # fmt: skip
+    Console().print(table)
+
+
+@app.command(epilog="Example: seal probe controls --recipe recipes/smollm2_line_sealc.yml --lengths 512,2048")
 def controls(
-    recipe: Recipe, lengths: ValidationLengths,
+    recipe: Recipe, lengths: ValidationLengths = "",
     seeds: Annotated[str, typer.Option(help="Seeds of data, order and shuffling.")] = "1,2,3",
-    validation: Annotated[int, typer.Option(help="Validation samples per length.")] = 50,
+    validation: ValidationSamples = "50", metric: Metric = None, max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = None, out: Out = Path("results/probes/controls.json"),
 ) -> None:  # fmt: skip
     """Score shuffled scales and scales tuned on wrong answers, which must not help if the gain is real."""
@@ -257,16 +355,15 @@ def controls(
         from eval.probe.sweep import controls as run_controls
         from eval.probe.sweep import read_recipe
 
-        settings, token_lengths = read_recipe(recipe), parse_numbers(lengths, "lengths")
-        journal = journal_file(out, settings["base_model"], "controls", recipe.read_text(), token_lengths, validation)
+        settings = read_recipe(recipe)
+        held_out, token_lengths = read_validation(validation, metric, max_new_tokens, lengths)
+        journal = sweep_journal(out, "controls", settings, recipe, held_out, token_lengths)
         result = run_controls(settings, seeds=parse_numbers(seeds, "seeds"), lengths=token_lengths,
-                              validation=validation, batch_size=batch_size, journal=journal)  # fmt: skip
+                              validation=held_out, batch_size=batch_size, journal=journal)  # fmt: skip
         finish(result, out, journal)
 
 
-@app.command(
-    epilog="Example: python -m eval probe inspect --adapter outputs/smollm2_line_sealc --map results/probes/heads.json"
-)
+@app.command(epilog="Example: seal probe inspect --adapter outputs/smollm2_line_sealc --map results/probes/heads.json")
 def inspect(
     adapter: Annotated[Path, typer.Option(help="SEAL adapter folder.")],
     against: Annotated[Path | None, typer.Option("--map", help="Map of `heads`, for scales by its quadrants.")] = None,

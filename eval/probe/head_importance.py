@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +22,13 @@ from tqdm import tqdm
 from axolotl_plugins.common.io import load_json
 from axolotl_plugins.seal.model_loading import LoadedModel
 from axolotl_plugins.seal.tune import answer_loss, encode
-from data_gen.dataset import Request, generate
+from data_gen.dataset import samples_by_length
+from data_gen.tasks import Task
 from eval.generation import stop_ids
-from eval.metrics import METRICS
 from eval.probe.ablation import Answer, HeadAblator
 from eval.probe.hooks import Block, decoder_blocks, scaled_input, wrap
 from eval.result_cache import Journal
-from eval.scoring import answer_budget
+from eval.spec import scored_task
 
 # Probes read samples of the training split under a seed that nothing is trained on: test samples stay unseen.
 PROBE_SEED = 9000
@@ -53,24 +54,39 @@ class Prompt:
     references: list[str]
 
 
-def probe_prompts(loaded: LoadedModel, task: str, lengths: list[int], samples: int, seed: int) -> Iterator[Prompt]:
-    """Yield samples of the training split, in the order of lengths.
+def probe_prompts(
+    loaded: LoadedModel, task: Task, lengths: list[int] | None, samples: int | None, seed: int
+) -> list[Prompt]:
+    """Return samples of the training split, or of a file, in the order of lengths.
 
     Raises:
-        ValueError: the task is not one of ``METRICS``, a length does not fit into the window, or see
-            ``LoadedModel.check_room``.
+        ValueError: a length does not fit into the window, or see ``samples_by_length`` and ``LoadedModel.check_room``.
     """
-    if task not in METRICS:
-        raise ValueError(f"task: found {task!r}, expected one of {', '.join(METRICS)}")
-    if max(lengths) > loaded.window:
-        raise ValueError(f"lengths: {max(lengths)} tokens do not fit into the model's window of {loaded.window}")
-    budget = answer_budget(task)
-    for length in lengths:
-        for sample in generate(Request(task, str(length), samples=samples, seed=seed), loaded.tokenizer):
-            ids, start = encode(sample["messages"], loaded.tokenizer)
-            row = ids[0].tolist()
-            loaded.check_room(start, budget)
-            yield Prompt(f"{length}/{sample['index']}", length, row[:start], row[start:], sample["references"])
+    if task.rows is None:
+        loaded.check_lengths(lengths)
+    prompts = []
+    for sample in samples_by_length(task, loaded.tokenizer, lengths, samples, seed=seed):
+        ids, start = encode(sample["messages"], loaded.tokenizer)
+        row, length = ids[0].tolist(), sample["length"]
+        loaded.check_room(start, task.answer_budget)
+        prompts.append(Prompt(f"{length}/{sample['index']}", length, row[:start], row[start:], sample["references"]))
+    return prompts
+
+
+def check_heads(heads: Iterable[tuple[int, int]], layers: int, per_layer: int) -> None:
+    """Raise unless every (layer, head) is one of a model's.
+
+    Raises:
+        ValueError: see above.
+    """
+    for layer, head in heads:
+        if not (0 <= layer < layers and 0 <= head < per_layer):
+            raise ValueError(f"heads: L{layer}H{head} is not in a model of {layers} layers x {per_layer} heads")
+
+
+def lengths_of(prompts: list[Prompt]) -> list[int]:
+    """Return the distinct lengths of prompts, in their order."""
+    return list(dict.fromkeys(prompt.length for prompt in prompts))
 
 
 def ablation_scales(block: Block, layer: int, heads: list[tuple[int, int]] | None) -> torch.Tensor:
@@ -85,16 +101,16 @@ def ablation_scales(block: Block, layer: int, heads: list[tuple[int, int]] | Non
 
 
 def ablation_map(
-    loaded: LoadedModel, task: str, lengths: list[int], *, samples: int = 50, seed: int = PROBE_SEED,
-    heads: list[tuple[int, int]] | None = None, batch: int = 8, journal: Path | None = None,
+    loaded: LoadedModel, task: str | Task, lengths: list[int] | None = None, *, samples: int | None = None,
+    seed: int = PROBE_SEED, heads: list[tuple[int, int]] | None = None, batch: int = 8, journal: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Ablate every head, or every channel of some heads, one at a time, and score the answers.
 
     Args:
         loaded: the model; an adapter stays applied.
-        task: one of ``METRICS``.
-        lengths: longest samples, in tokens.
-        samples: per length.
+        task: see ``scored_task``.
+        lengths: see ``samples_by_length``.
+        samples: see ``samples_by_length``.
         seed: of the samples, from the training split.
         heads: (layer, head) whose channels are ablated one by one; None ablates whole heads.
         batch: ablations per batch.
@@ -110,13 +126,10 @@ def ablation_map(
     model = wrap(loaded.model)
     blocks = decoder_blocks(model)
     unit: Unit = "head" if heads is None else "channel"
-    for layer, head in heads or ():
-        if not (0 <= layer < len(blocks) and 0 <= head < blocks[layer].heads):
-            raise ValueError(
-                f"heads: L{layer}H{head} is not in a model of {len(blocks)} layers x {blocks[0].heads} heads"
-            )
-    prompts = list(probe_prompts(loaded, task, lengths, samples, seed))
-    ablator = HeadAblator(model, stop_ids(loaded.model, loaded.tokenizer), answer_budget(task), batch)
+    check_heads(heads or (), len(blocks), blocks[0].heads)
+    task = scored_task(task)
+    prompts = probe_prompts(loaded, task, lengths, samples, seed)
+    ablator = HeadAblator(model, stop_ids(loaded.model, loaded.tokenizer), task.answer_budget, batch)
     layers = list(range(len(blocks))) if heads is None else sorted({layer for layer, _ in heads})
     scales = {layer: ablation_scales(blocks[layer], layer, heads) for layer in layers}
     cache = Journal(journal)
@@ -124,7 +137,7 @@ def ablation_map(
 
     def row(answer: Answer, prompt: Prompt) -> list[float]:
         text = loaded.tokenizer.decode(answer.ids, skip_special_tokens=True)
-        return [METRICS[task](text, prompt.references), answer.logprob]
+        return [task.score(text, prompt.references), answer.logprob]
 
     for prompt in tqdm(prompts, desc=f"ablating {unit}s"):
         if f"{prompt.key}/{layers[-1]}" in cache:
@@ -135,22 +148,20 @@ def ablation_map(
             answers = ablator.ablate(trace, layer, scales[layer])
             cache.add(f"{prompt.key}/{layer}", [row(answer, prompt) for answer in answers])
         cache.add("seconds", spent + time.perf_counter() - start)
-    base, change = ablation_means(cache, prompts, lengths, layers)
+    base, change = ablation_means(cache, prompts, layers)
     if heads is not None:
         for measure in change:
             change[measure] = {length: by_head(rows, layers, heads) for length, rows in change[measure].items()}
     seconds = spent + time.perf_counter() - start
-    return map_result(loaded, task, lengths, samples, seed, "removal", unit, base, change, seconds)
+    return map_result(loaded, task, prompts, seed, "removal", unit, base, change, seconds)
 
 
-def ablation_means(
-    cache: Journal, prompts: list[Prompt], lengths: list[int], layers: list[int]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def ablation_means(cache: Journal, prompts: list[Prompt], layers: list[int]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return means over prompts, by measure and length: of the unchanged model, and changes by layer and ablation."""
     base: dict[str, Any] = {"score": {}, "logprob": {}}
     change: dict[str, Any] = {"score": {}, "logprob": {}}
     for column, measure in enumerate(base):
-        for length in lengths:
+        for length in lengths_of(prompts):
             keys = [prompt.key for prompt in prompts if prompt.length == length]
             base[measure][length] = float(np.mean([cache.values[key][column] for key in keys]))
             change[measure][length] = [
@@ -174,8 +185,8 @@ def by_head(rows: list[list[float]], layers: list[int], heads: list[tuple[int, i
 
 
 def gradient_map(
-    loaded: LoadedModel, task: str, lengths: list[int], *, samples: int = 50, seed: int = PROBE_SEED,
-    points: tuple[float, ...] = (1.0,), journal: Path | None = None,
+    loaded: LoadedModel, task: str | Task, lengths: list[int] | None = None, *, samples: int | None = None,
+    seed: int = PROBE_SEED, points: tuple[float, ...] = (1.0,), journal: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Predict the effect of ablating every head from the gradient of the answer's loss with respect to all scales.
 
@@ -186,9 +197,9 @@ def gradient_map(
 
     Args:
         loaded: the model; an adapter stays applied.
-        task: one of ``METRICS``.
-        lengths: longest samples, in tokens.
-        samples: per length.
+        task: see ``scored_task``.
+        lengths: see ``samples_by_length``.
+        samples: see ``samples_by_length``.
         seed: of the samples, from the training split.
         points: common scales of all heads at which gradients are taken and averaged; more than one makes it a path
             integral (integrated gradients, Sundararajan et al. 2017) at so many times the cost.
@@ -203,7 +214,8 @@ def gradient_map(
     blocks = decoder_blocks(model)
     cache = Journal(journal)
     spent = cache.values.get("seconds", 0.0)  # by an interrupted run
-    prompts = list(probe_prompts(loaded, task, lengths, samples, seed))
+    task = scored_task(task)
+    prompts = probe_prompts(loaded, task, lengths, samples, seed)
     for prompt in tqdm(prompts, desc="gradients"):
         if prompt.key not in cache:
             cache.add(prompt.key, prompt_gradient(model, blocks, prompt, points))
@@ -211,7 +223,7 @@ def gradient_map(
     base: dict[str, Any] = {"logprob": {}}
     change: dict[str, Any] = {"logprob": {}, "importance": {}}
     channels: dict[str, Any] = {"logprob": {}}
-    for length in lengths:
+    for length in lengths_of(prompts):
         rows = [cache.values[prompt.key] for prompt in prompts if prompt.length == length]
         base["logprob"][length] = float(np.mean([row[0] for row in rows]))
         gradients = np.array([row[1] for row in rows])
@@ -220,7 +232,7 @@ def gradient_map(
         change["logprob"][length] = heads.mean(0).tolist()
         change["importance"][length] = (-np.abs(heads).mean(0)).tolist()
     seconds = spent + time.perf_counter() - start
-    result = map_result(loaded, task, lengths, samples, seed, "gradient", "head", base, change, seconds)
+    result = map_result(loaded, task, prompts, seed, "gradient", "head", base, change, seconds)
     return {**result, "points": list(points), "channels": channels}
 
 
@@ -243,8 +255,8 @@ def prompt_gradient(model: Any, blocks: list[Block], prompt: Prompt, points: tup
 
 
 def map_result(
-    loaded: LoadedModel, task: str, lengths: list[int], samples: int, seed: int, kind: str, unit: Unit,
-    base: dict[str, Any], change: dict[str, Any], seconds: float,
+    loaded: LoadedModel, task: Task, prompts: list[Prompt], seed: int, kind: str, unit: Unit, base: dict[str, Any],
+    change: dict[str, Any], seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Return a map as it is stored.
 
@@ -255,10 +267,11 @@ def map_result(
     with_text_keys = lambda values: {  # noqa: E731 - as JSON has them
         measure: {str(length): value for length, value in by_length.items()} for measure, by_length in values.items()
     }
+    counts = Counter(prompt.length for prompt in prompts)
     return {
         "kind": kind, "unit": unit, "model": loaded.name, "base_model": loaded.base, "method": loaded.method,
-        "task": task, "lengths": lengths, "samples": samples, "seed": seed, "base": with_text_keys(base),
-        "change": with_text_keys(change), "seconds": round(seconds, 1),
+        "task": task.key, "lengths": lengths_of(prompts), "samples": max(counts.values()), "seed": seed,
+        "base": with_text_keys(base), "change": with_text_keys(change), "seconds": round(seconds, 1),
     }  # fmt: skip
 
 
@@ -274,10 +287,10 @@ def read_map(file: Path, model: str) -> dict[str, Any]:
         raise ValueError(f"{file}: cannot be read as a map ({error})") from None
     is_map = isinstance(head_map, dict) and head_map.get("kind") in ("removal", "gradient")
     if not is_map or head_map.get("unit") != "head":
-        raise ValueError(f"{file}: not a map of heads: make one with `python -m eval probe heads`")
+        raise ValueError(f"{file}: not a map of heads: make one with `seal probe heads`")
     if not same_model(str(head_map.get("model")), model):
         raise ValueError(f"{file}: a map of {head_map.get('model')}, expected one of {model}: make it with "
-                         f"`python -m eval probe heads --model {model}`")  # fmt: skip
+                         f"`seal probe heads --model {model}`")  # fmt: skip
     return head_map
 
 

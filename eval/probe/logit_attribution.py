@@ -12,11 +12,12 @@ from torch import nn
 from axolotl_plugins.common.tokenizer import Messages
 from axolotl_plugins.seal.model_loading import LoadedModel
 from axolotl_plugins.seal.tune import encode
-from data_gen.dataset import Request, generate
+from data_gen.dataset import samples_by_length
+from data_gen.tasks import Task
 from eval.generation import generate_answers, stop_ids
 from eval.probe.head_importance import PROBE_SEED
 from eval.probe.hooks import Block, decoder_blocks, hidden_states, input_states, removing
-from eval.scoring import answer_budget
+from eval.spec import scored_task
 
 TOLERANCE = 1e-2  # of a layer's sum, relative to its largest entry
 
@@ -208,20 +209,22 @@ def first_difference(
     right = [id_ for id_ in reference if id_ not in stop]
     if tuned_answer[: len(right)] != right or base_answer[: len(right)] == right:
         return None
-    place = next(i for i, id_ in enumerate(right) if i >= len(base_answer) or base_answer[i] != id_)
-    if place >= len(base_answer):
+    position = next(i for i, id_ in enumerate(right) if i >= len(base_answer) or base_answer[i] != id_)
+    if position >= len(base_answer):
         return None
-    return torch.tensor([prompt + right[:place]]), right[place], base_answer[place]
+    return torch.tensor([prompt + right[:position]]), right[position], base_answer[position]
 
 
-def compare_models(models: list[LoadedModel], task: str, length: int, find: int, normalised: bool) -> dict[str, Any]:
+def compare_models(
+    models: list[LoadedModel], task: str | Task, length: int | None, find: int, normalised: bool
+) -> dict[str, Any]:
     """Compute direct effects in a base model and its adapters on a prompt that only the base gets wrong.
 
     Args:
         models: the base first; see ``hooks.wrap``.
-        task: one of ``METRICS``.
-        length: longest sample, in tokens.
-        find: how many samples to search.
+        task: see ``scored_task``.
+        length: of the samples, see ``samples_by_length``.
+        find: how many samples of each length to search.
         normalised: see ``effects``.
 
     Returns:
@@ -233,8 +236,9 @@ def compare_models(models: list[LoadedModel], task: str, length: int, find: int,
             ``LoadedModel.check_room``.
     """
     base, tokenizer = models[0], models[0].tokenizer
-    stop, budget = stop_ids(base.model, tokenizer), answer_budget(task)
-    for sample in generate(Request(task, str(length), samples=find, seed=PROBE_SEED), tokenizer):
+    task, stop = scored_task(task), stop_ids(base.model, tokenizer)
+    budget, lengths = task.answer_budget, None if length is None else [length]
+    for sample in samples_by_length(task, tokenizer, lengths, find, seed=PROBE_SEED):
         base.check_room(encode(sample["messages"], tokenizer)[1], budget)
         differences = [
             first_difference(base.model, tuned.model, sample["messages"], tokenizer, stop, budget)
@@ -243,14 +247,14 @@ def compare_models(models: list[LoadedModel], task: str, length: int, find: int,
         if all(differences):
             break
     else:
-        raise ValueError(f"none of {find} samples of {length} tokens is wrong in the base model and right with every "
-                         "adapter: search more with --find, or another --length")  # fmt: skip
+        raise ValueError(f"none of {find} samples of a length is wrong in the base model and right with every adapter: "
+                         "search more with --find, or another --length")  # fmt: skip
     assert differences[0] is not None
     ids, right, mistaken = differences[0]
     decompositions = [decompose(loaded.model, ids) for loaded in models]
     candidates = sorted({int(token) for terms in decompositions for token in terms.logits.topk(5).indices})
     return {
-        "kind": "direct", "model": base.name, "base_model": base.base, "task": task, "length": length,
+        "kind": "direct", "model": base.name, "base_model": base.base, "task": task.name, "length": sample["length"],
         "sample": sample["index"], "normalised": normalised,
         "tokens": [tokenizer.decode([token]) for token in (right, mistaken)],
         "candidates": [tokenizer.decode([token]) for token in candidates],

@@ -11,11 +11,11 @@ import torch
 
 from axolotl_plugins.common.io import written_whole
 from axolotl_plugins.seal.model_loading import LoadedModel, load
+from data_gen.tasks import Task
 from eval.probe.head_importance import head_quadrants
 from eval.probe.hooks import decoder_blocks, wrap
 from eval.result_cache import journal_file
 from eval.run import run
-from eval.spec import default_lengths
 
 # The paper's three settings: heads of the first quadrant down, of the third up, and both.
 KINDS = {"Q1 down": (1,), "Q3 up": (3,), "Q1 down, Q3 up": (1, 3)}
@@ -80,18 +80,19 @@ def save_quadrant_adapters(
 
 
 def score_quadrants(
-    model: str, head_map: dict[str, Any], *, down: float, up: float, lengths: list[int] | None, samples: int,
-    batch_size: int | None, chat_template: str | None, adapters: Path, out: Path,
+    model: str, head_map: dict[str, Any], task: Task, *, down: float, up: float, lengths: list[int] | None,
+    samples: int | None, batch_size: int | None, chat_template: str | None, adapters: Path, out: Path,
 ) -> tuple[dict[str, Any], list[Path]]:  # fmt: skip
     """Score a model with its heads scaled by quadrant.
 
     Args:
         model: hub id or folder of the base model.
         head_map: see ``head_importance.read_map``.
+        task: to score.
         down: scale of heads in quadrant 1.
         up: scale of heads in quadrant 3.
-        lengths: longest test samples, in tokens; None uses ``default_lengths``.
-        samples: per length.
+        lengths: see ``eval.run.run``.
+        samples: see ``eval.run.run``.
         batch_size: prompts decoded together; None uses what memory allows.
         chat_template: Jinja file, or None.
         adapters: folder for the adapters.
@@ -104,9 +105,8 @@ def score_quadrants(
         ValueError: no head lies in quadrant 1 or 3; or see ``run``.
     """
     loaded = load(model, chat_template=chat_template)
-    lengths = lengths or default_lengths(loaded.window)
     journals = {
-        name: journal_file(out, model, "quadrants", head_map, down, up, chat_template, name)
+        name: journal_file(out, model, "quadrants", head_map, dict(task.identity), down, up, chat_template, name)
         for name in ("base", *KINDS)
     }  # fmt: skip
     folders = save_quadrant_adapters(model, head_map, down, up, adapters, chat_template)
@@ -115,11 +115,11 @@ def score_quadrants(
     scores = {}
     models: dict[str, str | Path] = {"base": model, **folders}
     for name, folder in models.items():
-        result = run(load(folder, chat_template=chat_template), head_map["task"], lengths=lengths, samples=samples,
+        result = run(load(folder, chat_template=chat_template), task, lengths=lengths, samples=samples,
                      batch_size=batch_size, journal=journals[name])  # fmt: skip
         scores[name] = {str(length): score for length, score in result.by_length().items()}
     return {
-        "kind": "quadrants", "model": model, "base_model": loaded.base, "task": head_map["task"], "down": down,
-        "up": up, "samples": samples, "scores": scores,
+        "kind": "quadrants", "model": model, "base_model": loaded.base, "task": task.name, "down": down,
+        "up": up, "samples": max(score.count for score in result.scores), "scores": scores,
         "adapters": {name: str(folder) for name, folder in folders.items()},
     }, list(journals.values())  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,24 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from axolotl_plugins.common.io import load_yaml
+from axolotl_plugins.common.io import load_yaml, read_rows
 from axolotl_plugins.common.tokenizer import Messages
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.args import parse_block
 from axolotl_plugins.seal.model_loading import LoadedModel, load, with_adapter
+from axolotl_plugins.seal.provenance import text_hash
 from axolotl_plugins.seal.tune import tune
 from data_gen.dataset import Request, generate
+from data_gen.file_task import read_sample
+from data_gen.tasks import Task
 from eval.controls import seal_layers, shuffle_heads, wrong_answers, wrong_facts
+from eval.harness import is_contaminated
 from eval.probe.head_importance import PROBE_SEED
 from eval.result_cache import Journal
 from eval.run import run
+from eval.spec import scored_task
+
+SOUND_SCALES = (0.2, 5.0)  # outside, a head is as good as removed, or drowns the others
 
 
 def read_recipe(file: Path) -> dict[str, Any]:
@@ -30,16 +38,17 @@ def read_recipe(file: Path) -> dict[str, Any]:
 
     Returns:
         ``base_model``, ``model_config``, ``chat_template`` (file or None), ``scales`` (settings of ``SealConfig``),
-        ``request`` (of its data), ``rate``, ``epochs``.
+        ``request`` (of its data; None if it names a file of the user's), ``rows`` (of that file), ``rate``, ``epochs``.
 
     Raises:
-        ValueError: the file is not a SEAL recipe that describes its data.
+        ValueError: the file is not a SEAL recipe of one data file, or a row of that file is not a chat.
     """
     try:
         recipe = load_yaml(file)
         block = parse_block(recipe["seal"])
-        if block.data is None or len(block.data) != 1:
-            raise ValueError(f"{file}: seal.data: found {len(block.data or [])} descriptions, expected one")
+        if block.data is not None and len(block.data) != 1:
+            raise ValueError(f"{file}: seal.data: found {len(block.data)} descriptions, expected one")
+        rows = training_rows(file, recipe["datasets"]) if block.data is None else []
         if not 0 < float(recipe["learning_rate"]) < math.inf:
             raise ValueError(f"{file}: learning_rate: found {recipe['learning_rate']}, expected a number above 0")
         return {
@@ -47,12 +56,30 @@ def read_recipe(file: Path) -> dict[str, Any]:
             "model_config": recipe.get("model_config"),
             "chat_template": recipe.get("chat_template_jinja"),
             "scales": block.adapter_settings(),
-            "request": Request(**block.data[0].model_dump()),
+            "request": Request(**block.data[0].model_dump()) if block.data else None,
+            "rows": rows,
             "rate": float(recipe["learning_rate"]),
             "epochs": int(recipe["num_epochs"]),
         }  # fmt: skip
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{file}: not a recipe with `adapter: seal` and `seal: data:` ({error!r})") from None
+        raise ValueError(f"{file}: not a recipe with `adapter: seal` and its data ({error!r})") from None
+
+
+def training_rows(recipe: Path, datasets: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the samples of a recipe's own data file, see ``data_gen.file_task.read_sample``.
+
+    Raises:
+        ValueError: there is not one file, or a row is not a chat.
+    """
+    if len(datasets) != 1:
+        raise ValueError(f"{recipe}: datasets: found {len(datasets)}, expected one")
+    file, rows = Path(datasets[0]["path"]), []
+    for number, row in read_rows(file):
+        try:
+            rows.append(read_sample(row))
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: {error}") from None
+    return rows
 
 
 def load_untuned(recipe: dict[str, Any]) -> LoadedModel:
@@ -68,75 +95,159 @@ def reset_scales(model: nn.Module) -> None:
         layer.seal_scale["default"].fill_(1)
 
 
-def training_data(request: Request, tokenizer: Any, samples: int, seed: int) -> tuple[list[Messages], list[str]]:
-    """Return the first ``samples`` chats of a recipe's data under a seed, and the key fact of each answer."""
-    rows = list(generate(Request(**{**vars(request), "samples": samples, "seed": seed}), tokenizer))
+def training_data(
+    recipe: dict[str, Any], tokenizer: Any, samples: int | None, seed: int
+) -> tuple[list[Messages], list[str]]:
+    """Return the first chats of a recipe's data, and the key fact of each answer.
+
+    Args:
+        recipe: see ``read_recipe``.
+        tokenizer: counts tokens.
+        samples: how many; None takes all.
+        seed: added to that of the data, if it is drawn.
+
+    Raises:
+        ValueError: a file has fewer samples.
+    """
+    request, rows = recipe["request"], recipe["rows"]
+    if request is not None:
+        changes = {"samples": samples or request.samples, "seed": request.seed + seed}
+        rows = list(generate(replace(request, **changes), tokenizer))
+    elif samples and samples > len(rows):
+        raise ValueError(f"samples: the recipe's file has {len(rows)}, {samples} are asked for: name fewer")
+    rows = rows[:samples]
     return [row["messages"] for row in rows], [row["references"][0] for row in rows]
 
 
 def sweep(
-    recipe: dict[str, Any], *, rates: list[float], samples: list[int], epochs: list[int], seeds: list[int],
-    lengths: list[int], validation: int = 50, batch_size: int | None = None, journal: Path | None = None,
+    recipe: dict[str, Any], *, rates: list[float], samples: list[int] | None, epochs: list[int], seeds: list[int],
+    lengths: list[int] | None, validation: int | Task = 50, batch_size: int | None = None, journal: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Tune with every combination and score each on validation samples, which are disjoint from the test split.
+
+    Scales far from 1 can lower the loss on short samples and break long ones: combinations that leave ``SOUND_SCALES``
+    are marked, and so is the best if it is one of them.
 
     Args:
         recipe: see ``read_recipe``.
         rates: learning rates.
-        samples: numbers of samples; fewer are the first of more.
+        samples: numbers of samples, fewer are the first of more; None uses the recipe's.
         epochs: passes over the samples.
         seeds: of data and order.
-        lengths: longest validation samples, in tokens.
-        validation: samples per length.
+        lengths: longest validation samples, in tokens; None only for a file's samples.
+        validation: samples per length, or a file's samples.
         batch_size: prompts decoded together; None uses what memory allows.
         journal: file that caches scores, from which an interrupted run resumes.
 
     Returns:
-        ``cells``, each with ``rate``, ``samples``, ``epochs``, ``seed``, ``scores`` (by length) and ``mean``;
-        ``over_seeds``, their means over seeds by rate, samples and epochs; ``best``, the greatest of these (of equals
-        the smallest rate); and the swept values.
+        ``base``, scores by length with all scales 1; ``cells``, each with ``rate``, ``samples``, ``epochs``, ``seed``,
+        ``scores`` (by length), ``mean``, ``scales`` (least and greatest) and ``unsound`` (scales leave
+        ``SOUND_SCALES``); ``over_seeds``, means over seeds by rate, samples and epochs, ``unsound`` if any seed is;
+        ``best``, the greatest of these (of equals the smallest rate); and the swept values.
+
+    Raises:
+        ValueError: see ``training_data`` and ``Validation.score``.
     """
     cache = Journal(journal)
     loaded = load_untuned(recipe)
+    held_out = Validation.of(recipe, lengths, validation, batch_size)
+    if "base" not in cache:
+        cache.add("base", held_out.score(loaded, []))
     cells = []
+    samples = samples or [recipe["request"].samples if recipe["request"] else len(recipe["rows"])]
     grid = [(rate, count, passes, seed) for count in samples for passes in epochs for rate in rates for seed in seeds]
     for rate, count, passes, seed in tqdm(grid, desc="tuning and scoring"):
         key = f"{rate}/{count}/{passes}/{seed}"
         if key not in cache:
-            request = recipe["request"]
-            chats, _ = training_data(request, loaded.tokenizer, count, request.seed + seed)
+            chats, _ = training_data(recipe, loaded.tokenizer, count, seed)
             reset_scales(loaded.model)
             tune(loaded.model, chats, loaded.tokenizer, lr=rate, epochs=passes, seed=seed)
-            cache.add(key, validation_scores(loaded, recipe, lengths, validation, batch_size))
-        scores = cache.values[key]
+            cache.add(key, {**held_out.score(loaded, chats), "scales": scale_range(loaded.model)})
+        low, high = cache.values[key]["scales"]
+        scores = cache.values[key]["scores"]
         cells.append({"rate": rate, "samples": count, "epochs": passes, "seed": seed, "scores": scores,
-                      "mean": sum(scores.values()) / len(scores)})  # fmt: skip
-    means = defaultdict(list)
-    for cell in cells:
-        means[cell["rate"], cell["samples"], cell["epochs"]].append(cell["mean"])
-    over_seeds = [
-        {"rate": rate, "samples": count, "epochs": passes, "mean": sum(values) / len(values)}
-        for (rate, count, passes), values in sorted(means.items())
-    ]
+                      "mean": sum(scores.values()) / len(scores), "scales": [low, high],
+                      "unsound": not SOUND_SCALES[0] <= low <= high <= SOUND_SCALES[1]})  # fmt: skip
+    over_seeds = means_over_seeds(cells)
+    base = cache.values["base"]
     return {
         "kind": "sweep", "model": loaded.name, "base_model": loaded.base, "method": loaded.method,
-        "task": recipe["request"].task, "lengths": lengths, "validation_samples": validation, "cells": cells,
-        "seeds": seeds, "over_seeds": over_seeds, "best": max(over_seeds, key=lambda row: (row["mean"], -row["rate"])),
+        "task": held_out.task.name, "lengths": [int(length) for length in base["scores"]],
+        "validation_samples": base["count"], "base": base["scores"], "cells": cells, "seeds": seeds,
+        "over_seeds": over_seeds, "best": max(over_seeds, key=lambda row: (row["mean"], -row["rate"])),
     }  # fmt: skip
 
 
-def validation_scores(
-    loaded: LoadedModel, recipe: dict[str, Any], lengths: list[int], samples: int, batch_size: int | None
-) -> dict[str, float]:
-    """Score by length on samples of the training split under a seed that nothing is trained on."""
-    request = recipe["request"]
-    result = run(loaded, request.task, lengths=lengths, samples=samples, seed=PROBE_SEED, split="train",
-                 haystack=request.haystack, batch_size=batch_size)  # fmt: skip
-    return {str(length): score for length, score in result.by_length().items()}
+def means_over_seeds(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the mean of each combination of a sweep over its seeds."""
+    groups = defaultdict(list)
+    for cell in cells:
+        groups[cell["rate"], cell["samples"], cell["epochs"]].append(cell)
+    return [
+        {"rate": rate, "samples": count, "epochs": passes, "mean": sum(cell["mean"] for cell in group) / len(group),
+         "unsound": any(cell["unsound"] for cell in group)}
+        for (rate, count, passes), group in sorted(groups.items())
+    ]  # fmt: skip
+
+
+def scale_range(model: nn.Module) -> list[float]:
+    """Return the least and the greatest scale."""
+    scales = torch.cat([layer.seal_scale["default"].detach().flatten() for layer in seal_layers(model)])
+    return [scales.min().item(), scales.max().item()]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Samples that scales are chosen by.
+
+    Attributes:
+        task: draws them from the training split under a seed that nothing is trained on, or has them all.
+        options: of ``eval.run.run``.
+    """
+
+    task: Task
+    options: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, recipe: dict[str, Any], lengths: list[int] | None, validation: int | Task, batch_size: int | None
+    ) -> Validation:
+        """Return a recipe's validation samples, see ``sweep``.
+
+        Raises:
+            ValueError: the recipe's data is a file, from whose task no samples are drawn.
+        """
+        options: dict[str, Any] = {"lengths": lengths, "batch_size": batch_size}
+        request = recipe["request"]
+        if isinstance(validation, int):
+            if request is None:
+                raise ValueError("validation: missing: name a file of samples that the recipe's own data does not have")
+            options |= {"samples": validation, "haystack": request.haystack}
+            validation = scored_task(request.task)
+        if validation.rows is None:
+            options |= {"seed": PROBE_SEED, "split": "train"}
+        return cls(validation, options)
+
+    def score(self, loaded: LoadedModel, chats: list[Messages]) -> dict[str, Any]:
+        """Return ``scores`` by length and ``count`` (greatest number of samples of a length).
+
+        Args:
+            loaded: the model.
+            chats: that it was tuned on.
+
+        Raises:
+            ValueError: see ``run``; or a sample is among the chats.
+        """
+        tuned_on = frozenset(text_hash(turn["content"]) for chat in chats for turn in chat)
+        if self.task.rows and any(is_contaminated(row, tuned_on) for row in self.task.rows(loaded.tokenizer)):
+            raise ValueError(f"validation: {self.task.name} has a sample of the training data: name a file of others")
+        result = run(loaded, self.task, **self.options)
+        return {"scores": {str(length): score for length, score in result.by_length().items()},
+                "count": max(score.count for score in result.scores)}  # fmt: skip
 
 
 def controls(
-    recipe: dict[str, Any], *, seeds: list[int], lengths: list[int], validation: int = 50,
+    recipe: dict[str, Any], *, seeds: list[int], lengths: list[int] | None, validation: int | Task = 50,
     batch_size: int | None = None, journal: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Score the base and the tuned model beside three controls, on validation samples.
@@ -147,8 +258,8 @@ def controls(
     Args:
         recipe: see ``read_recipe``.
         seeds: of data, order and shuffling.
-        lengths: longest validation samples, in tokens.
-        validation: samples per length.
+        lengths: see ``sweep``.
+        validation: see ``sweep``.
         batch_size: prompts decoded together; None uses what memory allows.
         journal: file that caches scores, from which an interrupted run resumes.
 
@@ -158,11 +269,13 @@ def controls(
     """
     cache = Journal(journal)
     loaded = load_untuned(recipe)
+    held_out = Validation.of(recipe, lengths, validation, batch_size)
+    chats: list[Messages] = []
 
     def score(key: str) -> dict[str, float]:
         if key not in cache:
-            cache.add(key, validation_scores(loaded, recipe, lengths, validation, batch_size))
-        return cache.values[key]
+            cache.add(key, held_out.score(loaded, chats))
+        return cache.values[key]["scores"]
 
     def tune_on(chats: list[Messages], seed: int) -> None:
         reset_scales(loaded.model)
@@ -171,8 +284,7 @@ def controls(
     scores: dict[str, list[dict[str, float]]] = {"base": [score("base")]}
     for seed in tqdm(seeds, desc="controls"):
         if f"{seed}/wrong answers" not in cache:
-            request = recipe["request"]
-            chats, facts = training_data(request, loaded.tokenizer, request.samples, request.seed + seed)
+            chats, facts = training_data(recipe, loaded.tokenizer, None, seed)
             tune_on(chats, seed)
             score(f"{seed}/tuned")
             shuffle_heads(loaded.model, random.Random(seed))
@@ -182,9 +294,9 @@ def controls(
             tune_on(wrong_answers(chats, random.Random(seed)), seed)
             score(f"{seed}/wrong answers")
         for name in ("tuned", "shuffled", "wrong facts", "wrong answers"):
-            scores.setdefault(name, []).append(cache.values[f"{seed}/{name}"])
+            scores.setdefault(name, []).append(cache.values[f"{seed}/{name}"]["scores"])
     return {
         "kind": "controls", "model": loaded.name, "base_model": loaded.base, "method": loaded.method,
-        "task": recipe["request"].task, "lengths": lengths, "validation_samples": validation, "seeds": seeds,
-        "scores": scores,
+        "task": held_out.task.name, "lengths": [int(length) for length in scores["base"][0]],
+        "validation_samples": cache.values["base"]["count"], "seeds": seeds, "scores": scores,
     }  # fmt: skip

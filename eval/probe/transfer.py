@@ -8,10 +8,10 @@ from typing import Any
 
 from axolotl_plugins.seal.model_loading import LoadedModel, load_each
 from axolotl_plugins.seal.provenance import seen_texts
+from data_gen.tasks import Task
 from eval.probe.head_importance import same_model
 from eval.result_cache import journal_file
 from eval.run import run
-from eval.spec import default_lengths
 
 Scores = dict[str, dict[int, float]]  # by task, then by length
 
@@ -59,7 +59,7 @@ def transfer_matrix(base: Scores, tuned: dict[str, Scores]) -> dict[str, dict[st
 
 
 def score_transfer(
-    model: str, adapters: dict[str, str], tasks: list[str], *, lengths: list[int] | None, samples: int,
+    model: str, adapters: dict[str, str], tasks: list[Task], *, lengths: list[int] | None, samples: int | None,
     batch_size: int | None, chat_template: str | None, out: Path,
 ) -> tuple[dict[str, Any], list[Path]]:  # fmt: skip
     """Score a base model and its adapters on every task.
@@ -67,9 +67,9 @@ def score_transfer(
     Args:
         model: hub id or folder of the base model.
         adapters: folders by name.
-        tasks: of ``METRICS``.
-        lengths: longest test samples, in tokens; None uses ``default_lengths``.
-        samples: per length.
+        tasks: see ``scored_task``.
+        lengths: see ``eval.run.run``.
+        samples: see ``eval.run.run``.
         batch_size: prompts decoded together; None uses what memory allows.
         chat_template: Jinja file, or None.
         out: result file, beside which responses are cached.
@@ -80,15 +80,16 @@ def score_transfer(
     Raises:
         ValueError: an adapter is of another base model; or see ``run`` and ``transferability``.
     """
-    journals = []
+    journals, counts = [], []
 
     def scores(name: str, loaded: LoadedModel) -> Scores:
-        scored = lengths or default_lengths(loaded.window)
         by_task = {}
         for task in tasks:
-            journals.append(journal_file(out, loaded.name, name, task, scored, samples, chat_template))
-            result = run(loaded, task, lengths=scored, samples=samples, batch_size=batch_size, journal=journals[-1])
-            by_task[task] = result.by_length()
+            identity = (task.name, dict(task.identity), lengths, samples, chat_template)
+            journals.append(journal_file(out, loaded.name, name, *identity))
+            result = run(loaded, task, lengths=lengths, samples=samples, batch_size=batch_size, journal=journals[-1])
+            by_task[task.name] = result.by_length()
+            counts.append(max(score.count for score in result.scores))
         return by_task
 
     base: Scores = {}
@@ -102,6 +103,6 @@ def score_transfer(
                 base = scores("base", untuned)
         tuned[name] = scores(name, loaded)
     return {
-        "kind": "transfer", "model": model, "base_model": model, "samples": samples, "adapters": adapters,
+        "kind": "transfer", "model": model, "base_model": model, "samples": max(counts), "adapters": adapters,
         "scores": {"base": base, **tuned}, "transferability": transfer_matrix(base, tuned),
     }, journals  # fmt: skip

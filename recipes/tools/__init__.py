@@ -1,1 +1,1 @@
-"""Code behind the commands of ``recipes``: rendering, cost estimates, smoke runs and the study."""
+"""Code behind the commands of ``recipes``: rendering, cost estimates and the study."""

@@ -1,23 +1,47 @@
-"""Estimate the FLOP and memory of tuning from a model's shape alone; docs/performance.md compares with measurements."""
+"""Estimate the seconds and memory of tuning from a model's shape, and choose what a step recomputes on a given card.
+
+docs/performance.md derives the formulas and compares them with measurements.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, NamedTuple
 
 from data_gen.dataset import Request
 
-# Dense FLOP per second in bfloat16 and in plain float32, and GiB, from the makers' data sheets; TF32 runs at half of
-# bfloat16's rate on all of them.
+
+class Gpu(NamedTuple):
+    """A card, from its maker's data sheet.
+
+    Attributes:
+        bfloat16: dense FLOP per second; TF32 runs at half of it on all of these.
+        float32: FLOP per second without TF32.
+        bandwidth: bytes per second of its memory.
+        host: bytes per second to host memory, of PCIe 5.0 or 4.0 in practice.
+        gib: its memory.
+    """
+
+    bfloat16: float
+    float32: float
+    bandwidth: float
+    host: float
+    gib: int
+
+
 GPUS = {
-    "a100": (312e12, 19.5e12, 80), "h100": (989e12, 67e12, 80), "h200": (989e12, 67e12, 141),
-    "rtx4090": (165e12, 82.6e12, 24), "l40s": (362e12, 91.6e12, 48),
+    "a100": Gpu(312e12, 19.5e12, 2.0e12, 25e9, 80), "h100": Gpu(989e12, 67e12, 3.35e12, 50e9, 80),
+    "h200": Gpu(989e12, 67e12, 4.8e12, 50e9, 141), "rtx4090": Gpu(165e12, 82.6e12, 1.01e12, 25e9, 24),
+    "l40s": Gpu(362e12, 91.6e12, 0.864e12, 25e9, 48),
 }  # fmt: skip
-# Share of that peak that tuning reaches: the paper's own 40 minutes on an A100 come to 11 %; good attention kernels
-# reach half at these lengths (an H200 measured 38 to 58 %).
-PAPER_SHARE, GOOD_SHARE = 0.11, 0.5
-# GiB of common cards, and the share that a step may take: the rest is lost to the driver and to fragmentation.
-CARDS, CARD_SHARE = (24, 48, 80), 0.92
+# A card of each usual size in GiB, and the share that a step may take: the rest is lost to the driver and to
+# fragmentation.
+CARDS, CARD_SHARE = {24: "rtx4090", 48: "l40s", 80: "h100", 141: "h200"}, 0.92
+# Shares of the data sheet's rates that a step reaches, fitted to steps on an H200 (results/bench_gpu*.json): of matrix
+# products, of attention forward and backward, and of reads and writes of elementwise operations.
+LINEAR, FORWARD, BACKWARD, BANDWIDTH = 0.74, 0.605, 0.523, 0.56
 # FLOP per second of tuning in float32 on two idle CPU cores with AVX-512: 50 samples of 1,024 tokens, 5.7e11 FLOP each,
 # in 5.3 minutes on SmolLM2-135M (November 2026).
 CPU_FLOPS = 8.9e10
@@ -96,75 +120,203 @@ def training_flop(shape: Shape, tokens: float, *, answer: int = 40, recompute: b
 
 
 @dataclass(frozen=True)
-class MemoryConfig:
-    """Settings that the memory of a step depends on.
+class StepConfig:
+    """Settings that the seconds and the memory of a step depend on.
 
     Attributes:
         element: bytes of a number: 2 in bfloat16, 4 in float32.
+        tf32: whether float32 is multiplied as TF32.
         quantised: bytes of a weight of the layers' projections; None if they are not quantised.
-        recompute: whether activations are recomputed (gradient checkpointing) rather than stored in every layer.
-        offload: whether layer inputs are stored in host memory (``activation_offloading: hidden_states``).
+        recompute: whether activations are recomputed (gradient checkpointing) rather than stored.
+        selective: whether recomputed layers store their attention outputs (``selective_checkpointing``).
+        every: only every N-th layer is recomputed (``gradient_checkpointing_kwargs: every_n_layers``).
+        liger: whether norms, RoPE and SwiGLU are Liger's.
+        offload: what recomputed layers store in host memory: nothing, their ``inputs`` (``activation_offloading:
+            hidden_states``), or ``all``, the attention outputs as well (``selective_checkpointing: {offload: true}``).
+        low_rank: whether LoRA is trained instead of scales.
         devices: that weights are sharded across (ZeRO-3 or FSDP2).
         context_parallel_size: devices that a sample's tokens are sharded across (``seal: context_parallel``).
     """
 
     element: int = 2
+    tf32: bool = False
     quantised: float | None = None
     recompute: bool = True
-    offload: bool = False
+    selective: bool = False
+    every: int = 1
+    liger: bool = False
+    offload: str = ""
+    low_rank: bool = False
     devices: int = 1
     context_parallel_size: int = 1
 
     @classmethod
-    def of(cls, settings: dict[str, Any]) -> MemoryConfig:
+    def of(cls, settings: dict[str, Any]) -> StepConfig:
         """Read a recipe's settings, for a device that holds all weights."""
+        selective = settings.get("selective_checkpointing")
+        offload = "inputs" if settings.get("activation_offloading") == "hidden_states" else ""
+        if offload and isinstance(selective, dict) and selective.get("offload"):
+            offload = "all"
         return cls(
             element=2 if any(settings.get(dtype) for dtype in ("bf16", "bfloat16", "fp16", "float16")) else 4,
+            tf32=settings.get("tf32") is True,
             quantised=0.5 if settings.get("load_in_4bit") else 1.0 if settings.get("load_in_8bit") else None,
             recompute=bool(settings.get("gradient_checkpointing")),
-            offload=settings.get("activation_offloading") == "hidden_states",
+            selective=bool(selective),
+            every=(settings.get("gradient_checkpointing_kwargs") or {}).get("every_n_layers", 1),
+            liger=bool(settings.get("liger_glu_activation")),
+            offload=offload,
+            low_rank=settings.get("adapter") in ("lora", "qlora"),
             context_parallel_size=(settings.get("seal") or {}).get("context_parallel", 1),
         )
 
+    @property
+    def name(self) -> str:
+        """Name of what is recomputed, as ``recipes.bench --settings`` has it."""
+        parts = {"none": not self.recompute, "selective": self.selective, "liger": self.liger,
+                 f"every{self.every}": self.every > 1, "offload": self.offload == "inputs",
+                 "offload_all": self.offload == "all"}  # fmt: skip
+        return "+".join(part for part, used in parts.items() if used) or "full"
 
-def training_bytes(shape: Shape, tokens: int, *, answer: int = 40, memory: MemoryConfig = MemoryConfig()) -> float:
+    def recomputed(self, layers: int) -> list[bool]:
+        """Return for each layer whether it is recomputed."""
+        return [self.recompute and layer % self.every == 0 for layer in range(layers)]
+
+
+def layer_bytes(shape: Shape, step: StepConfig, recomputed: bool) -> float:
+    """Return the bytes per token that a layer stores on the device from its forward to its backward pass.
+
+    A recomputed layer stores its input, and its attention output under selective checkpointing. Any other stores the
+    inputs of its norms (in 16 bits twice, as they compute in float32), queries, keys, values and attention output, and
+    three products of its MLP; Liger's norms store their input once, its SwiGLU two products. Each of LoRA's four
+    projections stores its input in float32; where that is its dtype, three share one.
+    """
+    if recomputed:
+        kept = 0 if step.offload else shape.hidden
+        return step.element * (kept + (shape.attention if step.selective and step.offload != "all" else 0))
+    norms = (4 if step.element == 2 and not step.liger else 2) * shape.hidden
+    mlp = (2 if step.liger else 3) * shape.mlp
+    low_rank = (8 if step.element == 2 else 1) * shape.hidden if step.low_rank else 0
+    return step.element * (norms + 2 * shape.attention + 2 * shape.shared + mlp + low_rank)
+
+
+def training_bytes(shape: Shape, tokens: int, *, answer: int = 40, step: StepConfig = StepConfig()) -> float:
     """Compute the peak memory in bytes of one step on one device, with attention in linear memory.
 
-    It is the sum of the weights, the input of every layer, d each (only two layers' where they are offloaded), and the
-    working set of one layer. For its backward pass a layer stores the inputs of its norms (in 16 bits twice, as they
-    compute in float32), queries, keys, values and attention output, and three products of its MLP; temporaries are one
-    tensor of each kind, and two gradients in the MLP. Where weights are sharded, a device also gathers one layer; where
-    tokens are, all keys and values of one layer, their gradients, and those of a part of its queries.
+    It is the sum of the weights, what the layers store, the working set of the layer in its backward pass, which a
+    recomputed layer stores again, and temporaries: one tensor of each kind, and two gradients in the MLP. Layers above
+    that layer have freed theirs. Two layers' inputs are on the device where inputs are in host memory. Where weights
+    are sharded, a device also gathers one layer; where tokens are, all keys and values of one layer, their gradients,
+    and those of a part of its queries.
 
     Args:
         shape: of the model.
         tokens: T.
         answer: tokens with a loss.
-        memory: settings of the step.
+        step: settings of the step.
     """
-    element = memory.element
-    tokens_here = tokens / memory.context_parallel_size
+    element = step.element
     embeddings = element * (shape.parameters - shape.linear)
-    weights = ((memory.quantised or element) * shape.linear + embeddings) / memory.devices
-    norms = (4 if element == 2 else 2) * shape.hidden
-    stored = tokens_here * element * (norms + 2 * shape.attention + 2 * shape.shared + 3 * shape.mlp)
-    temporary = tokens_here * element * (shape.hidden + shape.attention + shape.shared + 2 * shape.mlp)
-    layer_inputs = tokens_here * element * shape.hidden * (2 if memory.offload else shape.layers)
-    activations = layer_inputs + stored if memory.recompute else shape.layers * stored
-    gathered = element * shape.linear / shape.layers if memory.devices > 1 else 0.0
-    gathered += element * 6 * tokens * shape.shared if memory.context_parallel_size > 1 else 0.0
-    return weights + activations + temporary + gathered + 12 * answer * shape.vocabulary
+    weights = ((step.quantised or element) * shape.linear + embeddings) / step.devices
+    working = layer_bytes(shape, step, False)
+    stored = peak = 0.0
+    for recomputed in step.recomputed(shape.layers):
+        stored += layer_bytes(shape, step, recomputed)
+        peak = max(peak, stored + (working if recomputed else 0))
+    peak += element * (shape.hidden + shape.attention + shape.shared + 2 * shape.mlp)
+    if step.offload:
+        peak += 2 * element * shape.hidden
+    gathered = element * shape.linear / shape.layers if step.devices > 1 else 0.0
+    gathered += element * 6 * tokens * shape.shared if step.context_parallel_size > 1 else 0.0
+    return weights + tokens / step.context_parallel_size * peak + gathered + 12 * answer * shape.vocabulary
 
 
-def longest_sample(shape: Shape, gib: float, memory: MemoryConfig) -> int:
+def host_bytes(shape: Shape, tokens: float, step: StepConfig) -> float:
+    """Return the bytes of activations that one step stores in host memory."""
+    sizes = {"": 0, "inputs": shape.hidden, "all": shape.hidden + shape.attention}
+    return tokens * step.element * sizes[step.offload] * sum(step.recomputed(shape.layers))
+
+
+def moved_bytes(shape: Shape, step: StepConfig) -> tuple[float, float]:
+    """Return the bytes per token that a layer's elementwise operations read and write, forward and backward.
+
+    They were counted on one layer in bfloat16 with and without Liger, those of LoRA fitted to its measured steps.
+    """
+    d, heads, m = shape.hidden, shape.attention + shape.shared, shape.mlp
+    forward, backward = (
+        (20 * d + 4 * heads + 6 * m, 42 * d + 4 * heads + 10 * m) if step.liger
+        else (84 * d + 20 * heads + 10 * m, 198 * d + 32 * heads + 18 * m)
+    )  # fmt: skip
+    scale = (120 * d, 180 * d) if step.low_rank else (12 * shape.attention, 32 * shape.attention)
+    return (forward + scale[0]) * step.element / 2, (backward + scale[1]) * step.element / 2
+
+
+def step_seconds(shape: Shape, tokens: float, step: StepConfig, gpu: str = "h200") -> float:
+    """Compute the seconds of one step on one sample of T tokens, logits and communication left out.
+
+    Backprop ends at the first layer's scale. Recomputation leaves out a layer's last projection, whose output nothing
+    needs, and attention under selective checkpointing. Copies to and from host memory are counted as if nothing ran
+    beside them. A quantised base is taken for one in bfloat16.
+    """
+    card = GPUS[gpu]
+    peak = card.bfloat16 if step.element == 2 else card.bfloat16 / 2 if step.tf32 else card.float32
+    linear = 2 * tokens * shape.linear / shape.layers / (peak * LINEAR)
+    attention = 2 * tokens**2 * shape.attention / peak
+    forward, backward = (tokens * moved / (card.bandwidth * BANDWIDTH) for moved in moved_bytes(shape, step))
+    products = shape.linear / shape.layers / shape.hidden  # weights of a layer, in d
+    below = (shape.attention + 2 * shape.shared) / products  # the first layer's queries, keys and values
+    total = shape.layers * (2 * linear + forward + backward + attention / FORWARD)
+    total += (shape.layers - 1) * 2.5 * attention / BACKWARD - below * (linear + backward)
+    again = linear * (1 - shape.mlp / products) + forward + (0 if step.selective else attention / FORWARD)
+    total += sum(step.recomputed(shape.layers)) * again + 2 * host_bytes(shape, tokens, step) / card.host
+    return total / step.context_parallel_size
+
+
+def choices(step: StepConfig) -> Iterator[StepConfig]:
+    """Yield the settings that ``fastest`` chooses from; LoRA's every layer is recomputed."""
+    if not step.low_rank:
+        yield replace(step, recompute=False, selective=False, every=1, offload="")
+    for selective, every, offload in product((True, False), range(1, 2 if step.low_rank else 9), ("", "inputs", "all")):
+        if selective or offload != "all":
+            yield replace(step, recompute=True, selective=selective, every=every, offload=offload)
+
+
+def fastest(shape: Shape, tokens: int, gib: float, step: StepConfig, gpu: str = "h200") -> StepConfig:
+    """Choose the fastest setting that fits a card, the one that copies and takes the least if several are.
+
+    The base is quantised to 8 bits only if nothing fits otherwise.
+
+    Args:
+        shape: of the model.
+        tokens: of the longest sample.
+        gib: the card's memory.
+        step: dtype, method and kernels; what it recomputes does not matter.
+        gpu: the card, a key of ``GPUS``.
+
+    Raises:
+        ValueError: nothing fits.
+    """
+    for quantised in dict.fromkeys((step.quantised, step.quantised or 1.0)):
+        options = {choice: training_bytes(shape, tokens, step=choice)
+                   for choice in choices(replace(step, quantised=quantised))}  # fmt: skip
+        if fitting := [choice for choice, size in options.items() if size <= CARD_SHARE * gib * 2**30]:
+            return min(fitting, key=lambda choice: (step_seconds(shape, tokens, choice, gpu), len(choice.offload),
+                                                    options[choice]))  # fmt: skip
+    raise ValueError(
+        f"card: a sample of {tokens} tokens takes at least {min(options.values()) / 2**30:.0f} GiB even with the base "
+        f"in 8 bits, more than {CARD_SHARE:.0%} of {gib:g}: take a larger card or shorter samples"
+    )
+
+
+def longest_sample(shape: Shape, gib: float, step: StepConfig) -> int:
     """Return the longest sample in tokens whose step fits into ``gib``, 0 if none does; memory is linear in tokens."""
-    fixed, with_1000 = (training_bytes(shape, tokens, memory=memory) for tokens in (0, 1000))
+    fixed, with_1000 = (training_bytes(shape, tokens, step=step) for tokens in (0, 1000))
     return max(0, int((gib * 2**30 - fixed) / (with_1000 - fixed) * 1000))
 
 
 def needs_checkpointing(shape: Shape, tokens: int) -> bool:
     """Return whether a step in float32 fits into ``CPU_GIB`` only if activations are recomputed."""
-    return cpu_gib(training_bytes(shape, tokens, memory=MemoryConfig(element=4, recompute=False))) > CPU_GIB
+    return cpu_gib(training_bytes(shape, tokens, step=StepConfig(element=4, recompute=False))) > CPU_GIB
 
 
 def cpu_gib(tensors: float) -> float:
@@ -177,73 +329,70 @@ class Cost:
     """Memory and work of a recipe.
 
     Attributes:
-        flop: useful work of all steps.
-        executed: the same with recomputed activations.
+        shape: of its model.
+        step: settings of a step.
+        steps: number of steps and tokens of a sample.
         tokens: of its longest sample.
-        bytes: peak memory.
-        memory: settings that the peak depends on.
-        tf32: whether float32 is multiplied as TF32.
     """
 
-    flop: float
-    executed: float
+    shape: Shape
+    step: StepConfig
+    steps: tuple[tuple[float, float], ...]
     tokens: int
-    bytes: float
-    memory: MemoryConfig
-    tf32: bool = False
+
+    @property
+    def flop(self) -> float:
+        """Useful work of all steps."""
+        return sum(number * training_flop(self.shape, tokens) for number, tokens in self.steps)
 
     @property
     def gib(self) -> float:
-        """Peak memory in GiB."""
-        return self.bytes / 2**30
+        """Peak memory of a device in GiB."""
+        return training_bytes(self.shape, self.tokens, step=self.step) / 2**30
 
     @property
     def cpu_gib(self) -> float:
         """Peak memory in GiB of the process on a CPU."""
-        return cpu_gib(self.bytes)
+        return cpu_gib(self.gib * 2**30)
 
     @property
     def cpu_minutes(self) -> int:
         """Minutes on two CPU cores at ``CPU_FLOPS``, at least 1."""
-        return max(1, round(self.executed / CPU_FLOPS / 60))
+        recompute = self.step.recompute
+        flop = sum(n * training_flop(self.shape, tokens, recompute=recompute) for n, tokens in self.steps)
+        return max(1, round(flop / CPU_FLOPS / 60))
 
-    def minutes(self, gpu: str) -> tuple[float, float]:
-        """Return the minutes on one of ``GPUS``: at ``GOOD_SHARE`` of its peak, and at ``PAPER_SHARE``.
-
-        Context parallelism uses several of them; communication between them is not counted.
-        """
-        half, plain, _ = GPUS[gpu]
-        peak = half if self.memory.element == 2 else half / 2 if self.tf32 else plain
-        flop = self.flop / self.memory.context_parallel_size
-        return flop / (peak * GOOD_SHARE) / 60, flop / (peak * PAPER_SHARE) / 60
+    def seconds(self, gpu: str) -> float:
+        """Return the seconds of all steps on one of ``GPUS``, or on as many as share a sample."""
+        return sum(number * step_seconds(self.shape, tokens, self.step, gpu) for number, tokens in self.steps)
 
 
-def recipe_cost(settings: dict[str, Any], shape: Shape) -> Cost:
-    """Estimate a recipe's cost on one device, or with context parallelism on each; LoRA's own work is not counted.
+def recipe_cost(settings: dict[str, Any], shape: Shape, lengths: Sequence[int] = ()) -> Cost:
+    """Estimate a recipe's cost on one device, or with context parallelism on each.
 
     Args:
         settings: the recipe; its ``seal: data:`` declares number and lengths of samples.
         shape: of its model.
+        lengths: of its samples in tokens, if it does not describe them.
 
     Raises:
         ValueError: the recipe does not describe its data in tokens.
     """
     from axolotl_plugins.seal.args import parse_block
 
+    if lengths:
+        epochs = settings.get("num_epochs", 1)
+        return Cost(shape, StepConfig.of(settings), tuple((epochs, tokens) for tokens in lengths), max(lengths))
     block = parse_block(settings.get("seal"))
     if not block.data:
-        raise ValueError("does not describe its data (`seal: data:`), so its length is unknown")
-    memory = MemoryConfig.of(settings)
-    flop, executed, longest = 0.0, 0.0, 0
+        raise ValueError("neither describes its data (`seal: data:`) nor names a local JSON lines file of chats")
+    steps, longest = [], 0
     for data in block.data:
         if data.tokens is None:
             raise ValueError("seal.data counts lines, expected tokens")
         low, high = Request(data.task, data.tokens).token_range()
         longest = max(longest, high)
-        steps = data.samples * settings.get("num_epochs", 1)
+        samples = data.samples * settings.get("num_epochs", 1)
         # Simpson's rule: exact for lengths drawn uniformly, as work is quadratic in them.
-        for tokens, weight in ((low, 1), ((low + high) / 2, 4), (high, 1)):
-            flop += steps * training_flop(shape, tokens) * weight / 6
-            executed += steps * training_flop(shape, tokens, recompute=memory.recompute) * weight / 6
-    peak = training_bytes(shape, longest, memory=memory)
-    return Cost(flop, executed, longest, peak, memory, settings.get("tf32") is True)
+        steps += [(samples * weight / 6, tokens) for tokens, weight in ((low, 1), ((low + high) / 2, 4), (high, 1))]
+    return Cost(shape, StepConfig.of(settings), tuple(steps), longest)

@@ -8,66 +8,115 @@ from typing import TYPE_CHECKING, Any
 
 from axolotl_plugins.common.console import first_line
 from axolotl_plugins.common.window import context_window, read_config
-from recipes.tools.estimate import Shape
+from data_gen.dataset import Request, generate
+from data_gen.tasks import resolve_task
+from recipes.tools.estimate import CARDS, Shape
 from recipes.tools.methods import METHODS
-from recipes.tools.render import FOLDER, TASKS, TEMPLATES, Recipe, rate, read_matrix
+from recipes.tools.render import CARD, FOLDER, TEMPLATES, OwnData, Recipe, rate, read_matrix
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PAPER_WINDOW_SHARE = (31, 32)  # of the window that the longest training sample takes: 31K of 32K
 
 
 def recipe_for(
     base: str, task: str, method: str, tokens: str | None = None, chat_template: str | None = None,
-    out: Path | None = None, gpu: bool | None = None, window: int | None = None,
-    template_arguments: dict[str, Any] | None = None,
+    out: Path | None = None, gpu: bool | None = None, card: int = CARD, window: int | None = None,
+    template_arguments: dict[str, Any] | None = None, data: Path | None = None,
 ) -> tuple[str, str]:  # fmt: skip
     """Render a recipe, and return it with the names of the modules that it scales.
 
     Args:
         base: hub id or folder of the model.
-        task: a key of ``TASKS``.
+        task: see ``resolve_task``; of no matter with ``data``.
         method: a key of ``METHODS``.
         tokens: longest training sample, as ``"31000"``, or a range, as ``"8000:31000"``.
         chat_template: name of a chat template in recipes/templates.
         out: file that the recipe is for; it is not written.
         gpu: whether the recipe is for a GPU; None checks this machine.
+        card: memory of that GPU in GiB, a key of ``CARDS``.
         window: context window in tokens, for a model whose config states none.
         template_arguments: variables of the chat template, see ``axolotl_plugins.common.tokenizer.with_arguments``.
+        data: JSON lines file of chats to train on instead of a task's samples.
 
     Raises:
-        ValueError: SEAL cannot wrap the model, it has no chat template, or an option is invalid.
+        ValueError: SEAL cannot wrap the model, it has no chat template, an option is invalid, or a sample is too long.
     """
     import torch
 
     from axolotl_plugins.common.tokenizer import load_tokenizer
     from axolotl_plugins.seal import find_attention_outputs
+    from axolotl_plugins.seal.chats import chat_lengths
 
-    for option, value, expected in (("task", task, TASKS), ("method", method, METHODS)):
+    for option, value, expected in (("method", method, METHODS), ("card", card, CARDS)):
         if value not in expected:
-            raise ValueError(f"{option}: found {value!r}, expected one of {', '.join(expected)}")
+            raise ValueError(f"{option}: found {value!r}, expected one of {', '.join(map(str, expected))}")
+    name = data.stem if data else resolve_task(task).name
+    out = out or FOLDER.relative_to(FOLDER.parent) / f"{Path(base).name.lower().replace('.', '_')}_{name}_{method}.yml"
+    if not re.fullmatch(r"\w[\w.+-]*\.ya?ml", out.name):  # it is part of names in the recipe as well
+        raise ValueError(f"out: found the name {out.name!r}, expected letters, digits and any of . _ + -, then .yml")
     tokenizer = load_tokenizer(base, str(template_file(chat_template)) if chat_template else None, template_arguments)
+    own = OwnData(str(data), tuple(chat_lengths(data, {}, tokenizer).values())) if data else None
     changes = {"max_position_embeddings": window} if window else {}
     model = meta_model(base, changes)
     modules = find_attention_outputs(model)
-    if (embeddings := model.get_input_embeddings().num_embeddings) < len(tokenizer):
-        raise ValueError(f"{base}: has {embeddings} embeddings, fewer than its tokenizer has tokens: call the model's "
-                         f"`resize_token_embeddings({len(tokenizer)})` and save it")  # fmt: skip
-    window, lengths = sample_lengths(model, base, task, tokens)
-    entry: dict[str, Any] = {
-        "name": base, "base_model": base, "window": window, "tokens": lengths, "model_config": changes,
-        "gpu": torch.cuda.is_available() if gpu is None else gpu, "template": chat_template,
+    entry = model_entry(model, base, len(tokenizer), own)
+    entry |= {
+        "gpu": torch.cuda.is_available() if gpu is None else gpu, "template": chat_template, "model_config": changes,
         "template_arguments": template_arguments,
     }  # fmt: skip
-    out = out or FOLDER.relative_to(FOLDER.parent) / f"{Path(base).name.lower().replace('.', '_')}_{task}_{method}.yml"
-    if not re.fullmatch(r"\w[\w.+-]*\.ya?ml", out.name):  # it is part of names in the recipe as well
-        raise ValueError(f"out: found the name {out.name!r}, expected letters, digits and any of . _ + -, then .yml")
+    entry["tokens"] = None if own else sample_lengths(entry["window"], task, tokens)
+    rates = read_matrix()["rates"]
+    known = not own and task in rates
     recipe = Recipe(
-        out, entry, task, method, rate=rate(read_matrix()["rates"], "", task, method), shape=shape_of(model),
-        shows="not a model of the paper; its rate is that of the task",
+        out, entry, task, method, rate=rate(rates, "", task if known else "line", method), shape=shape_of(model),
+        shows=shows(own, known), card=card, own=own, samples=len(own.lengths) if own else 50,
     )  # fmt: skip
+    if not own:
+        check_shortest(recipe, tokenizer)
     return recipe.text, ", ".join(modules)
+
+
+def model_entry(model: PreTrainedModel, base: str, vocabulary: int, own: OwnData | None) -> dict[str, Any]:
+    """Return what a recipe depends on of its model, as an entry of ``models`` in ``matrix.yml``.
+
+    Raises:
+        ValueError: its tokenizer has more tokens than it has embeddings, or its window is unknown or too short.
+    """
+    if (embeddings := model.get_input_embeddings().num_embeddings) < vocabulary:
+        raise ValueError(f"{base}: has {embeddings} embeddings, fewer than its tokenizer has tokens: call the model's "
+                         f"`resize_token_embeddings({vocabulary})` and save it")  # fmt: skip
+    config = model.config.get_text_config()
+    try:
+        window = context_window(config, base)
+    except ValueError as error:
+        raise ValueError(f"{error}; or give --window N, which becomes part of the recipe") from None
+    if own and max(own.lengths) > window:
+        raise ValueError(f"{own.path}: its longest sample has {max(own.lengths)} tokens, more than the model's window "
+                         f"of {window}: shorten or remove it")  # fmt: skip
+    return {"name": base, "base_model": base, "window": window, "type": config.model_type,
+            "window_attention": getattr(config, "sliding_window", None)}  # fmt: skip
+
+
+def shows(own: OwnData | None, known: bool) -> str:
+    """Return the end of a recipe's title: what it trains on and what its rate comes from."""
+    if known:
+        return "not a model of the paper; its rate is that of the task"
+    rate_note = "its rate is that of line retrieval, others may suit better (`seal probe sweep`)"
+    return f"samples of {min(own.lengths):,} to {max(own.lengths):,} tokens; {rate_note}" if own else rate_note
+
+
+def check_shortest(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise if the shortest samples that a recipe asks for hold none of its task.
+
+    Raises:
+        ValueError: see above; the message states the shortest possible sample.
+    """
+    for part in recipe.data_parts():
+        if "data" not in resolve_task(part["task"]).options:  # LongBench's passages are fetched, and cut to any length
+            low = str(part["tokens"]).partition(":")[0]
+            list(generate(Request(part["task"], low, samples=2), tokenizer))
 
 
 def template_file(name: str) -> Path:
@@ -101,23 +150,17 @@ def meta_model(base: str, changes: dict[str, Any] | None = None) -> PreTrainedMo
     return model
 
 
-def sample_lengths(model: PreTrainedModel, base: str, task: str, tokens: str | None) -> tuple[int, int | str]:
-    """Return a model's window and the length, or range of lengths, of training samples, in tokens.
+def sample_lengths(window: int, task: str, tokens: str | None) -> int | str:
+    """Return the length, or range of lengths, of training samples, in tokens.
 
     Raises:
-        ValueError: the config has no window, or the samples do not fit.
+        ValueError: it is invalid, or does not fit into the model's window.
     """
-    from data_gen.dataset import Request
-
-    try:
-        window = context_window(model.config, base)
-    except ValueError as error:
-        raise ValueError(f"{error}; or give --window N, which becomes part of the recipe") from None
     share, whole = PAPER_WINDOW_SHARE
     low, high = Request(task, tokens or str(window * share // whole)).token_range()
     if high >= window:
         raise ValueError(f"tokens: {high} do not fit into the window of {window}: ask for at most {window - 1}")
-    return window, f"{low}:{high}" if tokens and ":" in tokens else high
+    return f"{low}:{high}" if tokens and ":" in tokens else high
 
 
 def shape_of(model: PreTrainedModel) -> Shape | None:

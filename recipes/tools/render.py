@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from textwrap import fill
@@ -13,8 +13,20 @@ from typing import Any
 import jinja2
 import yaml
 
-from data_gen.tasks import TaskAttribute, tasks_of
-from recipes.tools.estimate import CPU_FLOPS, GOOD_SHARE, PAPER_SHARE, Cost, Shape, needs_checkpointing, recipe_cost
+from axolotl_plugins.common.io import load_json
+from data_gen.tasks import TaskAttribute, resolve_task, tasks_of
+from recipes.tools.estimate import (
+    CARD_SHARE,
+    CARDS,
+    CPU_FLOPS,
+    Cost,
+    Shape,
+    StepConfig,
+    fastest,
+    host_bytes,
+    needs_checkpointing,
+    recipe_cost,
+)
 from recipes.tools.methods import GRANULARITY, METHODS, PROJECTIONS, RANK
 
 FOLDER = Path(__file__).parents[1]
@@ -24,6 +36,22 @@ TASKS = TaskAttribute("description")
 MIXTURES = {"multi": ("line", "niah", "vt", "cwe", "fwe"), "demo": ("line",)}
 RULER = tasks_of("ruler")
 SHORTEST_RULER = 8000  # tokens; lengths are drawn from here to the model's longest (appendix B.3)
+CARD = 80  # GiB of the GPU that recipes are for
+LIGER_MODELS = ("llama", "mistral", "qwen2", "qwen3")  # whose norms, RoPE and SwiGLU Liger replaces
+RESULTS = FOLDER.parent / "results"
+
+
+@dataclass(frozen=True)
+class OwnData:
+    """A file of chats to train on.
+
+    Attributes:
+        path: as the recipe names it.
+        lengths: of its chats, in tokens.
+    """
+
+    path: str
+    lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -33,17 +61,18 @@ class Recipe:
     Attributes:
         file: path of the recipe.
         model: an entry of ``models`` in ``matrix.yml``.
-        task: a key of ``TASKS`` or ``MIXTURES``.
+        task: see ``resolve_task``, or a key of ``MIXTURES``.
         method: a key of ``METHODS``.
         rate: learning rate.
         shows: the purpose, such as the table of the paper that it reproduces.
         shape: of the model, for the cost estimate; None if unknown.
+        card: memory of the GPU in GiB, which decides what a step recomputes; a key of ``CARDS``.
         samples: training samples.
         epochs: passes over them.
         sharding: ``fsdp2`` or ``zero3`` to shard weights across devices.
         context_parallel_size: devices that every sample's tokens are sharded across.
-        measured: ``seconds`` per sample and peak ``gib`` on an H200, see ``matrix.yml``; empty if not measured.
         ruler_version: of RULER's tasks, see ``data_gen.dataset.Request``.
+        own: file to train on instead of a task's samples.
     """
 
     file: Path
@@ -57,8 +86,9 @@ class Recipe:
     epochs: int = 1
     sharding: str | None = None
     context_parallel_size: int = 1
-    measured: dict[str, Any] = field(default_factory=dict)
+    card: int = CARD
     ruler_version: int | None = None
+    own: OwnData | None = None
 
     @property
     def name(self) -> str:
@@ -76,15 +106,53 @@ class Recipe:
         return self.model.get("gpu", True)
 
     @property
-    def recompute(self) -> bool:
-        """Whether activations are recomputed (gradient checkpointing): on GPUs, and on CPUs that lack the memory."""
-        longest = max(int(str(sample_tokens(self.model, self.task, part)).rpartition(":")[2]) for part in self.tasks)
-        return self.gpu or (self.shape is not None and needs_checkpointing(self.shape, longest))
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        if self.own:
+            return max(self.own.lengths)
+        return max(int(str(sample_tokens(self.model, self.task, part)).rpartition(":")[2]) for part in self.tasks)
+
+    @property
+    def self_extend(self) -> bool:
+        """Whether attention is Self-Extend's."""
+        return "self_extend" in str(self.model.get("model_config"))
+
+    @property
+    def chooses(self) -> bool:
+        """Whether ``card`` decides what is recomputed: on one GPU, with attention that the estimate is for."""
+        alone = self.sharding is None and self.context_parallel_size == 1
+        return self.gpu and alone and self.shape is not None and not self.self_extend and not self.window_attention
+
+    @property
+    def window_attention(self) -> bool:
+        """Whether some layers attend to a sliding window, for which PyTorch's attention builds a mask of T x T."""
+        return bool(self.model.get("window_attention"))
+
+    @cached_property
+    def step(self) -> StepConfig:
+        """Settings of a step: the fastest that fits the card; without a choice recomputed, on CPUs if memory lacks.
+
+        Raises:
+            ValueError: nothing fits.
+        """
+        if not self.gpu:
+            return StepConfig(4, recompute=self.shape is not None and needs_checkpointing(self.shape, self.longest))
+        step = StepConfig(low_rank=self.method not in GRANULARITY)
+        if not self.chooses:
+            return step
+        assert self.shape is not None
+        step = replace(step, liger=self.model.get("type") in LIGER_MODELS)
+        return fastest(self.shape, self.longest, self.card, step, CARDS[self.card])
 
     @cached_property
     def cost(self) -> Cost | None:
         """Estimate of memory and time from the model's shape; None if that is unknown."""
-        return recipe_cost(yaml.safe_load(self.render("")), self.shape) if self.shape else None
+        return self.cost_of({}, self.shape) if self.shape else None
+
+    def cost_of(self, changes: dict[str, Any], shape: Shape) -> Cost:
+        """Estimate the cost with some settings changed."""
+        lengths = self.own.lengths if self.own else ()
+        return recipe_cost(yaml.safe_load(self.render("")) | changes, shape, lengths)
 
     @cached_property
     def text(self) -> str:
@@ -92,7 +160,9 @@ class Recipe:
         return self.render(expectation(self))
 
     def data_parts(self) -> list[dict[str, Any]]:
-        """Return task, tokens, samples and data file of every part of the training data."""
+        """Return the data file of every part of the training data, and its task, tokens and samples."""
+        if self.own:
+            return [{"path": self.own.path}]
         # Equal data have equal names, on however many devices and by whatever method.
         key = self.name.removesuffix(f"_{self.sharding}").removesuffix(f"_cp{self.context_parallel_size}")
         key = key.removesuffix(f"_{self.method}")
@@ -102,18 +172,19 @@ class Recipe:
                 "tokens": sample_tokens(self.model, self.task, part),
                 "samples": self.samples // len(self.tasks),
                 "ruler_version": self.ruler_version if part in RULER else None,
-                "file": key if len(self.tasks) == 1 else f"{key}_{part}",
+                "path": f"data/{key}.jsonl" if len(self.tasks) == 1 else f"data/{key}_{part}.jsonl",
             }
             for part in self.tasks
         ]
 
     def render(self, expectation: str) -> str:
         """Render the template with a text on memory and time in its header."""
-        title = f"{METHODS[self.method]} on {self.model['name']}, {' + '.join(TASKS[part] for part in self.tasks)}"
+        data = self.own.path if self.own else " + ".join(resolve_task(part).description for part in self.tasks)
+        title = f"{METHODS[self.method]} on {self.model['name']}, {data}"
         return environment().get_template("recipe.yml.jinja").render(
             recipe=self, model=self.model, parts=self.data_parts(), launch_path=shlex.quote(str(self.file)),
             title=f"{title}: {self.shows}.", expectation=expectation, granularity=GRANULARITY.get(self.method),
-            rank=RANK, projections=PROJECTIONS, self_extend="self_extend" in str(self.model.get("model_config")),
+            rank=RANK, projections=PROJECTIONS, step=self.step,
         )  # fmt: skip
 
 
@@ -125,6 +196,8 @@ def environment() -> jinja2.Environment:
         undefined=jinja2.ChainableUndefined,
     )  # fmt: skip
     jinja.filters["comment"] = comment
+    # Quoted where it must be.
+    jinja.filters["yaml_text"] = lambda text: yaml.safe_dump(text, width=1000).removesuffix("\n...\n").rstrip()
     jinja.filters["yaml"] = lambda value: yaml.safe_dump(value, sort_keys=False).rstrip()
     return jinja
 
@@ -143,28 +216,28 @@ def expectation(recipe: Recipe) -> str:
         minutes = "a minute" if cost.cpu_minutes == 1 else f"{cost.cpu_minutes} minutes"
         return (
             f"Takes about {cost.cpu_gib:.0f} GiB, and {minutes} on two CPU cores: computed from shapes "
-            f"(`python -m recipes cost`), at the {CPU_FLOPS / 1e9:.0f} GFLOP/s in float32 that tuning SmolLM2-135M "
+            f"(`seal recipe cost`), at the {CPU_FLOPS / 1e9:.0f} GFLOP/s in float32 that tuning SmolLM2-135M "
             "with 1,024 tokens reached on two idle cores with AVX-512; others may take several times as long."
         )
-    fast, slow = cost.minutes("a100")
-    devices = recipe.context_parallel_size
-    on_each, cards = (" on each", str(devices)) if devices > 1 else ("", "one")
+    devices, gpu = recipe.context_parallel_size, CARDS[recipe.card]
+    seconds = cost.seconds(gpu)
+    each, cards = (" of each", f"{devices} {gpu.upper()}") if devices > 1 else ("", f"one {gpu.upper()}")
     text = (
-        f"Takes about {cost.gib:.0f} GiB{on_each}, and {fast:.0f} to {slow:.0f} minutes on {cards} A100 80 GB: "
-        f"computed from shapes (`python -m recipes cost`), at {GOOD_SHARE:.0%} of the card's peak and at the "
-        f"{PAPER_SHARE:.0%} that the authors' 40 minutes for 7B models and 31K tokens (section 5) come to."
+        f"Takes about {round_small(cost.gib, 0)} GiB{each} and {in_minutes(seconds)} on {cards}, "
+        f"{per_sample(recipe, seconds)}, computed from shapes (`seal recipe cost`)."
     )
-    if measured := recipe.measured:
-        fast, slow = cost.minutes("h200")
+    if recipe.chooses:
+        text += choice(recipe)
+    if row := measurement(recipe):
         text += (
-            f" Measured with random weights of these shapes on one H200 (docs/performance.md): {measured['seconds']} s "
-            f"a sample and {measured['gib']} GiB, so {measured_minutes(recipe):.0f} minutes, where the estimate is "
-            f"{cost.gib:.0f} GiB and {fast:.0f} to {slow:.0f} minutes."
+            f" Measured with random weights of these shapes on one {device_name(row)} (docs/performance.md): "
+            f"{row['seconds']:.1f} s a sample and {row['peak_gib']:.1f} GiB, so "
+            f"{in_minutes(row['seconds'] * recipe.samples * recipe.epochs)}."
         )
     if devices > 1:
         text += f" Start {devices} processes, which share every sample."
     if recipe.sharding:
-        weights = cost.memory.element * shape.parameters / 2**30
+        weights = cost.step.element * shape.parameters / 2**30
         text += (
             f" Of that, {weights:.0f} GiB are weights, which several devices shard; each takes samples of its own: "
             "`--num-epochs=N` makes as many steps on N devices as one makes."
@@ -172,9 +245,52 @@ def expectation(recipe: Recipe) -> str:
     return text
 
 
-def measured_minutes(recipe: Recipe) -> float:
-    """Return the minutes of all steps at the measured seconds per sample."""
-    return recipe.measured["seconds"] * recipe.samples * recipe.epochs / 60
+def in_minutes(seconds: float) -> str:
+    """Return a time in words: minutes, with a decimal below 10."""
+    if seconds < 30:
+        return "less than a minute"
+    return f"{seconds / 60:.1f} minutes" if seconds < 570 else f"{seconds / 60:.0f} minutes"
+
+
+def per_sample(recipe: Recipe, seconds: float) -> str:
+    """Return the mean seconds of a sample in words."""
+    return f"{round_small(seconds / recipe.samples / recipe.epochs, 1)} s a sample"
+
+
+def round_small(value: float, places: int) -> str:
+    """Return a number with so many decimal places, or one digit if that would be 0."""
+    return f"{value:.{places}f}" if value >= 10**-places else f"{value:.1g}"
+
+
+def choice(recipe: Recipe) -> str:
+    """Describe what a step recomputes on the recipe's card, and why."""
+    step, shape = recipe.step, recipe.shape
+    assert shape is not None
+    layers = "recomputes every layer" if step.every == 1 else f"recomputes one layer in {step.every}"
+    parts = [layers if step.recompute else "recomputes nothing"]
+    parts += ["stores attention outputs"] * step.selective + ["uses Liger's norms, RoPE and SwiGLU"] * step.liger
+    if step.offload:
+        what = "layer inputs" if step.offload == "inputs" else "layer inputs and attention outputs"
+        host = host_bytes(shape, recipe.longest, step) / 2**30
+        parts.append(f"keeps {what} in host memory ({host:.0f} GiB)")
+    if step.quantised:
+        parts.append("has its base in 8 bits")
+    full = recipe.cost_of(FULL, shape)
+    text = (
+        f" A step {', '.join(parts)}: the fastest setting that fits {CARD_SHARE:.0%} of {recipe.card} GiB (`--card` of "
+        "`seal recipe new` takes another)"
+    )
+    if step.recompute and not step.selective and step.every == 1:
+        return f"{text}."
+    return (
+        f"{text}; recomputing every layer takes {full.gib:.0f} GiB and "
+        f"{per_sample(recipe, full.seconds(CARDS[recipe.card]))}."
+    )
+
+
+# Settings of a recipe that recomputes everything.
+FULL = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": None, "selective_checkpointing": False,
+        "activation_offloading": False}  # fmt: skip
 
 
 def sample_tokens(model: dict[str, Any], task: str, part: str) -> int | str:
@@ -237,37 +353,41 @@ def matrix_recipes() -> list[Recipe]:
     for row in matrix["recipes"]:
         for key, task, method in itertools.product(row["models"], row["tasks"], row["methods"]):
             name, model = recipe_name(key, task, method, row), matrix["models"][key]
-            model = model | {"tokens": row.get("tokens", model["tokens"])}
+            shape = matrix["shapes"][model["shape"]]
+            model = model | {"tokens": row.get("tokens", model["tokens"]), "type": shape["model_type"]}
             if name in recipes:
                 raise ValueError(f"matrix.yml: two rows make {name}.yml")
-            one_device = "sharding" not in row and "context_parallel" not in row
             recipes[name] = Recipe(
                 Path("recipes") / f"{name}.yml", model, task, method,
                 rate=rate(model.get("rates", matrix["rates"]), key, task, method),
-                shows=f"{row['shows']} of arXiv 2501.15225", shape=Shape.of(matrix["shapes"][model["shape"]]),
+                shows=f"{row['shows']} of arXiv 2501.15225", shape=Shape.of(shape),
                 samples=row.get("samples", 50), epochs=row.get("epochs", 1), sharding=row.get("sharding"),
-                context_parallel_size=row.get("context_parallel", 1),
-                measured=measurement(matrix, model, task, method) if one_device else {},
+                context_parallel_size=row.get("context_parallel", 1), card=row.get("card", matrix["card"]),
                 ruler_version=row.get("ruler_version"),
             )  # fmt: skip
     return list(recipes.values())
 
 
-def measurement(matrix: dict[str, Any], model: dict[str, Any], task: str, method: str) -> dict[str, Any]:
-    """Return the measured step of a model's shape, method and sample length; empty if there is none."""
-    if "self_extend" in str(model.get("model_config")):
-        return {}  # its attention is another
-    tokens = [sample_tokens(model, task, part) for part in MIXTURES.get(task, (task,))]
-    for row in matrix["measured"]:
-        if row["shape"] == model["shape"] and method in row["methods"] and tokens == [row["tokens"]]:
-            return row
-    return {}
+@cache
+def measured_steps() -> list[dict[str, Any]]:
+    """Read the steps that ``recipes.bench`` measured on GPUs."""
+    return [row for file in sorted(RESULTS.glob("bench_gpu*.json")) for row in load_json(file)["rows"]]
 
 
-def all_recipes() -> dict[str, str]:
-    """Return name and text of every recipe of ``matrix.yml``.
+def device_name(row: dict[str, Any]) -> str:
+    """Return the short name of the GPU of a measured step, such as ``H200``."""
+    return row["device"].replace("NVIDIA ", "").split()[0].split("-")[0]
 
-    Raises:
-        ValueError: a rate is missing, or two rows make the same file.
-    """
-    return {recipe.name: recipe.text for recipe in matrix_recipes()}
+
+def measurement(recipe: Recipe) -> dict[str, Any] | None:
+    """Return the latest measured step of a recipe's shape, method, setting and sample length; None if there is none."""
+    if not recipe.chooses or recipe.own:
+        return None
+    tokens = {sample_tokens(recipe.model, recipe.task, part) for part in recipe.tasks}
+    methods = ("SEAL-C", "SEAL-H") if recipe.method in GRANULARITY else (METHODS[recipe.method],)  # equal work
+    rows = [
+        row for row in measured_steps()
+        if row["shape"] == recipe.model.get("shape") and row["method"] in methods and tokens == {row["tokens"]}
+        and "error" not in row and set(row["setting"].split("+")) == set(recipe.step.name.split("+"))
+    ]  # fmt: skip
+    return max(rows, key=lambda row: row["date"]) if rows else None

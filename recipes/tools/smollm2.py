@@ -44,7 +44,7 @@ licensed under Apache-2.0.
 
 {weights}
 
-Written by `python -m recipes fetch --from {source}`; `{manifest}` has the SHA-256 of every file.
+Written by `seal recipe fetch --from {source}`; `{manifest}` has the SHA-256 of every file.
 """
 
 

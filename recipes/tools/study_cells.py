@@ -41,12 +41,20 @@ RATES = {
     "SEAL-H": (1e-2, 2e-2, 5e-2, 1e-1),
     "SEAL-C": (1e-2, 2e-2, 5e-2, 1e-1),
     "LoRA": (2e-4, 1e-3, 3e-3),
-    "query": (1e-2, 2e-2, 5e-2, 1e-1),  # scales on queries instead of attention outputs
+    "query": (1e-2, 2e-2, 5e-2, 1e-1),  # scales on queries instead of attention outputs, one per channel
+    "query+output": (1e-2, 2e-2, 5e-2),  # both
+    "IA3": (5e-3, 1e-2, 2e-2, 5e-2),  # as PEFT ships it: keys, values and the input of down_proj
+    "LayerNorm": (1e-3, 5e-3, 2e-2),  # the gains of all norms
+    "VeRA": (3e-3, 1e-2, 3e-2),
 }
 RATE_OF = {"DoRA": "LoRA"}  # a method that uses the rate chosen for another
 UNTUNED = ("base", "one-shot")
 CONTROLS = ("SEAL-H shuffled", "SEAL-C shuffled", "SEAL-H wrong answers", "SEAL-C wrong answers")
-METHODS = (*UNTUNED, "SEAL-H", "SEAL-C", "LoRA", "DoRA", *CONTROLS, "query")
+PLACEMENTS = ("query", "query+output")
+BASELINES = ("IA3", "LayerNorm", "VeRA")
+MIXTURE = "mixture"  # of training samples of all tasks, as many in all as of one task
+TRANSFERS = tuple(f"{method} from {source}" for method in ("SEAL-H", "SEAL-C") for source in (*TASKS, MIXTURE))
+METHODS = (*UNTUNED, "SEAL-H", "SEAL-C", "LoRA", "DoRA", *CONTROLS, *PLACEMENTS, *BASELINES, *TRANSFERS)
 VALIDATION_LENGTHS = 3  # the longest ones of a task
 VALIDATION_SEED = 9000  # of training-split samples that no cell is tuned on
 ANSWER_ROOM = 128  # tokens of the window reserved for answers; the longest has 120
@@ -87,7 +95,7 @@ class Cell:
     """One model that is scored on one task.
 
     Attributes:
-        task: a key of ``TEST_LENGTHS``.
+        task: a key of ``TEST_LENGTHS``; what is scored, and tuned on unless the method names another source.
         method: one of ``METHODS``.
         purpose: ``validation`` chooses a learning rate, ``test`` is reported.
         seed: of training samples, their order, new weights and controls.
@@ -104,6 +112,12 @@ class Cell:
     def tuned_as(self) -> str | None:
         """The tuning method, without the control's change; None if nothing is tuned."""
         return None if self.method in UNTUNED else self.method.split(" ")[0]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The tasks that the cell is tuned on."""
+        source = self.method.partition(" from ")[2] or self.task
+        return TASKS if source == MIXTURE else (source,)
 
     @property
     def rated_as(self) -> str | None:
@@ -158,23 +172,27 @@ def plan(tasks: list[str], methods: list[str], seeds: list[int]) -> list[Cell]:
         (("base",), "test", first),
         (seal, "validation", [0]), (seal, "test", first),
         (low_rank, "validation", [0]), (low_rank, "test", first),
-        (("query",), "validation", [0]), (("query",), "test", first),
+        (PLACEMENTS[:1], "validation", [0]), (PLACEMENTS[:1], "test", first),
         (("one-shot", "DoRA"), "test", first),
-        *(((*seal, *low_rank), "test", [seed]) for seed in others),
+        (TRANSFERS[-1:], "test", first),
+        *(((*seal, *low_rank, *PLACEMENTS[:1]), "test", [seed]) for seed in others),
+        (TRANSFERS, "test", first),
+        (PLACEMENTS[1:], "validation", [0]), (PLACEMENTS[1:], "test", first),
         (CONTROLS, "test", first),
-        (("DoRA", "query"), "test", others),
-        (CONTROLS, "test", others),
+        (BASELINES, "validation", [0]), (BASELINES, "test", first),
+        (("DoRA", *PLACEMENTS[1:], *BASELINES, *CONTROLS, *TRANSFERS), "test", others),
     ]  # fmt: skip
-    needed = {Cell("", method, "test").rated_as for method in methods}
+    tested = [Cell(task, method, "test") for task in tasks for method in methods]
+    needed = {(source, cell.rated_as) for cell in tested for source in cell.sources}
     cells: list[Cell] = []
     for stage, purpose, of_seeds in stages:
-        for task in tasks:
+        for task in TASKS:
             for method in stage:
-                if purpose == "validation" and method in needed:
+                if purpose == "validation" and (task, method) in needed:
                     cells += validation_cells(task, method)
-                elif purpose == "test" and method in methods:
+                elif purpose == "test" and task in tasks and method in methods and not method.endswith(f" from {task}"):
                     cells += [Cell(task, method, "test", seed) for seed in of_seeds]
-    return cells
+    return list(dict.fromkeys(cells))
 
 
 def mean_score(result: dict[str, Any]) -> float:
@@ -197,9 +215,12 @@ def request(settings: Settings, task: str, tokens: str | int, samples: int, seed
     return Request(task, tokens, samples=samples, seed=seed, split=split, haystack=haystack)  # type: ignore[arg-type]
 
 
-def training_request(settings: Settings, cell: Cell) -> Request:
-    """Return the request for a cell's training samples."""
-    return request(settings, cell.task, settings.train[cell.task], settings.tune_samples, cell.seed, "train")
+def training_requests(settings: Settings, cell: Cell) -> list[Request]:
+    """Return the requests for a cell's training samples: one task's, or of a mixture all tasks'."""
+    return [
+        request(settings, task, settings.train[task], settings.tune_samples, cell.seed, "train")
+        for task in cell.sources
+    ]
 
 
 def example_request(settings: Settings, task: str) -> Request:
@@ -234,7 +255,7 @@ def data_requests(settings: Settings, cells: list[Cell]) -> list[Request]:
     requests: list[Request] = []
     for cell in cells:
         if cell.tuned_as:
-            requests.append(training_request(settings, cell))
+            requests += training_requests(settings, cell)
         if cell.method == "one-shot":
             requests.append(example_request(settings, cell.task))
         requests += scored_requests(settings, cell).values()
@@ -280,12 +301,19 @@ def read_samples(wanted: Request, tokenizer: PreTrainedTokenizerBase, folder: Pa
 
 def adapter_config(method: str) -> Any:
     """Return the PEFT configuration of a tuned method."""
-    from peft import IA3Config
+    from peft import IA3Config, LNTuningConfig, VeraConfig
 
-    from recipes.tools.methods import peft_config
+    from recipes.tools.methods import PROJECTIONS, peft_config
 
-    if method == "query":
-        return IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+    if method in PLACEMENTS:  # IA3 scales the output of a module, and the input of a feed-forward one
+        output = ["o_proj"] if method == "query+output" else []
+        return IA3Config(target_modules=["q_proj", *output], feedforward_modules=output)
+    if method == "IA3":
+        return IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
+    if method == "LayerNorm":
+        return LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm", "norm"])
+    if method == "VeRA":
+        return VeraConfig(r=64, target_modules=list(PROJECTIONS))
     names = {"SEAL-H": "sealh", "SEAL-C": "sealc", "LoRA": "seall", "DoRA": "seald"}
     return peft_config(names[method])
 
@@ -337,7 +365,8 @@ class Workbench:
             result |= self.tune(peft_model, cell)
             if "failed" not in result:
                 result |= self.score(peft_model.base_model.model, cell)
-                if cell.purpose == "test" and cell.method not in CONTROLS:
+                if cell.purpose == "test" and cell.method not in (*CONTROLS, *TRANSFERS):
+                    peft_model.save_pretrained(adapter_folder(self.data.parent, cell))
                     result["general"] = general(peft_model, self.tokenizer)
         finally:
             self.model = peft_model.unload()
@@ -362,7 +391,12 @@ class Workbench:
         from eval.controls import shuffle_heads, wrong_answers
 
         assert cell.rate is not None
-        rows = read_samples(training_request(self.settings, cell), self.tokenizer, self.data)
+        wanted = training_requests(self.settings, cell)
+        rows = [
+            row
+            for request in wanted
+            for row in read_samples(request, self.tokenizer, self.data)[: self.settings.tune_samples // len(wanted)]
+        ]
         chats: list[Messages] = [row["messages"] for row in rows]
         if cell.method.endswith("wrong answers"):
             chats = wrong_answers(chats, random.Random(cell.seed))
@@ -444,6 +478,11 @@ def read_cell(folder: Path, cell: Cell) -> dict[str, Any] | None:
     """Read a cell's result; None if it is not done."""
     file = folder / "cells" / cell.file_name
     return load_json(file) if file.exists() else None
+
+
+def adapter_folder(folder: Path, cell: Cell) -> Path:
+    """Return the folder of a cell's adapter."""
+    return folder / "adapters" / Path(cell.file_name).stem
 
 
 def write_cell(folder: Path, cell: Cell, result: dict[str, Any]) -> None:

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import datetime
 import json
+import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from axolotl_plugins.common.io import load_json, write_text
-from eval.metrics import wilson
+from eval.confidence import wilson
 from recipes.tools.render import TASKS as TITLES
-from recipes.tools.study_cells import CONTROLS, METHODS, TASKS, Cell, choose_rate, mean_score
+from recipes.tools.study_cells import (
+    BASELINES,
+    CONTROLS,
+    METHODS,
+    PLACEMENTS,
+    TASKS,
+    Cell,
+    choose_rate,
+    mean_score,
+)
 
-# Methods of the two score plots.
-COMPARED = ("base", "one-shot", "SEAL-H", "SEAL-C", "LoRA", "DoRA")
-CONTROLLED = ("base", "SEAL-H", "SEAL-C", *CONTROLS)
+# Score plots: name -> methods. All but the first need a method that the first does not have.
+PLOTS = {
+    "tasks": ("base", "one-shot", "SEAL-H", "SEAL-C", "LoRA", "DoRA"),
+    "controls": ("base", "SEAL-H", "SEAL-C", *CONTROLS),
+    "placements": ("base", "SEAL-C", *PLACEMENTS, "LoRA"),
+    "baselines": ("base", "SEAL-C", *BASELINES, "LoRA"),
+}
 
 
 def with_interval(score: dict[str, Any]) -> dict[str, Any]:
@@ -45,18 +59,20 @@ def gather(folder: Path, commit: str | None) -> dict[str, Any]:
         raise ValueError(f"out: no results in {folder / 'cells'}: run the study first")
     rates = chosen_rates([cell for cell in cells if cell["purpose"] == "validation"])
     chosen = {(row["task"], row["method"]): row["rate"] for row in rates}
-    tested = [
-        cell for cell in cells
-        if cell["purpose"] == "test"
-        and cell["rate"] == chosen.get((cell["task"], Cell(cell["task"], cell["method"], "test").rated_as))
-    ]  # fmt: skip
+
+    def expected(cell: dict[str, Any]) -> float | None:
+        of = Cell(cell["task"], cell["method"], "test")
+        rates = [chosen[source, of.rated_as] for source in of.sources if (source, of.rated_as) in chosen]
+        return statistics.median_low(rates) if rates else None
+
+    tested = [cell for cell in cells if cell["purpose"] == "test" and cell["rate"] == expected(cell)]
     tested.sort(key=lambda cell: (TASKS.index(cell["task"]), METHODS.index(cell["method"]), cell["seed"]))
     fields = ("task", "method", "rate", "seed", "parameters", "trained_tokens", "losses", "tuning_seconds",
             "scoring_seconds", "failed")  # fmt: skip
     settings = load_json(folder / "settings.json")
     return {
         "what": "the paper's tasks and methods on one model; greedy answers; rates chosen on validation samples",
-        "command": "python -m recipes.study run",
+        "command": "seal study run",
         "date": datetime.date.today().isoformat(),
         "commit": only([cell.get("commit") or commit for cell in cells]),
         "device": only([cell["device"] for cell in cells]),
@@ -111,8 +127,10 @@ def save(gathered: dict[str, Any], out: Path) -> None:
     from eval.plots import save_figure
 
     write_text(out, json.dumps(gathered, indent=1) + "\n")
-    for methods, name in ((COMPARED, "tasks"), (CONTROLLED, "controls")):
+    for name, methods in PLOTS.items():
         rows = [row for row in gathered["rows"] if row["method"] in methods and row["scores"]]
+        if name != "tasks" and not {row["method"] for row in rows} - set(PLOTS["tasks"]):
+            continue
         save_figure(scores_figure(rows, methods), out.with_name(f"{out.stem}_{name}.png"))
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     draw_general(panels, gathered["general"])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from recipes.tools.estimate import CARDS
 from recipes.tools.methods import METHODS
-from recipes.tools.render import FOLDER, TASKS, Recipe, measured_minutes
+from recipes.tools.render import FOLDER, TASKS, Recipe, device_name, in_minutes, measurement
 
 README = FOLDER / "README.md"
-MARK = "<!-- Written by `python -m recipes write`; edits below this line are lost. -->\n"
+MARK = "<!-- Written by `seal recipe write`; edits below this line are lost. -->\n"
 
 
 def readme(recipes: list[Recipe]) -> str:
@@ -26,7 +27,7 @@ def table(recipes: list[Recipe]) -> str:
     models, tasks, methods = (list(dict.fromkeys(names)) for names in zip(
         *((recipe.model["name"], recipe.task, recipe.method) for recipe in recipes), strict=True))  # fmt: skip
     rows = sorted(recipes, key=lambda r: (models.index(r.model["name"]), tasks.index(r.task), methods.index(r.method)))
-    lines = ["", "| model | task | method | recipe | GiB | minutes |", "|---|---|---|---|---:|---|"]
+    lines = ["", "| model | task | method | recipe | GiB | time |", "|---|---|---|---|---:|---|"]
     for recipe in rows:
         link, titles = f"[{recipe.file.name}]({recipe.file.name})", ", ".join(TASKS[task] for task in recipe.tasks)
         cells = (recipe.model["name"], titles, METHODS[recipe.method], link, memory(recipe), time(recipe))
@@ -39,15 +40,18 @@ def memory(recipe: Recipe) -> str:
     assert recipe.cost is not None
     if not recipe.gpu:
         return f"{recipe.cost.cpu_gib:.0f}"
-    return f"{recipe.measured['gib']} measured" if recipe.measured else f"{recipe.cost.gib:.0f}"
+    row = measurement(recipe)
+    return f"{row['peak_gib']:.0f} measured" if row else f"{recipe.cost.gib:.0f}"
 
 
 def time(recipe: Recipe) -> str:
-    """Return the estimated minutes on an A100 or two CPU cores, and the measured ones on an H200."""
+    """Return the estimated minutes on the recipe's card or two CPU cores, and the measured ones."""
     assert recipe.cost is not None
     if not recipe.gpu:
-        return f"{recipe.cost.cpu_minutes} on two CPU cores"
-    fast, slow = recipe.cost.minutes("a100")
-    devices = recipe.context_parallel_size
-    text = f"{fast:.0f} to {slow:.0f} on {devices if devices > 1 else 'one'} A100"
-    return f"{text}; {measured_minutes(recipe):.0f} measured on one H200" if recipe.measured else text
+        return f"{recipe.cost.cpu_minutes} minutes on two CPU cores"
+    devices, gpu = recipe.context_parallel_size, CARDS[recipe.card]
+    text = f"{in_minutes(recipe.cost.seconds(gpu))} on {devices if devices > 1 else 'one'} {gpu.upper()}"
+    if row := measurement(recipe):
+        seconds = row["seconds"] * recipe.samples * recipe.epochs
+        text += f"; {in_minutes(seconds)} measured on one {device_name(row)}"
+    return text

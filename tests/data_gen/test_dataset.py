@@ -20,8 +20,10 @@ from transformers import AutoTokenizer
 from axolotl_plugins.common.io import read_rows
 from axolotl_plugins.common.tokenizer import count_tokens, load_tokenizer
 from data_gen.dataset import Request, draw, generate, in_split, manifest_path, write
+from data_gen.description import Records, read_description, render, unique, words
 from data_gen.fit_length import largest
-from data_gen.tasks import line_retrieval
+
+LINE = read_description(ROOT / "data_gen/tasks/line.yml")
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +37,14 @@ def data_gen(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def render_lines(pairs: list[tuple[str, int]], line: int) -> dict:
+    records = [{"key": key, "number": number} for key, number in pairs]
+    return render(LINE, "".join(LINE.record.format(**record) for record in records), records, line)
+
+
 def test_text_is_longevals():
     """The literal text of LongEval's generator with these values, and the paper's answer (appendix B.1)."""
-    drawn = line_retrieval.render([("torpid-kid", 2416), ("able-jeans", 6782)], 1)
+    drawn = render_lines([("torpid-kid", 2416), ("able-jeans", 6782)], 1)
     assert drawn["prompt"] == (
         "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
         "'<REGISTER_CONTENT>' at the end of the line as a numerical value. For each line index, memorize its "
@@ -58,7 +65,7 @@ def test_rendering_reproduces_longevals_own_cases():
     for file in files:
         for row in map(json.loads, file.read_text().splitlines()):
             lines = re.findall(r"^line (.+): REGISTER_CONTENT is <(\d+)>$", row["prompt"], re.MULTILINE)
-            drawn = line_retrieval.render([(key, int(number)) for key, number in lines], row["random_idx"][1])
+            drawn = render_lines([(key, int(number)) for key, number in lines], row["random_idx"][1])
             assert drawn["prompt"] == row["prompt"].rstrip(" ")  # the published files end in a space
             assert drawn["number"] == row["expected_number"]
 
@@ -69,7 +76,7 @@ def test_length_is_never_over_and_at_most_a_line_short(tokenizer, tokens):
         length = count_tokens(tokenizer, sample["messages"])
         assert length == sample["tokens"] <= tokens
         prompt = sample["messages"][0]["content"]
-        longest_line = line_retrieval.LINE.format(key="absolute-contact lens", number=50000)
+        longest_line = LINE.record.format(key="absolute-contact lens", number=50000)
         assert tokens - length < len(tokenizer(longest_line)["input_ids"])
         assert prompt.count("\nline ") == sample["lines"]
         assert f"line {sample['key']}: REGISTER_CONTENT is <{sample['number']}>\n" in prompt
@@ -103,9 +110,8 @@ def test_splits_never_meet():
     for split, split_answers in answers.items():
         for index in range(10_000):
             rng = random.Random(f"{split}{index}")
-            record = line_retrieval.Record(rng, lambda answer, split=split: in_split(split, answer))
-            drawn = line_retrieval.render(record.first(1), 0)
-            split_answers.add(drawn["answer"])
+            records = Records(LINE, ROOT, [], rng, lambda answer, split=split: in_split(split, answer))
+            split_answers.add(LINE.answer.format(**records.first(1)[0]))
     assert len(answers["train"]) > 9_900 and not answers["train"] & answers["test"]
     # The rule separates any answers, however few can be drawn.
     answers = [str(number) for number in range(1000)]
@@ -114,9 +120,10 @@ def test_splits_never_meet():
 
 
 def test_more_lines_than_adjectives():
-    keys = list(itertools.islice(line_retrieval.draw_keys(random.Random(0)), 3000))
+    field = LINE.fields["key"]
+    keys = list(itertools.islice(unique("key", field.values(random.Random(0), ROOT), field.unique), 3000))
     assert len(set(keys)) == 3000
-    adjectives = len(line_retrieval.words()[0])
+    adjectives = len(words("adjective"))
     assert len({key.split("-")[0] for key in keys[:adjectives]}) > 0.98 * adjectives
 
 
@@ -158,10 +165,10 @@ def test_same_command_same_bytes_and_nothing_done_twice(tmp_path):
     # The manifest's command reproduces both files.
     manifest = manifest_path(first).read_bytes()
     command = shlex.split(json.loads(manifest)["command"])
-    assert command[:3] == ["python", "-m", "data_gen"]
+    assert command[:2] == ["seal", "data"]
     first.unlink()
     manifest_path(first).unlink()
-    assert data_gen(*command[3:], cwd=tmp_path).returncode == 0
+    assert data_gen(*command[2:], cwd=tmp_path).returncode == 0
     assert first.read_bytes() == second.read_bytes() and manifest_path(first).read_bytes() == manifest
 
 
@@ -185,7 +192,7 @@ def test_a_file_that_is_not_what_is_asked_for_is_an_error(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="was modified after it was written"):
         write(Request("line", "400", samples=3), tokenizer, out)
     manifest_path(out).unlink()
-    with pytest.raises(ValueError, match="other data"):
+    with pytest.raises(ValueError, match="was not generated by this command"):
         write(Request("line", "400", samples=3), tokenizer, out)
 
 

@@ -130,4 +130,4 @@ def test_command_writes_needles_that_niah_takes(server, tmp_path):
     assert server.seen[0][2] == "Bearer sk-secret"
     server.answers = [401]
     failed = subprocess.run([*command, "--out", "x.jsonl"], **options)
-    assert failed.returncode == 1 and failed.stderr.count("data_gen: ") == 1 and not (tmp_path / "x.jsonl").exists()
+    assert failed.returncode == 1 and failed.stderr.count("seal: ") == 1 and not (tmp_path / "x.jsonl").exists()

@@ -8,14 +8,15 @@ import json
 import re
 from collections import Counter
 
+import bench_data as bench
 import pytest
 from paths import FIXTURES, TINY
 from transformers import AutoTokenizer
 
 from axolotl_plugins.common.tokenizer import count_tokens, load_tokenizer
-from data_gen import bench
 from data_gen.dataset import Request, generate, in_split, remark, write
-from data_gen.tasks import TASKS, cwe, fwe, longbench, niah, register, vt
+from data_gen.metrics import string_match_all
+from data_gen.tasks import TASKS, cwe, fwe, longbench, niah, register, ruler_niah, vt
 
 # Samples that NVIDIA's own programs wrote for 1,500 tokens.
 ORIGINALS = [json.loads(row) for row in (FIXTURES / "ruler.jsonl").read_text().splitlines()]
@@ -81,6 +82,48 @@ def test_frequent_words_are_nvidias_byte_for_byte(row):
     possible = [[n for n in fwe.frequencies(total, size) if n] for total in range(1, 3000)]
     assert [n for _, n in counts.most_common()] in possible
     assert [word for word, _ in counts.most_common(4)] == ["...", *row["outputs"]]
+
+
+NEEDLE_ORIGINALS = [json.loads(row) for row in (FIXTURES / "ruler_niah.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("row", NEEDLE_ORIGINALS, ids=lambda row: row["task"])
+def test_rulers_needles_are_nvidias_byte_for_byte(row):
+    """The original's own samples, from a haystack of prose; needles, their places and keys are read off them."""
+    variant = ruler_niah.VARIANTS[row["task"]]
+    body = row["input"].split("afterwards.\n")[1].split("\nWhat ")[0]
+    needle = re.compile(r"One of the special magic \w+ for \S+ is: \S+?\.(?= |\n|$)")
+    queries = re.split(r", and |, ", row["input"].rsplit(" for ", 1)[1].split(" mentioned")[0])
+    count = variant.num_keys * variant.values
+    if variant.haystack == "essay":
+        needles = needle.findall(body)
+        parts = needle.split(body)
+        sentences = [re.findall(r"[^.\s][^.]*(?:\.|$)", part) for part in parts]
+        cuts = [sum(map(len, sentences[: place + 1])) for place in range(count)]
+        total = sum(map(len, sentences))
+        depths = [next(d for d in ruler_niah.DEPTHS if int(total * (d / 100)) == cut) for cut in cuts]
+        text = re.sub(r" +", " ", needle.sub("", body)).strip()
+        context = ruler_niah.hide_in_text(text, needles, depths)
+    else:
+        lines = body.split("\n")
+        asked = [place for place, line in enumerate(lines) if f" for {queries[0]} is: " in line]
+        rest = [line for place, line in enumerate(lines) if place not in asked]
+        context = ruler_niah.hide_in_lines(rest, [lines[place] for place in asked], asked)
+    assert ruler_niah.render(variant, context, queries) == (row["input"], row["answer_prefix"])
+    assert len(row["outputs"]) == variant.values * variant.queries
+    assert all(f" for {queries[0 if variant.queries == 1 else n]} is: {value}." in body
+               for n, value in enumerate(row["outputs"]))  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ruler_niah.VARIANTS)
+def test_rulers_needles_are_hidden_once_and_answer_the_question(task, tokenizer):
+    variant = ruler_niah.VARIANTS[task]
+    for drawn in generate(Request(task, "900", samples=2, split="test"), tokenizer):
+        prompt = drawn["messages"][0]["content"]
+        values = [value for key in drawn["keys"] for value in re.findall(rf" for {key} is: (\S+)\.", prompt)]
+        assert sorted(values) == sorted(drawn["references"]) and len(values) == variant.values * variant.queries
+        assert string_match_all(drawn["messages"][1]["content"], drawn["references"]) == 1
+        assert string_match_all(drawn["messages"][1]["content"], ["7654321", *drawn["references"]]) < 1
 
 
 # Samples that NVIDIA's programs of 2024 and 2025 wrote with the template ``[INST] {task_template} [/INST]``.
@@ -389,6 +432,7 @@ REQUESTS = {
     "cwe": {"tokens": 2600}, "cwe test": {"tokens": 7000, "split": "test"},
     "fwe": {"tokens": 2500}, "fwe test": {"tokens": "1500:2500", "split": "test"},
     "longbench": {"tokens": 3000},
+    **{name: {"tokens": 900} for name in ruler_niah.VARIANTS},
 }  # fmt: skip
 HASHES = {
     "line": "625fe9b49c411073",
@@ -403,6 +447,14 @@ HASHES = {
     "fwe": "cf8ce18071cbff5f",
     "fwe test": "da6e200c2ce93386",
     "longbench": "4d29b46df7061879",
+    "niah_single_1": "158fcc1d1cd7ef73",
+    "niah_single_2": "1a75df4be18b99ae",
+    "niah_single_3": "1562eb1284e8344d",
+    "niah_multikey_1": "3b5374e1a1b8255d",
+    "niah_multikey_2": "7f3d327c14e44bc6",
+    "niah_multikey_3": "330bd4e75ef838d4",
+    "niah_multivalue": "73da42a14f84f815",
+    "niah_multiquery": "157655e9a50b6cff",
 }
 
 

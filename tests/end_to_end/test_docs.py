@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from paths import ROOT, TINY
+
+from data_gen.description import TYPES, Description
 
 README = (ROOT / "README.md").read_text()
 DOCS = {file.name: file.read_text() for file in (ROOT / "docs").glob("*.md") if file.name != "log.md"}  # a history
@@ -85,6 +88,20 @@ def test_bench_figures_of_the_performance_page_are_those_of_the_result():
         assert re.search(pattern.replace("%", " %"), DOCS["performance.md"]), pattern
 
 
+def test_the_readmes_figures_are_those_of_the_results():
+    study = json.loads((ROOT / "results" / "smollm2.json").read_text())
+    table = {row.split(" | ")[0].strip("| ").split(",")[0]: re.findall(r"\d\.\d\d", row)
+             for row in README.splitlines() if re.match(r"\| (base|SEAL|LoRA)", row)}  # fmt: skip
+    assert set(table) == {"base", "SEAL-H", "SEAL-C", "LoRA"}
+    for method, printed in table.items():
+        runs = [row["scores"] for row in study["rows"] if (row["task"], row["method"]) == ("line", method)]
+        means = [sum(score["score"] for score in scores) / len(runs) for scores in zip(*runs, strict=True)]
+        assert printed == [f"{mean:.2f}" for mean in means], method
+    text = " ".join(README.split())
+    for method, scores in json.loads((ROOT / "results" / "demo.json").read_text())["scores"].items():
+        assert f"{method} {', '.join(format(score['score'], '.2f') for score in scores)}" in text
+
+
 def test_the_readmes_python_runs():
     from axolotl_plugins.seal.model_loading import load
     from data_gen.dataset import Request, generate
@@ -95,6 +112,18 @@ def test_the_readmes_python_runs():
     exec(README.split("```python\n")[1].split("```")[0], scope)
     scales = [parameter for parameter in scope["model"].parameters() if parameter.requires_grad]
     assert sum(scale.numel() for scale in scales) == 12 and all((scale != 1).all() for scale in scales)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom_and_its_model_learns(smollm2, monkeypatch):
+    monkeypatch.chdir(ROOT / "docs")  # as Jupyter does
+    cells = json.loads((ROOT / "docs/quickstart.ipynb").read_text())["cells"]
+    scope: dict[str, object] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), scope)
+    assert scope["after"].mean.score > scope["before"].mean.score + 0.3
+    assert (scope["out"] / "merged" / "model.safetensors").is_file()
 
 
 def random_model(model_type: str, folder: Path) -> str:
@@ -120,6 +149,57 @@ def random_model(model_type: str, folder: Path) -> str:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def test_the_own_task_page_shows_the_description_and_every_setting():
+    page, fields = DOCS["own-task.md"], set(Description.model_fields)
+    shown = page.split("```yaml\n")[1].split("```")[0]
+    assert (ROOT / "data_gen/examples/sensors.yml").read_text().split("\n", 1)[1] == shown
+    settings, types = (
+        part.split("\n\n")[0] for part in page.split("|---|---|\n")[1:2] + page.split("|---|---|---|\n")[1:]
+    )
+    listed = {name for row in settings.splitlines() for name in re.findall(r"`(\w+)`", row.split(" | ")[0])}
+    assert listed == fields
+    for row in types.splitlines():
+        name, examples, _ = (cell.strip(" |") for cell in row.split(" | "))
+        field = yaml.safe_load("{" + ", ".join(re.findall(r"`([^`]+)`", examples)) + "}")
+        field.pop("folder", None)
+        settings = {"record": "{a}", "question": "", "answer": "{a}", "references": ["{a}"], "name": "x"}
+        Description(**settings, fields={"a": {"type": name.strip("`"), **field}})
+    assert len(types.splitlines()) == len(TYPES)
+
+
+def toy(text: str, model: str = str(TINY)) -> str:
+    """Commands or code of a page at toy size, with its files relative to the root."""
+    for old, new in {"models/smollm2-135m": model, "512:1024": "900:1000", "256:512": "200:300",
+                     "256,512,1024": "200,300",
+                     "256, 512, 1024": "200, 300", "--samples 20": "--samples 2",
+                     "--samples 12": "--samples 2", "samples=20": "samples=2", "--tokens 1024": "--tokens 900",
+                     "samples=50": "samples=3", "data_gen/examples": f"{ROOT}/data_gen/examples"}.items():  # fmt: skip
+        text = text.replace(old, new)
+    return text
+
+
+def test_the_own_task_pages_python_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(toy(DOCS["own-task.md"].split("```python\n")[1].split("```")[0]), {})
+    assert "outputs/sensors_python_merged {200: " in capsys.readouterr().out
+    assert (tmp_path / "outputs/sensors_python_merged/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_own_task_pages_commands_work_as_a_new_user_types_them(tmp_path):
+    blocks = re.findall(r"```bash\n(.*?)```", DOCS["own-task.md"], re.DOTALL)
+    binaries = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+                   "OMP_NUM_THREADS": "1", "AXOLOTL_DO_NOT_TRACK": "1"}  # fmt: skip
+    for line in "".join(blocks).splitlines():
+        command = toy(line).replace("seal ", f"{sys.executable} -m recipes.cli ", 1) if line[:5] == "seal " else line
+        done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, line + done.stdout[-2000:] + done.stderr[-3000:]
+    assert len(list((tmp_path / "results/sensors").glob("*.png"))) >= 1
+    assert json.loads((tmp_path / "results/tickets.json").read_text())["scores"]
+    assert yaml.safe_load((tmp_path / "recipes/tickets.yml").read_text())["sequence_len"] <= 1000
 
 
 @pytest.mark.slow

@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 from axolotl_plugins.common.tokenizer import count_tokens
 from axolotl_plugins.seal.provenance import text_hash, texts
 from data_gen.dataset import Request, check, describe, generate, in_split, write
-from data_gen.tasks.line_retrieval import last_integer
-from eval.metrics import METRICS, wilson
+from data_gen.metrics import last_integer
+from eval.confidence import wilson
+from eval.metrics import METRICS
 from eval.result_cache import Journal
 
 TOKENIZER = AutoTokenizer.from_pretrained(TINY)

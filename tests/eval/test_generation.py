@@ -14,12 +14,12 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from miniatures import build
-from paths import TINY
+from paths import ROOT, TINY
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from axolotl_plugins.seal.model_loading import LoadedModel, load
 from data_gen.dataset import Request, generate
-from data_gen.tasks import line_retrieval
+from data_gen.description import Records, read_description, render, words
 from eval.generation import (
     can_join_caches,
     common_prefix,
@@ -243,8 +243,7 @@ def test_prompts_on_either_side_of_a_longrope_window_share_nothing():
         short_factor=[1.0] * 16, long_factor=[4.0] * 16,
     )  # fmt: skip
     assert loaded.short_window == 64
-    words, _ = line_retrieval.words()
-    texts = ["<s><|user|> " + " ".join(words[:count]) for count in (30, 32, 34, 90, 92, 94)]
+    texts = ["<s><|user|> " + " ".join(words("adjective")[:count]) for count in (30, 32, 34, 90, 92, 94)]
     harness = harness_for(loaded, 1, None)
     prompts = [harness.tok_encode(text) for text in texts]
     assert max(map(len, prompts[:3])) + 8 <= 64 < min(map(len, prompts[3:])) and prefix_saving(prompts) > 2
@@ -286,8 +285,9 @@ def test_sharing_pays(prompts, least, tmp_path):
             parameter.mul_(4 if parameter.dim() == 2 else 1)  # so that answers depend on the prompt
     loaded = LoadedModel("random", model, tokenizer, "random", "base", 8192)
     if prompts.startswith("ten"):
-        lines = line_retrieval.Record(random.Random(0)).first(180)
-        contents = [line_retrieval.render(lines, 18 * place)["prompt"] for place in range(10)]
+        line = read_description(ROOT / "data_gen/tasks/line.yml")
+        text, records = Records(line, ROOT, [], random.Random(0), lambda answer: True).text(180)
+        contents = [render(line, text, records, 18 * place)["prompt"] for place in range(10)]
         chats = [[{"role": "user", "content": content}] for content in contents]
     else:
         rows = (generate(Request("niah", n, samples=10, split="test"), tokenizer) for n in ("1000", "1500", "2000"))

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.model_loading import load
 from axolotl_plugins.seal.scales import saved_scales
+from data_gen.tasks import TASKS
 from eval.probe import head_importance
 from eval.probe.ablation import HeadAblator
 from eval.probe.hooks import decoder_blocks, scaled_input, wrap
@@ -220,7 +221,7 @@ def test_transferability_is_equation_2():
 def test_gradient_is_the_slope_of_the_answers_log_probability():
     loaded = load(TINY)
     result = head_importance.gradient_map(loaded, "line", [256], samples=2)
-    prompt = next(head_importance.probe_prompts(loaded, "line", [256], 1, head_importance.PROBE_SEED))
+    prompt = head_importance.probe_prompts(loaded, TASKS["line"], [256], 1, head_importance.PROBE_SEED)[0]
     only = head_importance.gradient_map(loaded, "line", [256], samples=1)
     block = decoder_blocks(loaded.model)[1]
     values = []
@@ -301,6 +302,11 @@ def test_sweep_and_controls_tune_for_real_and_resume(tmp_path, monkeypatch):
     monkeypatch.setattr("eval.probe.sweep.tune", lambda *a, **k: pytest.fail("tuned again"))
     assert sweep(recipe, **settings, journal=tmp_path / "s") == result
     monkeypatch.undo()
+    assert result["base"] == {"200": run(load(TINY), "line", lengths=[200], samples=3, seed=head_importance.PROBE_SEED,
+                                         split="train").mean.score}  # fmt: skip
+    assert all(0.9 < cell["scales"][0] <= 1 <= cell["scales"][1] < 1.1 and not cell["unsound"]
+               for cell in result["cells"] if cell["rate"] == 1e-2)  # fmt: skip
+    assert all(cell["scales"][0] < 0.9 for cell in result["cells"] if cell["rate"] == 0.5)
     shown = controls(recipe, seeds=[1], lengths=[200], validation=2)
     assert {name: len(runs) for name, runs in shown["scores"].items()} == {
         "base": 1, "tuned": 1, "shuffled": 1, "wrong facts": 1, "wrong answers": 1,

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections import defaultdict
 from dataclasses import replace
+from statistics import mean
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from markupsafe import escape
 from paths import ROOT, TINY
 from peft import get_peft_model
 
@@ -17,7 +21,7 @@ from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.model_loading import load
 from axolotl_plugins.seal.scales import saved_scales, scale_matrix
 from eval.paper import LONGCHAT, paper_value
-from eval.report import grid, labels, rate_table, write_report
+from eval.report import grid, labels, rate_table, study_table, write_report
 from eval.results import EvalResult, from_json
 
 PAPER = yaml.safe_load((ROOT / "eval" / "paper.yml").read_text())
@@ -116,6 +120,33 @@ def test_saved_scales_are_those_of_the_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(ValueError, match="found a LORA adapter"):
         saved_scales(tmp_path)
+
+
+def test_page_shows_studies_and_the_demo(tmp_path):
+    for name in ("demo", "smollm2", "bench_gpu"):
+        shutil.copy(ROOT / "results" / f"{name}.json", tmp_path)
+    assert write_report(tmp_path, tmp_path / "report.html") == 2  # a benchmark of speed is no result
+    page = (tmp_path / "report.html").read_text()
+    study, demo = (json.loads((ROOT / "results" / f"{name}.json").read_text()) for name in ("smollm2", "demo"))
+    assert "smollm2.json (" in page and "Variable tracking" in page
+    shown = re.findall(r"<td>(\d\.\d\d)<small>", page)
+    means = defaultdict(list)
+    for row in study["rows"]:
+        for score in row["scores"]:
+            means[row["task"], row["method"], score["length"]].append(score["score"])
+    expected = [score["score"] for scores in demo["scores"].values() for score in scores] + list(
+        map(mean, means.values())
+    )
+    assert sorted(map(float, shown)) == pytest.approx(sorted(expected), abs=0.0051)
+    assert page.count("data:image/png;base64,") == len({row["task"] for row in study["rows"]}) + 1 + len(demo["scales"])
+    assert all(escape(prompt["answers"]["SEAL-C"]) in page for prompt in demo["prompts"])
+
+
+def test_studies_are_means_over_seeds():
+    score = {"length": 512, "tokens": 500.0, "count": 50, "low": 0.1, "high": 0.9}
+    runs = [{"task": "vt", "method": "SEAL-H", "scores": [score | {"score": value}]} for value in (0.2, 0.6)]
+    (row,) = study_table(runs)["rows"]
+    assert row["cells"] == [{"score": pytest.approx(0.4), "count": 100, "low": None, "high": None, "paper": None}]
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "holds no results"), ("{", "not JSON")])

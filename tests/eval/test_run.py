@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,18 +16,23 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from axolotl_plugins.common.console import run as run_app
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.model_loading import load, load_each
 from data_gen.dataset import Request, generate
-from data_gen.tasks import niah
-from data_gen.tasks.line_retrieval import last_integer
+from data_gen.file_task import longeval_cases
+from data_gen.metrics import last_integer
+from data_gen.tasks import niah, resolve_task
+from eval.__main__ import app
+from eval.confidence import wilson
 from eval.evaluate import evaluate
 from eval.harness import Harness, Responses
-from eval.metrics import METRICS, wilson
+from eval.metrics import METRICS
+from eval.report import labels
 from eval.result_cache import result_name
 from eval.results import from_json, read_results, to_json
 from eval.run import mean_scores, run
-from eval.spec import EvalSpec, default_lengths
+from eval.spec import EvalSpec, default_lengths, resolve_tasks
 
 
 @pytest.mark.parametrize(
@@ -183,8 +189,8 @@ def test_results_are_the_same_after_a_round_trip_through_json(tmp_path):
     assert read_results(tmp_path) == results and [result.task for result in results] == ["line", "niah"]
     assert evaluate([load(TINY)], ["line", "niah"], spec) == results  # without files
     line, niah = (json.loads(file.read_text()) for file in outputs[0].values())
-    assert list(line) == ["model", "base", "method", "task", "window", "seed", "shots", "contaminated", "scores",
-                          "depths", "mean", "responses", "asked"]  # fmt: skip
+    assert list(line) == ["model", "base", "method", "task", "window", "dtype", "seed", "shots", "contaminated",
+                          "scores", "depths", "mean", "responses", "asked", "fingerprint"]  # fmt: skip
     assert list(line["scores"][0]) == ["length", "tokens", "count", "score", "low", "high"]
     assert list(line["mean"]) == ["tokens", "count", "score", "low", "high"] and line["asked"]["samples"] == 3
     assert [row["depth"] for row in niah["depths"]] == [row.depth for row in results[1].depths] != []
@@ -195,10 +201,30 @@ def test_results_are_the_same_after_a_round_trip_through_json(tmp_path):
         read_results(tmp_path)
 
 
-def test_a_result_is_not_lost_to_one_of_other_samples(tmp_path):
-    from axolotl_plugins.common.console import run as run_app
-    from eval.__main__ import app
+def test_base_adapter_and_merged_model_are_scored_in_one_dtype(tmp_path):
+    from eval.__main__ import load_models
 
+    half = tmp_path / "half"
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16)
+    for saved in (model, AutoTokenizer.from_pretrained(TINY)):
+        saved.save_pretrained(half)
+    adapter = Path(tuned(tmp_path / "adapter", "head", 1.1, str(half)))
+    model.config.dtype = torch.float32  # as training in float32 writes it beside the adapter
+    model.config.save_pretrained(adapter)
+    assert load(adapter).dtype == load(half).dtype == "bfloat16" and load(TINY).dtype == "float32"
+    assert next(load_each({"a": str(adapter)}, dtype="float32")).dtype == "float32"
+
+    def dtypes(*names, dtype="auto"):
+        return [loaded.dtype for loaded in load_models([str(name) for name in names], {}, None, None, dtype=dtype)]
+
+    assert dtypes(half, adapter, TINY) == ["bfloat16"] * 3 and dtypes(TINY, half) == ["float32"] * 2
+    assert dtypes(half, adapter, dtype="float16") == ["float16"] * 2
+    results = [run(load(half, dtype=dtype), "line", lengths=[260], samples=1) for dtype in ("auto", "float32")]
+    assert [result.dtype for result in results] == ["bfloat16", "float32"]
+    assert labels(results) == ["base, bfloat16", "base, float32"] and labels(results[:1]) == ["base"]
+
+
+def test_a_result_is_not_lost_to_one_of_other_samples(tmp_path):
     def score(samples: int) -> None:
         wanted = ["--lengths", "260", "--samples", str(samples), "--out", str(tmp_path / "r.json")]
         run_app(app, "python -m eval", ["run", "--model", str(TINY), *wanted])
@@ -213,6 +239,29 @@ def test_a_result_is_not_lost_to_one_of_other_samples(tmp_path):
     (tmp_path / "r.json").write_text("{}")
     with pytest.raises(SystemExit, match=r"r\.json: is no result of this command"):
         score(2)
+
+
+def test_a_finished_evaluation_is_read_and_not_run_again(tmp_path, monkeypatch, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+
+    def score(*more: str) -> dict[str, float]:
+        command = ["run", "--model", str(model), "--lengths", "260", "--samples", "2", "--out", str(tmp_path / "out")]
+        run_app(app, "python -m eval", [*command, *more])
+        path = next((tmp_path / "out").glob("*.json"))
+        return {"inode": path.stat().st_ino, "score": json.loads(path.read_text())["mean"]["score"]}
+
+    first = score()
+    printed = capsys.readouterr().out
+    assert not list((tmp_path / "out").glob(".*"))  # no cache is left
+    with monkeypatch.context() as patch:
+        patch.setattr("axolotl_plugins.seal.model_loading.load", None)
+        assert score("--batch-size", "1") == first
+    again = capsys.readouterr().out
+    assert again.endswith("scored before; remove the result files to score again\n")
+    assert again.splitlines()[:-1] == printed.splitlines()[1:]  # without the line before scoring
+    (model / "generation_config.json").touch()  # another model now
+    assert score()["inode"] != first["inode"]
 
 
 def test_several_adapters_share_one_base_and_score_as_they_do_alone(tmp_path):
@@ -247,16 +296,14 @@ def test_a_recipes_model_config_holds_for_a_base_model(tmp_path):
 )
 def test_prompt_ids_are_the_first_of_the_training_ids(task, version):
     """Also where the prompt goes on into the assistant's turn."""
-    from dataclasses import asdict
-
     from eval.lm_eval_task import lm_eval_task
 
     loaded = load(TINY)
     harness = Harness(pretrained=loaded.model, tokenizer=loaded.tokenizer, add_bos_token=False)
     request = Request(task, "1900", samples=2, ruler_version=version)
-    lm_task = lm_eval_task(task, tokenizer=str(TINY), requests=[asdict(request)])
-    lm_task.build_all_requests()
     samples = list(generate(request, loaded.tokenizer))
+    lm_task = lm_eval_task(resolve_task(task), samples, loaded.tokenizer)
+    lm_task.build_all_requests()
     for instance, sample in zip(lm_task.instances, samples, strict=True):
         ids, mask = harness.tok_batch_encode([instance.args[0]])
         prompt = ids[0].tolist()
@@ -267,33 +314,33 @@ def test_prompt_ids_are_the_first_of_the_training_ids(task, version):
         assert rest.removesuffix("</s>").strip() == sample["answer"].removeprefix(sample.get("prefix", "")).strip()
 
 
-def test_an_example_with_its_answer_comes_before_the_prompt():
-    plain, shown = (run(load(TINY), "line", lengths=[300], samples=2, shots=shots, shot_tokens=300) for shots in (0, 1))
+def test_an_example_with_its_answer_comes_before_the_prompt(monkeypatch):
+    prompts = []
+    key = Responses.key
+    monkeypatch.setattr(Responses, "key", staticmethod(lambda request: prompts.append(request[0]) or key(request)))
+    loaded = load(TINY)
+    plain = run(loaded, "line", lengths=[300], samples=2)
+    without = list(dict.fromkeys(prompts))
+    prompts.clear()
+    shown = run(loaded, "line", lengths=[300], samples=2, shots=1, shot_tokens=300)
     assert shown.shots == 1 and [row["references"] for row in shown.responses] == [
         row["references"] for row in plain.responses
     ]
-    from eval.lm_eval_task import documents, prompt
-
-    requests = [{"task": "line", "tokens": "300", "samples": 2, "split": "test"}]
-    example = {"task": "line", "tokens": "300", "samples": 1}
-    tokenizer = str(TINY)
-    without = documents(tokenizer=tokenizer, requests=requests)["test"]
-    rows = documents(tokenizer=tokenizer, requests=requests, examples=example)["test"]
-    first = next(generate(Request(**example), AutoTokenizer.from_pretrained(TINY)))["messages"]
-    for row, bare in zip(rows, without, strict=True):
-        start = "<s><|user|>"
-        expected = f"{start}{first[0]['content']}\n{first[1]['content']}\n\n{prompt(bare).removeprefix(start)}"
-        assert prompt(bare).startswith(start) and prompt(row) == expected
+    first = next(generate(Request("line", "300", samples=1), loaded.tokenizer))["messages"]
+    start = "<s><|user|>"
+    example = f"{start}{first[0]['content']}\n{first[1]['content']}\n\n"
+    assert len(without) == 2 and all(prompt.startswith(start) for prompt in without)
+    assert list(dict.fromkeys(prompts)) == [example + prompt.removeprefix(start) for prompt in without]
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [({"cases": "c", "lengths": [400]}, "lengths: published cases have their own: choose files by --lines"),
-     ({"lines": [200]}, "lines: choose files of --cases, which is not given")],
+    ("lengths", "options", "message"),
+    [([400], {"cases": "c"}, "lengths: published cases have their own: choose files by --lines"),
+     (None, {"lines": [200]}, "lines: choose files of --cases, which is not given")],
 )  # fmt: skip
-def test_lengths_are_chosen_in_one_way(options, message):
+def test_lengths_are_chosen_in_one_way(lengths, options, message):
     with pytest.raises(ValueError, match=message):
-        EvalSpec(**options)
+        resolve_tasks("line", EvalSpec(lengths=lengths), **options)
 
 
 def test_an_adapter_is_scored_with_the_text_of_ruler_that_it_was_tuned_on(tmp_path):
@@ -325,17 +372,19 @@ def test_longevals_own_cases_are_scored_as_they_are(tmp_path):
     case = {"prompt": sample["messages"][0]["content"] + " ", "expected_number": sample["number"], "num_lines": 200}
     (tmp_path / "200_lines.jsonl").write_text(json.dumps(case) + "\n")
     (tmp_path / "30_lines.jsonl").write_text(json.dumps(case | {"num_lines": 30}) + "\n" * 1)
-    result = run(load(TINY), "line", cases=str(tmp_path))
+    result = run(load(TINY), longeval_cases(tmp_path))
     assert [score.length for score in result.scores] == [30, 200]
     assert result.responses[0]["references"] == [str(sample["number"])]
-    assert [score.length for score in run(load(TINY), "line", cases=str(tmp_path), lines=[200]).scores] == [200]
+    assert [score.length for score in run(load(TINY), longeval_cases(tmp_path, [200])).scores] == [200]
     with pytest.raises(ValueError, match=r"has no 300_lines\.jsonl, only those of 30, 200 lines"):
-        run(load(TINY), "line", cases=str(tmp_path), lines=[200, 300])
+        longeval_cases(tmp_path, [200, 300])
     long = next(generate(Request("line", "2000", samples=1), load(TINY).tokenizer))["messages"][0]["content"]
     (tmp_path / "680_lines.jsonl").write_text(json.dumps(case | {"prompt": long, "num_lines": 680}) + "\n")
-    with pytest.raises(ValueError, match=r"680_lines.jsonl: a case of \d+ tokens .* choose shorter files by --lines"):
-        run(load(TINY), "line", cases=str(tmp_path))
-    assert len(run(load(TINY), "line", cases=str(tmp_path), lines=[200, 30]).scores) == 2
+    with pytest.raises(
+        ValueError, match=r"a prompt of \d+ tokens .* use shorter --lengths \(of published cases --lines\)"
+    ):
+        run(load(TINY), longeval_cases(tmp_path))
+    assert len(run(load(TINY), longeval_cases(tmp_path, [200, 30])).scores) == 2
     (tmp_path / "30_lines.jsonl").write_text('{"prompt": "x"}\n')
     with pytest.raises(ValueError, match=r"30_lines.jsonl, line 1: not a case of LongEval's"):
-        run(load(TINY), "line", cases=str(tmp_path))
+        longeval_cases(tmp_path)

@@ -15,9 +15,9 @@ import pytest
 import yaml
 from paths import ROOT
 from safetensors.torch import load_file
+from smoke import LAYERS, model_of, prepare, train_all, trained
 
 from recipes.tools.render import read_matrix
-from recipes.tools.smoke import LAYERS, model_of, prepare, train_all, trained
 
 # The head of a recipe, ``accelerate launch -m axolotl.cli.train``, without the launch; plugins start anew each time.
 TRAIN = """
@@ -100,7 +100,7 @@ def test_recipes_that_were_trained_are_not_trained_again(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_launches_recipes_and_prints_a_table():
-    command = [sys.executable, "-m", "recipes", "smoke", "longchat13b_line_seald", "llama31_8b_cwe_sealc"]
+    command = [sys.executable, "tests/smoke.py", "longchat13b_line_seald", "llama31_8b_cwe_sealc"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "longchat13b_line_seald" in done.stdout and "llama31_8b_cwe_sealc" in done.stdout

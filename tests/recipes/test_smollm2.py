@@ -38,7 +38,7 @@ def command(
 def refusal(done: subprocess.CompletedProcess[str]) -> str:
     """The one line that a command which failed has printed."""
     assert done.returncode == 1 and not done.stdout
-    assert re.fullmatch(r"recipes: .+\n", done.stderr), done.stderr
+    assert re.fullmatch(r"seal: .+\n", done.stderr), done.stderr
     return done.stderr
 
 
@@ -187,7 +187,7 @@ def test_a_recipe_tunes_it_and_its_adapter_is_scored(smollm2, tmp_path):
     adapter = tmp_path / "adapter"
     recipe |= {"max_steps": 2, "output_dir": str(adapter), "dataset_prepared_path": str(tmp_path / "prepared")}
     recipe["seal"]["data"] |= {"samples": 2, "tokens": 256}
-    recipe["datasets"][0]["path"] = str(tmp_path / "line.jsonl")
+    recipe["datasets"][0]["path"] = str(tmp_path / "data/line.jsonl")
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
     done = command("accelerate.commands.launch", "-m", "axolotl.cli.train", str(tmp_path / "recipe.yml"))
     assert done.returncode == 0, done.stderr[-3000:]

@@ -16,6 +16,8 @@ import torch
 from paths import ROOT, TINY
 
 from axolotl_plugins.common.io import write_text
+from axolotl_plugins.seal.provenance import text_hash
+from eval.controls import seal_layers
 from recipes.tools import study_results
 from recipes.tools.study_cells import (
     RATES,
@@ -29,7 +31,7 @@ from recipes.tools.study_cells import (
     plan,
     read_samples,
     scored_requests,
-    training_request,
+    training_requests,
     write_cell,
 )
 
@@ -145,10 +147,29 @@ def test_collect_makes_a_result_with_pictures_and_tables(finished, tmp_path):
     ]  # fmt: skip
     assert gathered["device"] == "cpu" and len(gathered["rates"]) == 2 and len(gathered["general"]) == 2
     assert all(score["low"] <= score["score"] <= score["high"] for row in gathered["rows"] for score in row["scores"])
-    assert {file.name for file in tmp_path.glob("*.png")} == {"toy_tasks.png", "toy_controls.png", "toy_general.png"}
+    assert {file.name for file in tmp_path.glob("*.png")} == {"toy_tasks.png", "toy_general.png"}
     assert "| SEAL-H | 12 |" in collected.stdout
     empty = study("collect", "--out", str(tmp_path), "--result", str(result))
     assert empty.returncode == 1 and "no results" in empty.stderr
+
+
+def test_adapters_are_written_with_card_and_training_data(finished, tmp_path):
+    from axolotl_plugins.seal.model_loading import load
+
+    written = study("adapters", "--model", str(TINY), "--out", str(finished), "--to", str(tmp_path))
+    assert written.stdout.split() == [str(tmp_path / "line_sealh"), str(tmp_path / "vt_sealh")], written.stderr
+    loaded = load(tmp_path / "line_sealh")
+    settings = Settings(**json.loads((finished / "settings.json").read_text()))
+    (tested,) = (finished / "cells").glob("line_SEAL-H_test_*")
+    cell = Cell(**{key: json.loads(tested.read_text())[key] for key in ("task", "method", "purpose", "seed", "rate")})
+    (wanted,) = training_requests(settings, cell)
+    rows = read_samples(wanted, loaded.tokenizer, finished / "data")
+    assert all(text_hash(row["messages"][0]["content"]) in loaded.trained_on for row in rows)
+    scales = [layer.seal_scale["default"] for layer in seal_layers(loaded.model)]
+    assert len(scales) == 3 and not any((scale == 1).any() for scale in scales)
+    readme = (tmp_path / "line_sealh" / "README.md").read_text()
+    assert "task line, tokens 300:400, samples 2, seed 0" in readme and f"Learning rate {cell.rate:g}" in readme
+    assert f"| SEAL-H | {json.loads(tested.read_text())['scores'][0]['score']:.2f} |" in readme
 
 
 def test_a_method_with_the_rate_of_another_is_collected(finished, tmp_path):
@@ -167,10 +188,9 @@ def test_rates_never_see_test_samples():
     for cell in plan(list(lengths), ["SEAL-H", "LoRA"], [0]):
         scored = scored_requests(settings, cell).values()
         assert {request.split for request in scored} == {"train" if cell.purpose == "validation" else "test"}
-        assert training_request(settings, cell).split == "train"
-        assert (
-            training_request(settings, cell).seed not in {request.seed for request in scored} or cell.purpose == "test"
-        )
+        (tuned,) = training_requests(settings, cell)
+        assert tuned.split == "train"
+        assert tuned.seed not in {request.seed for request in scored} or cell.purpose == "test"
 
 
 def test_the_plan_is_ordered_and_complete():
@@ -204,7 +224,6 @@ def test_tuning_and_controls_differ_and_leave_the_model_as_it_was(finished):
     ids = torch.tensor([[5, 6, 7, 8]])
     scales = {}
     before = bench.model(ids).logits
-    from eval.controls import seal_layers
 
     score = Workbench.score
 
@@ -249,7 +268,7 @@ def test_broken_samples_are_named(finished, tmp_path):
     content = data_file(finished / "data", wanted).read_bytes()
     tokenizer = load_tokenizer(str(TINY))
     file.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="broken"):
+    with pytest.raises(ValueError, match="corrupt"):
         read_samples(wanted, tokenizer, tmp_path)
     file.write_bytes(content)
     assert len(read_samples(wanted, tokenizer, tmp_path)) == 2
@@ -294,4 +313,4 @@ def test_general_ability_is_that_of_plain_arithmetic():
 def test_pictures_know_every_method():
     from eval.plots import COLOURS
 
-    assert {*study_results.COMPARED, *study_results.CONTROLLED, "query"} <= COLOURS.keys()
+    assert {method for methods in study_results.PLOTS.values() for method in methods} <= COLOURS.keys()

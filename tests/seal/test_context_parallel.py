@@ -17,7 +17,7 @@ from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.answer_logits import IGNORED, answers_only, next_labels
 from axolotl_plugins.seal.context_parallel import MODEL_TYPES, ContextParallel, check_model, check_processes
 from recipes import bench
-from recipes.tools.estimate import MemoryConfig, Shape, training_bytes
+from recipes.tools.estimate import Shape, StepConfig, training_bytes
 
 # The last one's frequencies are others for samples longer than 22 tokens, which one process alone can see.
 MODELS = ("llama_mha", "llama_gqa", "mistral", "qwen2", "qwen3", "gpt_neox", "phi3")
@@ -55,32 +55,30 @@ def gradients(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 
-def process(rank: int, folder: str, processes: int, learned: list[int], checkpointing: bool) -> None:
+def process(rank: int, folder: str, processes: int, learned: list[int], setting: str) -> None:
     """One of the processes that share a sample; each saves what is its own part."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=processes)
     torch.set_num_threads(1)
     for name in MODELS:
         model = wrapped(name)
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-            model.enable_input_require_grads()
         shared = ContextParallel(processes)
         shared.prepare(model.get_base_model())
         ids, labels = sample(learned)
         inputs = shared.share({"input_ids": ids, "shift_labels": next_labels(labels)})
-        loss = model(**answers_only(inputs)).loss
-        loss.backward()
+        with bench.applied(model, bench.Setting.of(setting)):
+            loss = model(**answers_only(inputs)).loss
+            loss.backward()
         torch.save((loss.detach(), gradients(model)), f"{folder}/{name}_{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
-    ("processes", "learned", "checkpointing"),
-    [(2, [LENGTH - 2, LENGTH - 1], False), (3, [*range(1, LENGTH)], True)],
+    ("processes", "learned", "setting"),
+    [(2, [LENGTH - 2, LENGTH - 1], "none"), (3, [*range(1, LENGTH)], "full"), (2, [LENGTH - 1], "every2")],
 )
-def test_parts_of_a_sample_add_up_to_the_whole(processes, learned, checkpointing, tmp_path: Path):
-    mp.spawn(process, (str(tmp_path), processes, learned, checkpointing), nprocs=processes)
+def test_parts_of_a_sample_add_up_to_the_whole(processes, learned, setting, tmp_path: Path):
+    mp.spawn(process, (str(tmp_path), processes, learned, setting), nprocs=processes)
     for name in MODELS:
         parts = [torch.load(tmp_path / f"{name}_{rank}.pt", weights_only=True) for rank in range(processes)]
         model = wrapped(name)
@@ -141,7 +139,7 @@ def test_memory_of_each_process_is_what_the_formula_says(processes, tokens, tmp_
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "0")
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     mp.spawn(peak, (str(tmp_path), processes, tokens), nprocs=processes)
-    shape, memory = Shape.of(bench.SMALL), MemoryConfig(element=4, context_parallel_size=processes)
-    full, empty = (training_bytes(shape, length, memory=memory) for length in (tokens, 0))
+    shape, step = Shape.of(bench.SMALL), StepConfig(element=4, context_parallel_size=processes)
+    full, empty = (training_bytes(shape, length, step=step) for length in (tokens, 0))
     for rank in range(processes):
         assert int((tmp_path / str(rank)).read_text()) == pytest.approx(full - empty, rel=0.15)

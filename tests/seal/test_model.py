@@ -422,3 +422,14 @@ def test_rows_that_cannot_have_their_adapter_are_refused():
     model.train()
     with pytest.raises(ValueError, match="evaluation mode"):
         call(["default", "default"])
+
+
+@pytest.mark.parametrize("lines", [
+    "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as types; import axolotl_plugins.seal",
+    "from axolotl_plugins.seal import SealConfig; from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as types",
+    "import axolotl_plugins.seal.model_loading; from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as types",
+])  # fmt: skip
+def test_imports_register_the_tuner_in_any_order(lines):
+    done = subprocess.run([sys.executable, "-c", f"{lines}; print('SEAL' in types)"], capture_output=True, text=True,
+                          cwd=ROOT)  # fmt: skip
+    assert done.stdout == "True\n", done.stderr[-2000:]

@@ -14,6 +14,7 @@ from peft import get_peft_model
 
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.model_card import card, push
+from axolotl_plugins.seal.provenance import record
 from eval.table import score_tables
 
 LONGCHAT = "lmsys/longchat-7b-v1.5-32k"
@@ -55,6 +56,35 @@ def test_a_card_has_method_data_and_scores_beside_the_papers(adapter, tmp_path):
     assert [row.split("|")[4].strip() for row in rows] == ["1.00", "0.80", ""]  # Table 1
 
 
+def test_a_card_shows_own_data_with_an_example_and_scores_by_length(adapter, tmp_path):
+    file = tmp_path / "train.jsonl"
+    chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": "57.5"}]
+             for text in ("a ```b``` " + "x" * 4000 + " How warm?", "second")]  # fmt: skip
+    file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    data = record([{"path": str(file), "type": "chat_template"}])
+    (adapter / "training_data.json").write_text(json.dumps({**data, "tokens": [210, 1512]}))
+    (tmp_path / "results").mkdir()
+    scored = {**result(adapter, [256, 512]), "task": "data/test.jsonl"}
+    (tmp_path / "results/own.json").write_text(json.dumps(scored))
+    text = card(adapter, score_tables(tmp_path / "results", str(adapter)))
+    assert "- train.jsonl, samples 2 (SHA-256 " in text and "The samples have 210 to 1,512 tokens." in text
+    assert "````text\na ```b``` xxx" in text and "x How warm?\n````\n\n```text\n57.5\n```" in text
+    assert "\n[... 3,120 characters left out ...]\n" in text and "second" not in text
+    assert "### data/test.jsonl" in text and "| 256 | 0.90" in text and "| 512 | 0.90" in text
+
+
+def test_a_dry_run_prints_the_card_and_the_files_and_writes_nothing(adapter):
+    (adapter / "notes.txt").touch()
+    before = {path: path.read_bytes() for path in adapter.iterdir()}
+    command = [sys.executable, "-m", "axolotl_plugins.seal", "push", str(adapter), "me/adapter", "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("---\nbase_model: "), done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == (
+        "me/adapter: would have README.md, adapter_config.json, adapter_model.safetensors, training_data.json"
+    )
+    assert {path: path.read_bytes() for path in adapter.iterdir()} == before
+
+
 def test_pushing_without_a_hub_is_one_line(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match="someone/adapter: the hub refused"):
@@ -62,7 +92,7 @@ def test_pushing_without_a_hub_is_one_line(adapter, tmp_path, monkeypatch):
 
 
 def test_the_command_writes_the_card_alone(adapter):
-    command = [sys.executable, "-m", "axolotl_plugins.seal", "push", str(adapter), "--results", "nowhere"]
+    command = [sys.executable, "-m", "eval", "push", str(adapter), "--results", "nowhere"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (adapter / "README.md").read_text().startswith(f"---\nbase_model: {LONGCHAT}\n")

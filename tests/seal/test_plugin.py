@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -43,6 +44,7 @@ def test_training_moves_only_scales_and_logs_them(trained):
     assert {tuple(t.shape) for t in tensors.values()} == {(channels,)} and len(tensors) == layers
     assert all(t.dtype == torch.float32 and (t != 1).all() and (t - 1).abs().max() < 0.5 for t in tensors.values())
     assert f"trainable params: {layers * channels} " in output
+    assert re.search(rf"^seal: {STEPS} steps in \d+ s, \d+\.\d\d s each$", output, re.MULTILINE)
     log = json.loads(next((folder / "out").glob("checkpoint-*/trainer_state.json")).read_text())["log_history"]
     step = next(entry for entry in log if "loss" in entry)
     assert {"seal/mean", "seal/min", "seal/max", "seal/raised_layer", "seal/lowered_head"} <= step.keys()
@@ -58,7 +60,10 @@ def test_adapters_and_checkpoints_say_what_they_were_trained_on(trained):
         known = load(adapter).trained_on
         assert all(text_hash(message["content"]) in known for row in rows for message in row["messages"])
     manifest = json.loads((folder / "data/tiny_line.jsonl.manifest.json").read_text())
-    assert json.loads((folder / "out/training_data.json").read_text())["files"][0]["manifest"] == manifest
+    record = json.loads((folder / "out/training_data.json").read_text())
+    assert record["files"][0]["manifest"] == manifest
+    tokens = [row["tokens"] for row in rows]
+    assert record["tokens"] == [min(tokens), max(tokens)]
 
 
 def test_resumed_training_ends_with_the_same_bits(trained):
@@ -126,6 +131,13 @@ def test_axolotls_merge_has_the_adapters_logits(trained):
 
 
 DATA = {"task": "line", "tokens": 400}
+RECOMPUTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+ONCE_IN_TWO = RECOMPUTED | {"gradient_checkpointing_kwargs": {"use_reentrant": False, "every_n_layers": 2}}
+SELECTIVE = RECOMPUTED | {"selective_checkpointing": True}
+OFFLOADED = {"activation_offloading": "hidden_states"}
+CCE = "axolotl.integrations.cut_cross_entropy"
+LIGER = {"plugins": ["axolotl_plugins.seal.SealPlugin", "axolotl.integrations.liger.LigerPlugin"],
+         "liger_rms_norm": True, "liger_rope": True, "liger_glu_activation": True}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -166,6 +178,34 @@ DATA = {"task": "line", "tokens": 400}
             },
             "set `use_reentrant: true`",
         ),
+        ({"gradient_checkpointing_kwargs": {"every_n_layers": 0}}, "every_n_layers: found 0, expected 1 or more"),
+        ({"gradient_checkpointing_kwargs": {"every_n_layers": 2}}, "every_n_layers: nothing is recomputed"),
+        ({"selective_checkpointing": True}, "selective_checkpointing: nothing is recomputed"),
+        (
+            {"selective_checkpointing": True, "gradient_checkpointing": True},
+            "needs `gradient_checkpointing_kwargs: use",
+        ),
+        (
+            RECOMPUTED | {"activation_offloading": True, "selective_checkpointing": True},
+            "every activation in host memory",
+        ),
+        (ONCE_IN_TWO | {"activation_offloading": "disk"}, "no effect with `activation_offloading: disk`"),
+        (
+            ONCE_IN_TWO | {"gradient_checkpointing_kwargs": {"every_n_layers": 2}},
+            "needs `gradient_checkpointing_kwargs",
+        ),
+        (
+            RECOMPUTED
+            | {"selective_checkpointing": True}
+            | {"plugins": ["axolotl_plugins.self_extend.SelfExtendPlugin", "axolotl_plugins.seal.SealPlugin"]},
+            "no effect on Self-Extend's attention",
+        ),
+        (SELECTIVE | {"seal": {"granularity": "head", "context_parallel": 2}}, "attention of seal.context_parallel"),
+        ({"torch_compile": True}, "a mask of T x T"),
+        (
+            {"plugins": [*LIGER["plugins"], f"{CCE}.CutCrossEntropyPlugin"]},
+            "CutCrossEntropyPlugin: logits are computed",
+        ),
     ],
 )
 def test_recipes_that_would_ruin_a_run_are_refused(changes, message, tmp_path, capsys):
@@ -203,6 +243,15 @@ def test_launching_a_ruinous_recipe_prints_one_line_and_writes_nothing(tmp_path)
     write_recipe(tmp_path, weight_decay=0.1)
     assert "weight_decay: found 0.1" in refusal(launch(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yml"]
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without a GPU")
+def test_ligers_kernels_without_a_gpu_are_refused_in_one_line(tmp_path):
+    """And its loss on all tokens anywhere; Axolotl's Liger plugin is listed behind this project's."""
+    write_recipe(tmp_path, **LIGER)
+    assert "liger_rms_norm, liger_rope, liger_glu_activation: Liger's kernels need a GPU" in refusal(launch(tmp_path))
+    write_recipe(tmp_path, **LIGER, liger_fused_linear_cross_entropy=True)
+    assert "liger_fused_linear_cross_entropy: logits are computed for answers only" in refusal(launch(tmp_path))
 
 
 def test_data_that_does_not_match_its_recipe_is_refused(trained, tmp_path):
@@ -256,19 +305,30 @@ def test_weights_in_16_bits_leave_scales_in_32(tmp_path):
         assert scale.dtype == torch.float32 and (scale != scale.bfloat16()).any() and (scale != 1).all()
 
 
+KINDS = {
+    "reentrant": {"gradient_checkpointing": True},
+    "once": RECOMPUTED,
+    "every2": ONCE_IN_TWO,
+    "selective": SELECTIVE,
+    "selective-every2": SELECTIVE | ONCE_IN_TWO,
+    "offload": RECOMPUTED | OFFLOADED,
+    "selective-every2-offload": SELECTIVE | ONCE_IN_TWO | OFFLOADED,
+    "selective-offload_all": RECOMPUTED | OFFLOADED | {"selective_checkpointing": {"offload": True}},
+}
+
+
 @pytest.mark.slow
-def test_every_kind_of_checkpointing_learns_the_same_bits(trained, tmp_path):
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_every_kind_of_checkpointing_learns_the_same_bits(kind, trained, tmp_path):
     """Gradients of the embeddings are computed for one of them alone."""
     folder, _ = trained
     whole = scales(folder / "out")
-    once = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    for number, kind in enumerate(({}, once, {"activation_offloading": "hidden_states"})):
-        (tmp_path / str(number)).mkdir()
-        write_recipe(tmp_path / str(number), gradient_checkpointing=True, **kind)
-        done = launch(tmp_path / str(number))
-        assert done.returncode == 0, done.stderr[-3000:]
-        again = scales(tmp_path / str(number) / "out")
-        assert all((whole[name] != 1).all() and torch.equal(again[name], whole[name]) for name in whole)
+    write_recipe(tmp_path, **kind)
+    done = launch(tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert ("saving `aten::_scaled_dot_product" in done.stdout + done.stderr) == ("selective_checkpointing" in kind)
+    again = scales(tmp_path / "out")
+    assert all((whole[name] != 1).all() and torch.equal(again[name], whole[name]) for name in whole)
 
 
 @pytest.mark.slow

@@ -6,12 +6,12 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
+from smoke import build_miniature
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.merge import merge
 from axolotl_plugins.seal.model_loading import load
-from recipes.tools.smoke import build_miniature
 
 pytest.importorskip("bitsandbytes")
 BITS = {"8": {"load_in_8bit": True}, "4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
 import torch
+from axolotl_runs import launch, write_recipe
 from paths import TINY
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.model_loading import load
@@ -55,6 +59,38 @@ def test_tuning_is_adamw_over_shuffled_samples(chats):
     again = [p for p in model.parameters() if p.requires_grad]
     for one, two in zip(again, scales, strict=True):
         torch.testing.assert_close(one, two, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("granularity", ["head", "channel"])
+def test_axolotl_and_tune_end_in_the_same_scales(granularity, tmp_path):
+    data = {"task": "line", "tokens": "300:500", "samples": 8}
+    recipe = write_recipe(tmp_path, max_steps=None, curriculum_sampling=True, shuffle_merged_datasets=False,
+                          seal={"granularity": granularity, "data": data})  # fmt: skip
+    done = launch(tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    trained = load_file(tmp_path / "out" / "adapter_model.safetensors")
+
+    in_file = [json.loads(row)["messages"] for row in (tmp_path / "data/tiny_line.jsonl").read_text().splitlines()]
+    # Axolotl read the file from its first line; these chats are in that order once `tune` has shuffled them.
+    chats = [None] * len(in_file)
+    for place, chat in zip(random.Random(0).sample(range(len(in_file)), len(in_file)), in_file, strict=True):
+        chats[place] = chat
+    model = get_peft_model(load(TINY).model, SealConfig(granularity=granularity))
+    tune(model, chats, load(TINY).tokenizer, lr=recipe["learning_rate"], epochs=recipe["num_epochs"], seed=0)
+    tuned = {name.replace(".default", ""): p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == tuned.keys() and all((scale - 1).abs().max() > 0.05 for scale in trained.values())
+    for name, scale in trained.items():
+        torch.testing.assert_close(scale, tuned[name], atol=1e-6, rtol=0)
+
+
+def test_a_chat_ends_at_the_token_that_ends_its_last_turn():
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    # As ChatML, with a line break behind every turn.
+    turns = "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{{ eos_token }}\n{% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]
+    ids, start = encode(chat, tokenizer)
+    assert tokenizer.decode(ids[0, start:]) == "b c" + tokenizer.eos_token
 
 
 def test_other_methods_are_tuned_as_well(chats):

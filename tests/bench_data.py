@@ -1,4 +1,4 @@
-"""Time the generation of every task: ``python -m data_gen.bench``, with the tokenizer of Mistral's first models."""
+"""Time the generation of every task, with the tokenizer of Mistral's first models (``make bench-data``)."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def measure(command: list[str]) -> tuple[float, float, float]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Write samples of every task into a temporary folder, and print the time and memory of each as a table."""
-    parser = argparse.ArgumentParser(prog="python -m data_gen.bench", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=31_000, help="longest sample")
     parser.add_argument("--samples", type=int, default=50, help="of each task")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Run recipes for two steps on random-weight miniatures of their models (``make recipes-smoke``).
+"""Launch recipes for two steps on random-weight miniatures of their models (``make recipes-smoke``).
 
 A miniature has its model's architecture, number of heads, ratio of query to key heads and RoPE, with two layers and
 narrow heads. All other settings of a recipe are unchanged, except those that need a GPU or the hub.
@@ -6,6 +6,7 @@ narrow heads. All other settings of a recipe are unchanged, except those that ne
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -18,9 +19,10 @@ from typing import Any
 
 import yaml
 
+from axolotl_plugins.common.console import quiet_libraries, stop
 from axolotl_plugins.common.io import remove, write_text
 from data_gen.tasks import TASKS
-from recipes.tools.render import FOLDER, all_recipes, read_matrix
+from recipes.tools.render import FOLDER, matrix_recipes, read_matrix
 
 ROOT = FOLDER.parent
 TOKENIZER = ROOT / "tests" / "fixtures" / "tiny"
@@ -106,8 +108,9 @@ def shrink(recipe: dict[str, Any], miniature: Path, work: Path) -> dict[str, Any
     for key in ("bfloat16", "fsdp_version", "fsdp_config", "deepspeed", "tf32"):  # need GPUs
         small.pop(key, None)
     small["seal"].pop("context_parallel", None)
-    if "flash" in small["attn_implementation"]:
-        small["attn_implementation"] = "sdpa"
+    for key in ("liger_rms_norm", "liger_rope", "liger_glu_activation"):
+        small.pop(key, None)
+    small["plugins"] = [plugin for plugin in small["plugins"] if "liger" not in plugin]
     if "model_config" in small:
         small["model_config"]["max_position_embeddings"] = WINDOW
     data, datasets = small["seal"]["data"], small["datasets"]
@@ -219,12 +222,13 @@ def smoke(names: list[str], jobs: int) -> None:
     from rich.table import Table
 
     os.chdir(ROOT)
-    texts = all_recipes()
+    texts = {recipe.name: recipe.text for recipe in matrix_recipes()}
     names = names or sorted(texts)
     if unknown := [name for name in names if name not in texts]:
         raise ValueError(f"recipe: found {unknown[0]!r}, expected a name in recipes, such as {min(texts)}")
     # The folder's name changes with the recipes and everything that a run depends on, so that stale runs are repeated.
     digest = hashlib.sha256(repr(sorted(texts.items())).encode())
+    digest.update(Path(__file__).read_bytes())
     for folder in ("axolotl_plugins", "data_gen", "recipes", TOKENIZER):
         for path in sorted(Path(folder).rglob("*")):
             if path.is_file() and path.suffix not in (".pyc", ".yml"):
@@ -236,3 +240,20 @@ def smoke(names: list[str], jobs: int) -> None:
         count = trained(work / name)
         table.add_row(name, str(count), f"{seconds[name]:.0f}")
     Console().print(table)
+
+
+def main() -> None:
+    """Parse the command line and launch the recipes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="recipes; default: all of matrix.yml")
+    parser.add_argument("--jobs", type=int, default=2, help="concurrent runs")
+    options = parser.parse_args()
+    quiet_libraries()
+    try:
+        smoke(options.names, options.jobs)
+    except (ValueError, RuntimeError, OSError) as error:
+        stop(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Gather the wheels that a GPU machine without a network needs (``make wheelhouse``).
+
+They are the packages of requirements.lock and this project, without PyTorch and what comes with it, in folders of a
+bounded size that can be copied one at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from axolotl_plugins.common.console import stop
+
+ROOT = Path(__file__).parents[2]
+ON_THE_MACHINE = re.compile(r"(torch|triton|nvidia-(?!ml-py).*|cuda-.*)==")  # its own, built for its driver
+# Wheels for Linux on x86-64 of every glibc that a current distribution has.
+PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(39, 4, -1)]
+PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
+PROJECT = {"LICENSE", "README.md", "pyproject.toml", "axolotl_plugins", "data_gen", "eval", "recipes"}
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+
+
+def pins(lock: str) -> list[str]:
+    """Return the lines ``name==version`` of a lock, without what the machine has."""
+    lines = [line.strip() for line in lock.splitlines()]
+    return [line for line in lines if "==" in line and not line.startswith("#") and not ON_THE_MACHINE.match(line)]
+
+
+def download_command(python: str, folder: Path, requirements: Path) -> list[str]:
+    """Return the command that downloads each pin as a wheel for another Python, or its source if it has none."""
+    platforms = [option for name in PLATFORMS for option in ("--platform", name)]
+    return [*PIP, "download", "--quiet", "--no-deps", "--python-version", python, "--implementation", "cp", "--abi",
+            f"cp{python.replace('.', '')}", "--abi", "abi3", "--abi", "none", *platforms, "--dest", str(folder),
+            "--requirement", str(requirements)]  # fmt: skip
+
+
+def split(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Distribute files over parts of at most ``limit`` bytes, the largest first, each into the first with room.
+
+    Raises:
+        ValueError: a file alone is larger.
+    """
+    parts: list[list[str]] = []
+    room: list[int] = []
+    for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+        if size > limit:
+            raise ValueError(f"part: {name} has {size / 2**20:.0f} MiB: ask for parts of at least as many")
+        index = next((index for index, left in enumerate(room) if size <= left), len(parts))
+        if index == len(parts):
+            parts.append([])
+            room.append(limit)
+        parts[index].append(name)
+        room[index] -= size
+    return parts
+
+
+def gather(python: str, out: Path, part_mib: int, lock: Path = ROOT / "requirements.lock") -> list[Path]:
+    """Write the folders of wheels, and return them.
+
+    Args:
+        python: version of the GPU machine's Python, such as ``3.12``.
+        out: folder to write.
+        part_mib: size of a part at most.
+        lock: pins, one a line.
+
+    Raises:
+        ValueError: ``out`` is not empty, pip fails, a package is neither pure Python nor has a wheel, or a wheel is
+            larger than a part.
+    """
+    if not re.fullmatch(r"3\.\d+", python):
+        raise ValueError(f"python: found {python!r}, expected a version such as 3.12")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"out: {out} is not empty")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out) as work:
+        folder, requirements = Path(work) / "wheels", Path(work) / "pins"
+        requirements.write_text("\n".join(pins(lock.read_text())) + "\n")
+        run_pip(download_command(python, folder, requirements))
+        sources = [file for file in folder.iterdir() if file.suffix != ".whl"]
+        project = Path(work) / "project"  # a copy, because setuptools writes beside the sources
+        shutil.copytree(ROOT, project, ignore=lambda folder, names: set(names) - PROJECT if folder == str(ROOT) else ())
+        run_pip([*PIP, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), *map(str, sources), str(project)])
+        for source in sources:
+            source.unlink()
+        wheels = {file.name: file.stat().st_size for file in folder.iterdir()}
+        tag = f"cp{python.replace('.', '')}-"
+        if wrong := [name for name in wheels if f"-{tag}" not in name and "-py" not in name and "-abi3-" not in name]:
+            raise ValueError(f"{wrong[0]}: was built for this Python, not for {python}: run with PYTHON={python}")
+        parts = []
+        for number, names in enumerate(split(wheels, part_mib * 2**20), 1):
+            parts.append(out / f"part{number}")
+            parts[-1].mkdir()
+            for name in names:
+                (folder / name).rename(parts[-1] / name)
+    return parts
+
+
+def run_pip(command: list[str]) -> None:
+    """Run pip.
+
+    Raises:
+        ValueError: it fails; the message is its last line.
+    """
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError((done.stderr.strip() or "pip failed").splitlines()[-1])
+
+
+def main() -> None:
+    """Gather the wheels of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--python", default=f"{sys.version_info[0]}.{sys.version_info[1]}", help="of the GPU machine")
+    parser.add_argument("--out", type=Path, default=Path("wheels"), help="folder to write")
+    parser.add_argument("--part", type=int, default=500, help="MiB of a part, at most")
+    args = parser.parse_args()
+    try:
+        for part in gather(args.python, args.out, args.part):
+            files = list(part.iterdir())
+            print(f"{part}: {len(files)} wheels, {sum(file.stat().st_size for file in files) / 2**20:.0f} MiB")
+    except (ValueError, OSError) as error:
+        stop(error)
+    print(f"on the GPU machine: pip install --no-index --no-deps {args.out}/part*/*.whl")
+
+
+if __name__ == "__main__":
+    main()

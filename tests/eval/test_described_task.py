@@ -1,0 +1,72 @@
+"""A description is a task of eval, probes, sweep, transfer and report."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from paths import ROOT, TINY
+from peft import get_peft_model
+
+from axolotl_plugins.common.console import run as run_app
+from axolotl_plugins.seal import SealConfig
+from axolotl_plugins.seal.model_loading import load
+from data_gen.dataset import Request, generate
+from data_gen.tasks import resolve_task
+from eval.__main__ import app
+from eval.evaluate import evaluate
+from eval.probe.head_importance import gradient_map
+from eval.probe.sweep import read_recipe, sweep
+from eval.probe.transfer import score_transfer
+from eval.spec import EvalSpec
+from recipes.tools.new import recipe_for
+
+SPEC = str(ROOT / "data_gen/examples/key_value.yml")
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load(TINY)
+
+
+def test_scores_are_of_test_samples_by_the_descriptions_metric(loaded, tmp_path):
+    (result,) = evaluate([loaded], [SPEC], EvalSpec(lengths=[250, 500], samples=3), outputs=[{}])
+    expected = [row["references"] for length in ("250", "500")
+                for row in generate(Request(SPEC, length, samples=3, split="test"), loaded.tokenizer)]  # fmt: skip
+    assert [row["references"] for row in result.responses] == expected
+    task = resolve_task(SPEC)
+    assert [row["score"] for row in result.responses] == [
+        task.metric(row["response"], row["references"]) for row in result.responses
+    ]
+    assert result.task == "key_value" and [row.length for row in result.scores] == [250, 500]
+
+
+def test_the_commands_score_it_and_report_it(tmp_path):
+    command = ["run", "--model", str(TINY), "--task", SPEC, "--lengths", "250", "--samples", "2", "--out"]
+    run_app(app, "python -m eval", [*command, str(tmp_path / "r.json")])
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert len(result["asked"]["description_sha256"]) == 64 and len(result["responses"]) == 2
+    run_app(app, "python -m eval", ["report", "--results", str(tmp_path), "--out", str(tmp_path / "page.html")])
+    assert "key_value" in (tmp_path / "page.html").read_text()
+
+
+def test_probes_sweep_and_transfer_take_it(loaded, tmp_path):
+    task = resolve_task(SPEC)
+    found = gradient_map(loaded, task, [250], samples=1)
+    assert resolve_task(found["task"]).name == "key_value" and found["lengths"] == [250]
+
+    text, _ = recipe_for(str(TINY), SPEC, "sealh", "250:300", out=tmp_path / "mine.yml", gpu=False)
+    recipe = yaml.safe_load(text)
+    recipe["seal"]["data"]["samples"] = 2
+    (tmp_path / "mine.yml").write_text(yaml.safe_dump(recipe))
+    grid = {"rates": [0.01], "samples": None, "epochs": [1], "seeds": [1], "lengths": [250], "validation": 2}
+    (cell,) = sweep(read_recipe(tmp_path / "mine.yml"), **grid)["cells"]
+    assert 0 <= cell["mean"] <= 1
+
+    get_peft_model(load(TINY).model, SealConfig(granularity="head")).save_pretrained(tmp_path / "adapter")
+    settings = {"lengths": [250], "samples": 1, "batch_size": None, "chat_template": None, "out": tmp_path / "t.json"}
+    with pytest.raises(
+        ValueError, match=r"^key_value: the base model scores .* at every length"
+    ):  # as there is but one
+        score_transfer(str(TINY), {"a": str(tmp_path / "adapter")}, [task], **settings)

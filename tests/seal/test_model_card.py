@@ -76,7 +76,7 @@ def test_a_card_shows_own_data_with_an_example_and_scores_by_length(adapter, tmp
 def test_a_dry_run_prints_the_card_and_the_files_and_writes_nothing(adapter):
     (adapter / "notes.txt").touch()
     before = {path: path.read_bytes() for path in adapter.iterdir()}
-    command = [sys.executable, "-m", "axolotl_plugins.seal", "push", str(adapter), "me/adapter", "--dry-run"]
+    command = [sys.executable, "-m", "eval", "push", str(adapter), "me/adapter", "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("---\nbase_model: "), done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == (

@@ -66,7 +66,7 @@ def evaluate(
 def run_fingerprint(model: str, task: Task, spec: EvalSpec, cache_key: Sequence[object]) -> str:
     """Return the ``fingerprint`` of everything that a result depends on."""
     settings = {key: value for key, value in asdict(spec).items() if key != "batch_size"}  # answers are the same
-    folders = [Path(name) for name in (spec.haystack, spec.cases, spec.data) if name and Path(name).is_dir()]
+    folders = [Path(name) for name in (spec.haystack, spec.data) if name and Path(name).is_dir()]
     files = [file.stat() for folder in folders for file in sorted(folder.rglob("*"))]
     state = [(file.st_size, file.st_mtime_ns) for file in files]
     return fingerprint(model, task.name, dict(task.identity), settings, state, *cache_key)

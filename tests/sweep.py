@@ -176,9 +176,7 @@ def check_adapter(base: Path, folder: Path, granularity: str) -> tuple[str, str]
     loaded = load(folder / "adapter", default_window=WINDOW)
     assert torch.equal(logits(loaded.model, ids), tuned), "the adapter is another after saving and loading"
     remark = check_decoding(loaded)
-    # Where float32 itself rounds by more, that is the tolerance.
-    model.get_base_model().set_experts_implementation("eager")
-    tolerance = max(1e-4, 4 * (logits(model.double(), ids) - tuned).abs().max().item())
+    tolerance = max(1e-4, 4 * rounding(model, ids, tuned))
     export_ia3(folder / "adapter", folder / "ia3")
     ia3 = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder / "ia3")
     torch.testing.assert_close(logits(ia3, ids), tuned, atol=tolerance, rtol=0)
@@ -197,6 +195,15 @@ def check_adapter(base: Path, folder: Path, granularity: str) -> tuple[str, str]
         if modules in ("o_proj", "out_proj", "dense"):
             break  # both do the same
     return modules, remark
+
+
+def rounding(model: PeftModel, ids: torch.Tensor, tuned: torch.Tensor) -> float:
+    """Return by how much float32 rounds the logits of a model, which becomes float64."""
+    model.get_base_model().set_experts_implementation("eager")
+    try:
+        return (logits(model.double(), ids) - tuned).abs().max().item()
+    except RuntimeError:  # XGLM's mask does not exist in float64
+        return 0.0
 
 
 def train_step(model: PeftModel, ids: torch.Tensor) -> None:

@@ -21,14 +21,17 @@ def as_messages(prompt: str, answer: str) -> Messages:
 
 
 def load_tokenizer(
-    name: str, chat_template: str | None = None, template_arguments: dict[str, Any] | None = None
-) -> PreTrainedTokenizerBase:
+    name: str, chat_template: str | None = None, template_arguments: dict[str, Any] | None = None, *,
+    fallback: str | None = None, trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase:  # fmt: skip
     """Load the tokenizer of a model.
 
     Args:
         name: folder or hub id.
         chat_template: Jinja file, or the template itself, for tokenizers without one.
         template_arguments: see ``with_arguments``.
+        fallback: template of a tokenizer that has none.
+        trust_remote_code: run code from the checkpoint.
 
     Raises:
         ValueError: the tokenizer cannot be loaded, or see ``set_template``.
@@ -36,9 +39,11 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"tokenizer: cannot load {name!r} as a folder or hub id ({first_line(error)})") from error
+    if chat_template is None and not tokenizer.chat_template:
+        chat_template = fallback
     set_template(tokenizer, name, chat_template, template_arguments)
     return tokenizer
 

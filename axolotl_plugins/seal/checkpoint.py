@@ -228,7 +228,10 @@ def add_older_rope_keys(config: dict[str, Any]) -> None:
         scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
         if rope["rope_type"] == "longrope":
             config.setdefault("original_max_position_embeddings", rope["original_max_position_embeddings"])
-        if model_type in ("phi3", "phi4_multimodal"):  # which take these three keys only
+        if model_type in ("phi3", "phi4_multimodal"):  # which take these three keys only, and derive the factor
+            ratio = config["max_position_embeddings"] / (rope.get("original_max_position_embeddings") or 1)
+            if rope["rope_type"] != "longrope" or rope.get("factor", ratio) != ratio:
+                return
             scaling = {"type": "longrope", **{key: rope[key] for key in ("short_factor", "long_factor")}}
         config.setdefault("rope_scaling", scaling)
 
@@ -238,6 +241,14 @@ def meaning(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     return {key: meaning(value) for key, value in config.items() if key not in WRITER_KEYS}
+
+
+def without_derived(config: Any) -> Any:
+    """Return a config without the keys of LongRoPE that follow from others: its factor and its type's older name."""
+    if not isinstance(config, dict):
+        return config
+    derived = ("factor", "type") if config.get("rope_type") == "longrope" else ()
+    return {key: without_derived(value) for key, value in config.items() if key not in derived}
 
 
 def write_config(folder: Path, source: Path, out: Path) -> None:
@@ -265,9 +276,9 @@ def write_config(folder: Path, source: Path, out: Path) -> None:
         else:
             (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         try:
-            written = meaning(AutoConfig.from_pretrained(out).to_dict())
+            written = without_derived(meaning(AutoConfig.from_pretrained(out).to_dict()))
         except BROKEN:
             continue
-        if all(written.get(key) == value for key, value in new.items()):
+        if all(written.get(key) == value for key, value in without_derived(new).items()):
             return
     raise ValueError(f"{folder / 'config.json'}: cannot be written with the settings of {source / 'config.json'}")

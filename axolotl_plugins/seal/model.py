@@ -33,9 +33,11 @@ ATTENTION_OUTPUTS = (
     "multi_head_attention.dense",  # CTRL
     "attn.c_proj",  # GPT-2
     "attn.out_proj",  # GPT-J, MPT
+    "attn.Wo",  # ModernBERT
     "attn.attention.out_proj",  # GPT-Neo
     "attention.wo",  # InternLM
     "mixer.o_proj",  # Nemotron-H
+    "temporal_block.o_proj",  # RecurrentGemma
 )
 
 
@@ -49,7 +51,8 @@ def text_modules(model: Any) -> set[nn.Module]:
     """Return the modules of a model's text decoder, without towers that read images or sound."""
     if not isinstance(model, PreTrainedModel):
         return set(model.modules())
-    modules = set(model.get_decoder().modules())
+    decoder = model.get_decoder()
+    modules = set((decoder if isinstance(decoder, PreTrainedModel) else model).modules())  # ModernBERT's is its head
     for part in model.modules():
         if part is not model and isinstance(part, PreTrainedModel) and "text" not in part.input_modalities:
             modules -= set(part.modules())

@@ -46,8 +46,7 @@ def prepare_window(cfg: dict[str, Any]) -> None:
     """
     name = cfg.get("base_model_config") or cfg.get("base_model") or ""
     changes = dict(cfg.get("model_config") or {})
-    options = {key: cfg[key] for key in ("trust_remote_code",) if cfg.get(key)}
-    config = read_config(name, changes, **options)
+    config = read_config(name, changes, trust_remote_code=cfg.get("trust_remote_code") is True)
     text = config.get_text_config()
     if getattr(text, "rope_condense_ratio", None):
         cfg["model_config"] = changes | {
@@ -113,11 +112,11 @@ class SealPlugin(BasePlugin):
             self.inference = bool(cfg.get("inference"))
             quantise_for_seal()
             sys.excepthook = print_one_line
-            prepare_window(cfg)
             datasets = cfg.get("datasets") or []
             template = cfg.get("chat_template_jinja")
             if block.data or any(dataset.get("type") == "chat_template" for dataset in datasets):
                 prepare_template(cfg)
+            prepare_window(cfg)
             if not (cfg.get("inference") or cfg.get("merge_lora")):
                 check_targets(cfg, block)
                 generate_files(cfg, block, template)

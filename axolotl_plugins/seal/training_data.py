@@ -46,8 +46,14 @@ def recipe_tokenizer(cfg: dict[str, Any], dataset: dict[str, Any]) -> PreTrained
     Raises:
         ValueError: it cannot be loaded, or has no chat template.
     """
-    name = cfg.get("tokenizer_config") or cfg.get("base_model") or ""
-    return load_tokenizer(name, chat_template(cfg, dataset), cfg.get("chat_template_kwargs"))
+    from axolotl.utils.chat_templates import get_chat_template
+
+    fallback = str(cfg.get("chat_template")).partition("tokenizer_default_fallback_")[2]
+    return load_tokenizer(
+        cfg.get("tokenizer_config") or cfg.get("base_model") or "", chat_template(cfg, dataset),
+        cfg.get("chat_template_kwargs"), fallback=get_chat_template(fallback) if fallback else None,
+        trust_remote_code=cfg.get("trust_remote_code") is True,
+    )  # fmt: skip
 
 
 def prepare_template(cfg: dict[str, Any]) -> None:

@@ -174,7 +174,7 @@ def toy(text: str, model: str = str(TINY)) -> str:
     for old, new in {"models/smollm2-135m": model, "512:1024": "900:1000", "256:512": "200:300",
                      "256,512,1024": "200,300",
                      "256, 512, 1024": "200, 300", "--samples 20": "--samples 2",
-                     "--samples 12": "--samples 2", "samples=20": "samples=2",
+                     "--samples 12": "--samples 2", "samples=20": "samples=2", "--tokens 1024": "--tokens 900",
                      "samples=50": "samples=3", "data_gen/examples": f"{ROOT}/data_gen/examples"}.items():  # fmt: skip
         text = text.replace(old, new)
     return text

@@ -74,6 +74,9 @@ def test_papers_numbers_are_found_by_model_task_method_and_length():
     tuned = result(method="SEAL-C")
     assert paper_value(tuned, 31000) == (0.88, 1) and paper_value(tuned, 31744) == (0.88, 1)
     assert paper_value(tuned, 30500) is None
+    published = replace(tuned, asked={"cases": "testcases"})  # lengths are lines
+    assert paper_value(published, 1350) == (0.88, 1) and paper_value(published, 400) == (0.98, 1)
+    assert paper_value(published, 31000) is None
     assert paper_value(replace(tuned, base="another/model"), 31000) is None
     assert paper_value(replace(tuned, method="base", shots=1), 28000) == (0.5, 3)
     assert paper_value(replace(tuned, method="DoRA"), 30000) == (0.86, 3)

@@ -340,7 +340,7 @@ def test_a_recipe_for_a_file_of_chats(tmp_path):
     assert cfg["seal"] == {"granularity": "head"} and cfg["learning_rate"] == 0.01
     header = " ".join(line.lstrip("# ") for line in text.split("\n\n")[0].splitlines())
     assert f"SEAL-H on {TINY}, {file}: samples of {min(row['tokens'] for row in rows)} to {longest} tokens" in header
-    assert "Learns from 7 samples, 1 epoch." in header and "a minute on two CPU cores" in header
+    assert "Trains on 7 samples, 1 epoch." in header and "a minute on two CPU cores" in header
     assert "line retrieval, others may suit better" in header and "Table" not in header
     check_recipe(cfg)
     cost = CliRunner().invoke(app, ["cost", str(out)])
@@ -449,7 +449,7 @@ def test_no_command_of_the_docs_asks_for_other_samples_under_the_name_of_a_resul
     options_by_result: dict[tuple[str, ...], set[frozenset[tuple[str, str]]]] = {}
     for command in re.findall(r"seal eval [^`\n]+", REPRODUCE.read_text()):
         options = dict(re.findall(r"--(\S+) (\S+)", command))
-        name = tuple(options.pop(key, "") for key in ("model", "task", "shots", "model-config"))
+        name = tuple(options.pop(key, "") for key in ("model", "task", "shots", "model-config", "out"))
         options.pop("chat-template", None)
         options_by_result.setdefault(name, set()).add(frozenset(options.items()))
     assert len(options_by_result) >= 7

@@ -315,10 +315,10 @@ ROPES = {
     "linear": ("llama", {"rope_parameters": LINEAR}),
     "llama3": ("llama", {"rope_parameters": {**LINEAR, "rope_type": "llama3", "low_freq_factor": 1.0,
                          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
-    "yarn": ("qwen3", {"head_dim": 8, "rope_parameters": {**LINEAR, "rope_type": "yarn",
+    "yarn": ("qwen3", {"head_dim": 8, "num_key_value_heads": 2, "rope_parameters": {**LINEAR, "rope_type": "yarn",
                        "original_max_position_embeddings": 128}}),
     "longrope": ("llama", {"rope_parameters": LONG}),
-    "phi3": ("phi3", {"num_key_value_heads": 4, "rope_parameters": LONG}),
+    "phi3": ("phi3", {"num_key_value_heads": 4, "original_max_position_embeddings": 64, "rope_parameters": LONG}),
     "gemma3": ("gemma3_text", {**SLIDING, "head_dim": 8, "rope_parameters": BY_LAYER}),
     "gemma3n": ("gemma3n_text", {**SLIDING, "head_dim": 8, "rope_parameters": BY_LAYER, "num_kv_shared_layers": 0,
                 "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 8223, "intermediate_size": [48, 48],
@@ -328,9 +328,10 @@ ROPES = {
     "modernbert": ("modernbert-decoder", {**SLIDING, "rope_parameters": {
                    **BY_LAYER, "full_attention": {"rope_type": "default", "rope_theta": 1e6}}}),
     "cohere2": ("cohere2", {**SLIDING, "rope_parameters": {"rope_type": "default", "rope_theta": 40889.94}}),
-    "neox": ("gpt_neox", PARTIAL), "phi": ("phi", PARTIAL), "stablelm": ("stablelm", PARTIAL),
-    "persimmon": ("persimmon", PARTIAL), "glm": ("glm", {"head_dim": 8, **PARTIAL}),
-    "glm4": ("glm4", {"head_dim": 8, **PARTIAL}), "nemotron": ("nemotron", {"head_dim": 8, **PARTIAL}),
+    "neox": ("gpt_neox", PARTIAL), "phi": ("phi", PARTIAL), "persimmon": ("persimmon", PARTIAL),
+    "stablelm": ("stablelm", {"num_key_value_heads": 4, **PARTIAL}),
+    "glm": ("glm", {"head_dim": 8, "num_key_value_heads": 2, **PARTIAL}),
+    "glm4": ("glm4", {"head_dim": 8, "num_key_value_heads": 2, **PARTIAL}),
     "falcon": ("falcon", {"rope_parameters": LINEAR}),
     "deepseek": ("deepseek_v3", {**DEEPSEEK, "rope_parameters": {**LINEAR, "rope_type": "yarn", "mscale": 1.0,
                  "mscale_all_dim": 1.0, "original_max_position_embeddings": 128}}),
@@ -355,10 +356,10 @@ def test_an_older_transformers_reads_a_merged_folders_rope(name, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         wanted = model(input_ids=torch.arange(3, 203)[None]).logits
-    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=0)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
     config = AutoConfig.from_pretrained(tmp_path / "merged")
     config.rope_parameters = type(config)(num_hidden_layers=2).rope_parameters
     plain = type(model)(config).eval()
     plain.load_state_dict(model.state_dict())
     with torch.no_grad():
-        assert (plain(input_ids=torch.arange(3, 203)[None]).logits - found).abs().max() > 1e-2  # RoPE matters
+        assert (plain(input_ids=torch.arange(3, 203)[None]).logits - found).abs().max() > 1e-3  # RoPE matters

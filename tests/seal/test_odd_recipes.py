@@ -14,7 +14,9 @@ from paths import TINY
 from transformers import AutoTokenizer
 
 from axolotl_plugins.common.tokenizer import load_tokenizer
+from axolotl_plugins.seal.merge import merge
 from axolotl_plugins.seal.model_loading import load
+from axolotl_plugins.seal.plugin import prepare_template
 from eval.run import run as score
 from eval.scoring import prompt_ids
 from recipes.tools.new import recipe_for
@@ -89,6 +91,24 @@ def test_template_arguments_hold_for_data_training_and_scoring(tmp_path):
     manifest = json.loads((tmp_path / "data/tiny_line.jsonl.manifest.json").read_text())
     assert "--chat-template-kwargs" in manifest["command"] and "enable_thinking" in manifest["command"]
     assert score(adapter, "line", lengths=[300], samples=2).mean.count == 2
+    merge(tmp_path / "out", tmp_path / "merged", report=lambda line: None)
+    assert prompt_ids(load(tmp_path / "merged").tokenizer, rows[0]) == prompt_ids(tokenizer, rows[0])
+
+
+@pytest.mark.parametrize(
+    ("has_template", "recipe", "start"),
+    [(True, {}, "<s><|user|>"), (True, {"chat_template": "tokenizer_default_fallback_chatml"}, "<s><|user|>"),
+     (False, {"chat_template": "tokenizer_default_fallback_chatml"}, "<|im_start|>user"),
+     (True, {"chat_template": "chatml"}, "<|im_start|>user")],
+)  # fmt: skip
+def test_data_is_counted_with_the_template_that_axolotl_uses(has_template, recipe, start, tmp_path):
+    base = Path(model_with(tmp_path / "base"))
+    if not has_template:
+        (base / "chat_template.jinja").unlink()
+    cfg = {"base_model": str(base), **recipe}
+    chat = [{"role": "user", "content": "?"}]
+    assert prepare_template(cfg).apply_chat_template(chat, tokenize=False).startswith(start)
+    assert cfg["chat_template"] == ("chatml" if recipe.get("chat_template") == "chatml" else "jinja")
 
 
 def test_a_condensed_rope_is_trained_within_its_window(tmp_path):

@@ -122,7 +122,7 @@ def test_a_sample_over_sequence_len_is_named_with_the_value_to_set(folder):
 
 def test_the_recipes_own_template_counts(folder):
     write_rows(folder / "data/train.jsonl", CHAT)
-    template = "{% for m in messages %}{{ 'turn ' * 50 + m['content'] }}{% endfor %}"
+    template = "{{ 'turn ' * 100 }}" + (TINY / "chat_template.jinja").read_text()
     settings = {"chat_template": "jinja", "chat_template_jinja": template}
     write_recipe(folder, seal=HEAD, datasets=dataset("data/train.jsonl"), sequence_len=80, **settings)
     assert "line 1: has " in refusal(folder)

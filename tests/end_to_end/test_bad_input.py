@@ -430,7 +430,7 @@ RECIPES = [
     ({"datasets": [{"path": "d.jsonl", "type": "chat_template", "role_to_train": []}]}, "datasets.0.role_to_train: "),
     ({"sequence_len": "long"}, "sequence_len: found 'long', expected a number of tokens"),
     ({"sequence_len": None}, "sequence_len: found None"),
-    ({"base_model": "no/such"}, "cannot load the config of 'no/such'"),
+    ({"base_model": "no/such"}, "tokenizer: cannot load 'no/such'"),
     ({"learning_rate": float("inf")}, "learning_rate: found inf"),
     ({"datasets": [{"path": "folder"}]}, "folder: is a folder"),
     ({"num_epochs": 0}, "num_epochs: found 0, expected a number above 0"),

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from axolotl_plugins.common.tokenizer import load_tokenizer
 from axolotl_plugins.seal.merge import merge
 from axolotl_plugins.seal.model_loading import load
-from axolotl_plugins.seal.plugin import prepare_template
+from axolotl_plugins.seal.training_data import prepare_template, recipe_tokenizer
 from eval.run import run as score
 from eval.scoring import prompt_ids
 from recipes.tools.new import recipe_for
@@ -107,7 +107,8 @@ def test_data_is_counted_with_the_template_that_axolotl_uses(has_template, recip
         (base / "chat_template.jinja").unlink()
     cfg = {"base_model": str(base), **recipe}
     chat = [{"role": "user", "content": "?"}]
-    assert prepare_template(cfg).apply_chat_template(chat, tokenize=False).startswith(start)
+    prepare_template(cfg)
+    assert recipe_tokenizer(cfg, {}).apply_chat_template(chat, tokenize=False).startswith(start)
     assert cfg["chat_template"] == ("chatml" if recipe.get("chat_template") == "chatml" else "jinja")
 
 

@@ -507,14 +507,24 @@ def check_description(path: Path, content: bytes) -> Task:
     description.check_names(list(rows[0]) if rows else [])
     check_questions(description, rows)
     metric = resolve_metric(description.metric)
-    check_answers(description, Records(description, path.parent, rows, random.Random(0), lambda answer: True), metric)
-    return task_of(description, path.parent, rows, metric)
+    records = lambda: Records(description, path.parent, rows, random.Random(0), lambda answer: True)  # noqa: E731
+    check_answers(description, records(), metric)
+    smallest = sample_of(description, records(), 1)
+    shortest = len(smallest["prompt"] + smallest["answer"]) // 2
+    return task_of(description, path.parent, rows, metric, shortest)
+
+
+def built_in(path: Path, shortest: int) -> Task:
+    """Return the task of a description of this package, whose check is left to its tests: no word list is read."""
+    description = read_description(path)
+    return task_of(description, path.parent, [], resolve_metric(description.metric), shortest)
 
 
 def task_of(
-    description: Description, folder: Path, rows: list[dict[str, str]], metric: Callable[[str, list[str]], float]
-) -> Task:
-    """Return the task of a description."""
+    description: Description, folder: Path, rows: list[dict[str, str]], metric: Callable[[str, list[str]], float],
+    shortest: int,
+) -> Task:  # fmt: skip
+    """Return the task of a description; for ``shortest`` see ``Task``."""
     from data_gen.tasks.task import Task
 
     def sample(request: Request, rng: random.Random, index: int, budget: LengthBudget) -> dict[str, Any]:
@@ -536,10 +546,9 @@ def task_of(
         return {"description_sha256": hashlib.sha256(content.encode()).hexdigest()}
 
     title = description.title or description.name
-    smallest = sample_of(description, Records(description, folder, rows, random.Random(0), lambda answer: True), 1)
     return Task(
         name=description.name, title=title, description=title[0].lower() + title[1:], source=description.source,
-        sample=sample, shortest=len(smallest["prompt"] + smallest["answer"]) // 2, metric=metric,
+        sample=sample, shortest=shortest, metric=metric,
         max_new_tokens=description.max_new_tokens, stop=tuple(description.stop), options=("lines",),
         sources=lambda request: digest({"title", "source", "metric", "max_new_tokens", "stop"}),  # not in the data
         identity=digest(set()),

@@ -148,7 +148,8 @@ def starve(name: str, stage: Stage, inputs: Path, work: Path) -> str:
     undisturbed, folder = work / name / "undisturbed", work / name / "starved"
     shutil.copytree(inputs, folder)
     if stage.repeatable:  # an earlier result of other content
-        (folder / stage.outputs[0]).write_bytes((undisturbed / stage.outputs[0]).read_bytes() + b"\n")
+        earlier = (undisturbed / stage.outputs[0]).read_bytes().replace(b'"fingerprint": "', b'"fingerprint": "other ')
+        (folder / stage.outputs[0]).write_bytes(earlier + b"\n")
     before, limit = content(folder, stage.outputs), max(map(len, content(undisturbed, stage.outputs).values())) // 2
 
     def starved() -> None:
@@ -159,7 +160,7 @@ def starve(name: str, stage: Stage, inputs: Path, work: Path) -> str:
         attempt(Stage(starved, stage.outputs), folder)
     except RuntimeError:
         lines = (folder / "log").read_text(errors="replace").splitlines()  # of libraries as well
-        errors = [line for line in lines if re.match(r"(data_gen|eval|merge|probe): ", line)]
+        errors = [line for line in lines if re.match(r"seal: ", line)]
         if len(errors) != 1 or "File too large" not in errors[0] or any("Traceback" in line for line in lines):
             raise
     else:

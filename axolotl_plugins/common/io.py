@@ -89,7 +89,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, path)
     except OSError as error:
-        if error.errno is None or error.filename is not None:
+        if error.errno is None or (error.filename is not None and error.filename2 is None):  # two: of a copy
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write names no file
     except Exception as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
@@ -22,7 +23,7 @@ from .config import SealConfig
 from .context_parallel import check_processes
 from .model_loading import apply_adapter
 from .trainer import AnswerTrainer, SealTrainer
-from .training_data import check_files, generate_files, prepare_template
+from .training_data import check_files, generate_files, prepare_template, remove_incomplete
 from .validation import check_keys, check_liger_runs, check_paths, check_recipe, check_targets
 
 
@@ -121,6 +122,7 @@ class SealPlugin(BasePlugin):
                 check_targets(cfg, block)
                 generate_files(cfg, block, template)
                 check_files(cfg)
+                remove_incomplete(Path(cfg.get("dataset_prepared_path") or DEFAULT_DATASET_PREPARED_PATH))
                 self.training_data = provenance.record(datasets)
                 self.training_data["chat_template_kwargs"] = cfg.get("chat_template_kwargs")
         except (ValueError, OSError) as error:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from axolotl_plugins.common.io import check_file, check_output, read_rows
+from axolotl_plugins.common.io import check_file, check_output, read_rows, remove
 from axolotl_plugins.common.tokenizer import load_tokenizer
 from data_gen.dataset import Request, manifest_path, remark, write
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # Files are generated in folders of this name alone, so that a mistyped path elsewhere is an error.
 GENERATED = "data"
+RECENT = 5.0  # seconds
 FILES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".zst")
 
 
@@ -133,6 +135,19 @@ def generate_files(cfg: dict[str, Any], block: SealBlock, template: str | None) 
             status = "generated" if written else "already exist"
             note = remark(row for _, row in read_rows(out))
             print(f"seal: {out}: {data.samples} samples of {data.task} {status}{note}")
+
+
+def remove_incomplete(prepared: Path) -> None:
+    """Remove prepared datasets that an interrupted run left incomplete: Axolotl takes them for complete and fails.
+
+    One that changed in the last seconds may be another run's in progress, and is left.
+    """
+    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+        return  # the first process of a run checks before it writes
+    for folder in prepared.glob("[0-9a-f]" * 32):
+        complete = any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+        if folder.is_dir() and not complete and time.time() - folder.stat().st_mtime > RECENT:
+            remove(folder)
 
 
 def file_lengths(cfg: dict[str, Any]) -> Iterator[tuple[Path, dict[int, int]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 
 from axolotl_plugins.common.tokenizer import count_tokens
 from axolotl_plugins.seal.chats import chat_lengths, read_chat
+from axolotl_plugins.seal.training_data import remove_incomplete
 from data_gen.dataset import manifest_path
 
 HEAD = {"granularity": "head"}
@@ -170,3 +172,17 @@ def test_an_unknown_key_of_the_data_names_the_nearest(folder):
     recipe["seal"]["data"]["sample"] = 3
     (folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
     assert re.search(r"seal\.data\.sample: no such setting; is samples meant\?", refusal(folder))
+
+
+def test_prepared_data_that_was_cut_short_is_removed(tmp_path):
+    """Not another run's in progress, and not what is complete."""
+    names = {state: character * 32 for state, character in (("cut", "a"), ("recent", "b"), ("complete", "c"))}
+    for name in (*names.values(), "folder of the user's"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data-00000-of-00001.arrow").write_bytes(b"")
+    (tmp_path / names["complete"] / "state.json").write_text("{}")
+    for state in ("cut", "complete"):
+        os.utime(tmp_path / names[state], (0, 0))
+    remove_incomplete(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {names["recent"], names["complete"], "folder of the user's"}
+    remove_incomplete(tmp_path / "missing")

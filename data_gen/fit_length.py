@@ -53,7 +53,7 @@ def largest(length: Callable[[int], int], limit: int, *, first: int = 1, step: i
     trial, high, trials = low + 16, None, 0
     while high is None or high - low > 1:
         trial_length = length(trial)
-        if trial > FARTHEST * limit + first and trial_length <= limit:
+        if trial > 10 * limit + first and trial_length <= limit:  # a unit of text has a tenth of a token at least
             raise ValueError(
                 f"tokens: {what} of size {trial} still has {trial_length} tokens: the chat template drops the text"
             )

@@ -47,13 +47,14 @@ def largest(length: Callable[[int], int], limit: int, *, first: int = 1, step: i
     """
     if step > 1:
         return first + step * (largest(lambda index: length(first + step * (index - 1)), limit, what=what) - 1)
-    low, low_length = first, length(first)
-    if low_length > limit:
-        raise ValueError(f"tokens: {limit} is too short for {what}, whose shortest sample has {low_length} here")
+    low, low_length = first, (shortest := length(first))
+    if shortest > limit:
+        raise ValueError(f"tokens: {limit} is too short for {what}, whose shortest sample has {shortest} here")
     trial, high, trials = low + 16, None, 0
     while high is None or high - low > 1:
         trial_length = length(trial)
-        if trial > 10 * limit + first and trial_length <= limit:  # a unit of text has a tenth of a token at least
+        constant = trial > 10 * limit + first and trial_length == shortest
+        if constant or (trial > FARTHEST * limit + first and trial_length <= limit):
             raise ValueError(
                 f"tokens: {what} of size {trial} still has {trial_length} tokens: the chat template drops the text"
             )

@@ -98,18 +98,18 @@ def test_a_result_of_another_file_or_metric_is_not_replaced(loaded, file, tmp_pa
 
 def test_a_result_is_scored_again_once_the_users_metric_has_changed(loaded, file, tmp_path, monkeypatch):
     def score():
-        task = file_task(file, "my_metric:score", 5)
+        task = file_task(file, "changing_metric:score", 5)
         spec, outputs = EvalSpec(samples=1), [{str(file): tmp_path / "result.json"}]
         (result,) = evaluate([loaded], [task], spec, outputs=outputs, on_start=lambda *_: starts.append(task))
         return result.mean.score, len(starts)
 
     starts: list[object] = []
-    module = tmp_path / "my_metric.py"
+    module = tmp_path / "changing_metric.py"
     monkeypatch.syspath_prepend(tmp_path)
     module.write_text("def score(response, references):\n    return 1.0\n")
     assert [score(), score()] == [(1.0, 1), (1.0, 1)]
     module.write_text("def score(response, references):\n    return 1.0 if response in references else 0.25\n")
-    monkeypatch.delitem(sys.modules, "my_metric")
+    monkeypatch.delitem(sys.modules, "changing_metric")
     assert score()[1] == 2
 
 

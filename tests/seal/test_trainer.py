@@ -142,7 +142,8 @@ def test_a_launched_run_that_diverges_writes_no_adapter(tmp_path):
 
 
 MEASURE = """
-import resource, sys, torch
+import re, sys, torch
+from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
 from peft import get_peft_model
 from axolotl_plugins.seal import SealConfig
@@ -156,9 +157,11 @@ labels[0, -40:] = ids[0, -40:]
 inputs = {"input_ids": ids, "labels": labels}
 short = {key: value[:, -64:] for key, value in inputs.items()}
 model(**answers_only(short)).loss.backward()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+gib = lambda name: int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, whatever importing took
+before = gib("VmRSS")
 model(**(answers_only(inputs) if sys.argv[1] == "answers" else inputs)).loss.backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+print(gib("VmHWM") - before)
 """
 
 

@@ -7,7 +7,6 @@ validation samples of the training split, never on test samples.
 
 from __future__ import annotations
 
-import fcntl
 import multiprocessing
 import os
 import signal
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from filelock import FileLock, Timeout
 
 from axolotl_plugins.common.console import first_line, quiet_libraries, stop
 from axolotl_plugins.common.console import run as run_app
@@ -39,6 +39,7 @@ from recipes.tools.study_cells import (
     choose_rate,
     data_file,
     data_requests,
+    is_done,
     plan,
     read_cell,
     store_settings,
@@ -71,7 +72,7 @@ def rated(folder: Path, cell: Cell) -> Cell | None:
 def open_cells(folder: Path, cells: list[Cell]) -> list[Cell]:
     """Return the cells without a result; those whose validation is done with their learning rate."""
     with_rates = [rated(folder, cell) or cell for cell in cells]
-    return [cell for cell in with_rates if read_cell(folder, cell) is None]
+    return [cell for cell in with_rates if not is_done(folder, cell)]
 
 
 @contextmanager
@@ -79,12 +80,12 @@ def claimed(folder: Path, cell: Cell) -> Iterator[bool]:
     """Hold the lock of a cell; yield False if another process holds it. The lock ends with the process."""
     file = folder / "locks" / cell.file_name
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+    try:
+        lock = FileLock(file).acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    with lock:
         yield True
 
 
@@ -112,7 +113,7 @@ def work(
                 continue
             with claimed(folder, cell) as mine:
                 others_run |= not mine
-                if not mine or read_cell(folder, cell) is not None:
+                if not mine or is_done(folder, cell):
                     continue
                 try:
                     result = bench.run(cell)

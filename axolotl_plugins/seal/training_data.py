@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import time
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from axolotl_plugins.common.io import check_file, check_output, read_rows, remove
+from axolotl_plugins.common.schema import nearest
 from axolotl_plugins.common.tokenizer import load_tokenizer
 from data_gen.dataset import Request, manifest_path, remark, write
 
@@ -86,9 +86,9 @@ def check_generated_path(out: Path) -> None:
                 "file of your own, remove `seal: data`)"
             ) from None
     own = {file.stem: file for file in out.parent.glob(f"*{out.suffix}") if not manifest_path(file).exists()}
-    if close := difflib.get_close_matches(out.stem, own, n=1):
+    if close := nearest(out.stem, own):
         raise ValueError(
-            f"{out}: no such file; is {own[close[0]]} meant, which was not generated? Then correct the path and remove "
+            f"{out}: no such file; is {own[close]} meant, which was not generated? Then correct the path and remove "
             "`seal: data`; to generate, name another file"
         )
 

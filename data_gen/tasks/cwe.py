@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import random
 from typing import Any
 
+from data_gen.description import words
 from data_gen.fit_length import LengthBudget, largest
 from data_gen.metrics import string_match_all
 from data_gen.tasks.ruler import SOURCE, length, make_sample
@@ -22,17 +22,6 @@ COMMON = 10  # words asked for
 SHORT, LONG = ((6, 1), (20, 3, 1)), ((30, 3), (40, 10, 3))
 STEP_2024 = 10  # words
 MAX_NEW_TOKENS = 120  # RULER's tokens_to_generate
-
-
-@functools.cache
-def words() -> list[str]:
-    """Return all nouns, adjectives and verbs of wonderwords, sorted."""
-    from wonderwords import RandomWord
-
-    generator = RandomWord()
-    return sorted(
-        {word.strip() for kind in ("noun", "adjective", "verb") for word in generator.filter(include_categories=[kind])}
-    )
 
 
 def word_list(chosen: list[str], common: int, other: int, rng: random.Random) -> list[str]:
@@ -62,7 +51,7 @@ def sample(request: Request, rng: random.Random, index: int, budget: LengthBudge
         ValueError: the length is too small for the example and ten words, or needs more words than wonderwords has.
     """
     (common, other), (example_words, example_common, example_other) = SHORT if budget.tokens < 4096 else LONG
-    pool = words()
+    pool = sorted({word for category in ("noun", "adjective", "verb") for word in words(category)})
     chosen = rng.sample(pool, len(pool))
     while not budget.accept(numbered(chosen[:COMMON])):
         chosen = rng.sample(pool, len(pool))

@@ -474,10 +474,14 @@ def general(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, f
 # --- files of a study ------------------------------------------------------------------------------------------------
 
 
+def is_done(folder: Path, cell: Cell) -> bool:
+    """Return whether a cell has a result."""
+    return (folder / "cells" / cell.file_name).exists()
+
+
 def read_cell(folder: Path, cell: Cell) -> dict[str, Any] | None:
     """Read a cell's result; None if it is not done."""
-    file = folder / "cells" / cell.file_name
-    return load_json(file) if file.exists() else None
+    return load_json(folder / "cells" / cell.file_name) if is_done(folder, cell) else None
 
 
 def adapter_folder(folder: Path, cell: Cell) -> Path:

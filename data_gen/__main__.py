@@ -7,12 +7,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from axolotl_plugins.common.console import quiet_libraries, stop
-from axolotl_plugins.common.console import run as run_app
+from axolotl_plugins.common.console import run
 from axolotl_plugins.common.io import check_output, read_rows
 from axolotl_plugins.common.tokenizer import load_tokenizer, parse_arguments
 from data_gen.dataset import Request, remark, write
@@ -98,35 +97,33 @@ def main(
 
     A file that already holds the requested samples is kept.
     """
-    quiet_libraries()
-    try:
-        if preview:
-            tokens = tokens or (
-                None if lines else str(max(150, resolve_task(task).shortest // (1 if tokenizer else 2)))
-            )
-            request = Request(task, tokens, lines, 1, seed, split, haystack, needles, depths, data, ruler_version)
-            print(sample_text(request, load_tokenizer(tokenizer, chat_template) if tokenizer else None))
-            return
-        if out is None:
-            raise ValueError("out: missing: name the file to write by --out, or print a sample by --preview")
-        check_output(out)
-        with progress_bar(task, samples) as update:
-            if task == "needles":
-                if not base_url or not model:
-                    raise ValueError("needles: give --base-url and --model of the endpoint to query")
-                write_needles(collect(samples, base_url, model, os.environ.get(KEY), progress=update), out)
-                written = True
-            else:
-                request = Request(task, tokens, lines, samples, seed, split, haystack, needles, depths, data,
-                                  ruler_version)  # fmt: skip
-                if tokenizer is None:
-                    raise ValueError("tokenizer: missing: name the model whose tokenizer counts the tokens of samples")
-                arguments = parse_arguments(chat_template_kwargs)
-                loaded = load_tokenizer(tokenizer, chat_template, arguments)
-                written = write(request, loaded, out, chat_template=chat_template, template_arguments=arguments,
-                                progress=update)  # fmt: skip
-    except (ValueError, OSError) as error:
-        stop(error)
+    options: dict[str, Any] = {
+        "lines": lines, "seed": seed, "split": split, "haystack": haystack, "needles": needles, "depths": depths,
+        "data": data, "ruler_version": ruler_version,
+    }  # fmt: skip
+    arguments = parse_arguments(chat_template_kwargs)
+    if preview:
+        shortest = resolve_task(task).shortest // (1 if tokenizer else 2)
+        tokens = tokens or (None if lines else str(max(150, shortest)))
+        loaded = load_tokenizer(tokenizer, chat_template, arguments) if tokenizer else None
+        print(sample_text(Request(task, tokens, samples=1, **options), loaded))
+        return
+    if out is None:
+        raise ValueError("out: missing: name the file to write by --out, or print a sample by --preview")
+    check_output(out)
+    with progress_bar(task, samples) as update:
+        if task == "needles":
+            if not base_url or not model:
+                raise ValueError("needles: give --base-url and --model of the endpoint to query")
+            write_needles(collect(samples, base_url, model, os.environ.get(KEY), progress=update), out)
+            written = True
+        else:
+            request = Request(task, tokens, samples=samples, **options)
+            if tokenizer is None:
+                raise ValueError("tokenizer: missing: name the model whose tokenizer counts the tokens of samples")
+            loaded = load_tokenizer(tokenizer, chat_template, arguments)
+            written = write(request, loaded, out, chat_template=chat_template, template_arguments=arguments,
+                            progress=update)  # fmt: skip
     warning = remark(row for _, row in read_rows(out))
     print(f"{out}: {samples} samples of {task}{warning}" + ("" if written else " (already there)"))
 
@@ -139,4 +136,4 @@ if __name__ == "__main__":
     # Tokenizers need no PyTorch; hiding it saves the four seconds in which Transformers would import it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     sys.modules["torch"] = None  # type: ignore[assignment]
-    run_app(app, "python -m data_gen")
+    run(app, "python -m data_gen")

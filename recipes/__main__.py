@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from axolotl_plugins.common.console import quiet_libraries, stop
-from axolotl_plugins.common.console import run as run_app
+from axolotl_plugins.common.console import run
 from axolotl_plugins.common.io import check_output, write_text
 from axolotl_plugins.common.tokenizer import parse_arguments
 from recipes.tools.estimate import CARDS, GPUS
@@ -28,16 +27,12 @@ def main() -> None:
 @app.command(epilog="Example: seal recipe write")
 def write() -> None:
     """Write the recipes of matrix.yml and the table of recipes/README.md."""
-    quiet_libraries()
     from recipes.tools.table import README, readme
 
-    try:
-        recipes = matrix_recipes()
-        for recipe in recipes:
-            write_text(FOLDER / recipe.file.name, recipe.text)
-        write_text(README, readme(recipes))
-    except (ValueError, OSError) as error:
-        stop(error)
+    recipes = matrix_recipes()
+    for recipe in recipes:
+        write_text(FOLDER / recipe.file.name, recipe.text)
+    write_text(README, readme(recipes))
     print(f"{len(recipes)} recipes in {FOLDER}, and {README}")
 
 
@@ -49,13 +44,9 @@ def fetch(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = MODEL,
 ) -> None:
     """Fetch SmolLM2-135M-Instruct, a chat model that two CPU cores can tune."""
-    quiet_libraries()
     from recipes.tools.smollm2 import fetch as fetch_model
 
-    try:
-        written = fetch_model(source, out)
-    except (ValueError, OSError) as error:
-        stop(error)
+    written = fetch_model(source, out)
     print(f"{out}: {'written' if written else 'already there'}")
 
 
@@ -93,20 +84,16 @@ def new(
     out: Annotated[Path | None, typer.Option(help="File to write; left out, the recipe is printed.")] = None,
 ) -> None:
     """Make a recipe for any model that SEAL can wrap."""
-    quiet_libraries()
     from recipes.tools.new import recipe_for
 
-    try:
-        if out is not None:
-            check_output(out, new=True)
-        if data and (task or tokens):
-            raise ValueError("data: the file's samples have a task and lengths: leave out --task and --tokens")
-        arguments = parse_arguments(chat_template_kwargs)
-        text, modules = recipe_for(
-            base, task or "line", method, tokens, chat_template, out, gpu, card, window, arguments, data
-        )
-    except (ValueError, OSError) as error:
-        stop(error)
+    if out is not None:
+        check_output(out, new=True)
+    if data and (task or tokens):
+        raise ValueError("data: the file's samples have a task and lengths: leave out --task and --tokens")
+    arguments = parse_arguments(chat_template_kwargs)
+    text, modules = recipe_for(
+        base, task or "line", method, tokens, chat_template, out, gpu, card, window, arguments, data
+    )
     if out is None:
         print(text, end="")
         return
@@ -120,20 +107,14 @@ def cost(
     gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h200",
 ) -> None:
     """Estimate the time and memory of a recipe on one GPU, from shapes alone (docs/performance.md)."""
-    quiet_libraries()
     from recipes.tools.cost import cost_lines
 
-    try:
-        for line in cost_lines(file, gpu):
-            print(line)
-    except (ValueError, OSError) as error:
-        stop(error)
+    print(*cost_lines(file, gpu), sep="\n")
 
 
 @app.command(epilog="Example: seal recipe params")
 def params() -> None:
     """Count the trainable parameters of every method in the paper's models (Table 8), from their shapes alone."""
-    quiet_libraries()
     from rich.console import Console
     from rich.table import Table
 
@@ -146,4 +127,4 @@ def params() -> None:
 
 
 if __name__ == "__main__":
-    run_app(app, "python -m recipes")
+    run(app, "python -m recipes")

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
-from axolotl_plugins.common.console import quiet_libraries, stop
-from axolotl_plugins.common.console import run as run_app
+from axolotl_plugins.common.console import run, stop
 
 if TYPE_CHECKING:
     from click import Command, Context
@@ -85,12 +84,11 @@ app = LazyGroup(
 
 def main() -> None:
     """Run the command line of this process."""
-    quiet_libraries()
     if sys.argv[1:2] == ["data"]:  # as `python -m data_gen`: tokenizers need no PyTorch, which takes seconds to import
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         sys.modules["torch"] = None  # type: ignore[assignment]
     try:
-        run_app(app, "seal")  # type: ignore[arg-type]  # a Click command is called as a Typer app is
+        run(app, "seal")  # type: ignore[arg-type]  # a Click command is called as a Typer app is
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package not in EXTRAS:

@@ -41,7 +41,9 @@ def stop(error: BaseException) -> NoReturn:
 
 
 def run(app: Typer, program: str, arguments: list[str] | None = None) -> None:
-    """Run a command line app; report wrong options and out of memory in one line.
+    """Run a command line app with quiet libraries; report wrong input and out of memory in one line.
+
+    A ``ValueError`` or ``OSError`` of a command is taken for the user's input, as its message is written for users.
 
     Args:
         app: the commands.
@@ -51,6 +53,7 @@ def run(app: Typer, program: str, arguments: list[str] | None = None) -> None:
     from click import Abort, ClickException
     from click.exceptions import NoArgsIsHelpError
 
+    quiet_libraries()
     try:
         code = app(arguments, prog_name=program, standalone_mode=False)
     except NoArgsIsHelpError as error:
@@ -62,6 +65,8 @@ def run(app: Typer, program: str, arguments: list[str] | None = None) -> None:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else program
         stop(ValueError(f"{error.format_message()} (see `{command} --help`)"))
+    except (ValueError, OSError) as error:
+        stop(error)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

@@ -11,9 +11,19 @@ import typer
 from axolotl_plugins.common.console import quiet_libraries, stop
 from axolotl_plugins.common.console import run as run_app
 from axolotl_plugins.common.io import check_output, load_yaml
-from axolotl_plugins.common.tokenizer import parse_arguments
 from data_gen.dataset import remark
-from eval.cli_options import OWN_TASK, BatchSize, MaxNewTokens, Metric, parse_adapters, parse_numbers
+from eval.cli_options import (
+    OWN_TASK,
+    BatchSize,
+    ChatTemplate,
+    Dtype,
+    MaxNewTokens,
+    Metric,
+    TemplateArguments,
+    load_options,
+    parse_adapters,
+    parse_numbers,
+)
 from eval.probe.cli import app as probe
 from eval.result_cache import result_file, result_name
 from eval.spec import LM_EVAL_TASKS, SEAL_TASKS, EvalSpec, resolve_tasks
@@ -66,23 +76,11 @@ RulerVersion = Annotated[
     typer.Option(help="For RULER's tasks: 2024 (the paper's) or 2025, text and steps as in NVIDIA's program then."),
 ]
 Data = Annotated[str | None, typer.Option(help="For longbench or mmlu: folder with its files, instead of the hub.")]
-ChatTemplate = Annotated[
-    str | None, typer.Option(help="Jinja file, for base models without a template: see recipes/templates.")
-]
-TemplateArguments = Annotated[
-    str | None,
-    typer.Option(help="Variables of a base model's chat template as JSON, such as '{\"enable_thinking\": false}'; "
-                 "adapters carry those of training."),
-]  # fmt: skip
 ModelConfig = Annotated[
     Path | None, typer.Option(help="A recipe whose `model_config` applies to a base model too: NTK, Self-Extend.")
 ]
 Backend = Annotated[
     Literal["hf", "vllm"], typer.Option(help="Answer with Transformers, or with vLLM's server of a merged model.")
-]
-Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(help="Of all models' weights; default: the first base checkpoint's."),
 ]
 BaseUrl = Annotated[str, typer.Option(help="For vllm: URL of its endpoint; `vllm serve MODEL` starts it.")]
 Out = Annotated[
@@ -129,8 +127,7 @@ def run(
         check_models(models, folders, backend, dtype, model_config)
         outputs = output_files(list(folders) or [result_name(name) for name in models], names, out, shots, model_config)
         changes = read_model_config(model_config) if model_config else None
-        options: dict[str, Any] = {"chat_template": chat_template, "trust_remote_code": trust_remote_code,
-                                   "template_arguments": parse_arguments(chat_template_kwargs)}  # fmt: skip
+        options = load_options(chat_template, chat_template_kwargs, trust_remote_code=trust_remote_code)
         from eval.evaluate import evaluate, stored_results
 
         # With several models the first one's dtype is that of all.

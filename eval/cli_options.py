@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
+from axolotl_plugins.common.tokenizer import parse_arguments
 from data_gen.file_task import MAX_NEW_TOKENS, METRIC
 from data_gen.metrics import METRICS
 
@@ -23,6 +24,28 @@ Metric = Annotated[
 MaxNewTokens = Annotated[
     int | None, typer.Option(help=f"For a file of samples: longest response; default: {MAX_NEW_TOKENS} tokens.")
 ]
+
+ChatTemplate = Annotated[
+    str | None, typer.Option(help="Jinja file, for base models without a template: see recipes/templates.")
+]
+TemplateArguments = Annotated[
+    str | None,
+    typer.Option(help="Variables of a base model's chat template as JSON, such as '{\"enable_thinking\": false}'; "
+                 "adapters carry those of training."),
+]  # fmt: skip
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Of all models' weights; default: the first base checkpoint's."),
+]
+
+
+def load_options(chat_template: str | None, chat_template_kwargs: str | None, **options: Any) -> dict[str, Any]:
+    """Return options of ``load`` from those of a command.
+
+    Raises:
+        ValueError: the template's arguments are not a JSON object.
+    """
+    return {"chat_template": chat_template, "template_arguments": parse_arguments(chat_template_kwargs), **options}
 
 
 def parse_adapters(values: list[str]) -> dict[str, str]:

@@ -31,10 +31,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_plugins.common.console import first_line, out_of_memory, quiet_libraries, stop
 from axolotl_plugins.common.io import load_json, write_text
+from axolotl_plugins.common.provenance import machine
 from axolotl_plugins.seal.tune import answer_loss
 from eval.cli_options import parse_numbers
 from recipes.tools.estimate import Shape, training_flop
-from recipes.tools.machine import machine
 from recipes.tools.methods import peft_config
 from recipes.tools.render import read_matrix
 

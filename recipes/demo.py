@@ -17,9 +17,9 @@ from rich.table import Table
 from axolotl_plugins.common.console import quiet_libraries, stop
 from axolotl_plugins.common.console import run as run_app
 from axolotl_plugins.common.io import load_json, load_yaml, write_text
+from axolotl_plugins.common.provenance import machine
 from data_gen import tasks
 from eval.result_cache import result_file, result_name
-from recipes.tools.machine import machine
 
 METHODS = ("SEAL-H", "SEAL-C")
 SHOWN = 3  # prompts whose answers are shown

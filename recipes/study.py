@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from filelock import FileLock, Timeout
 from axolotl_plugins.common.console import first_line, quiet_libraries, stop
 from axolotl_plugins.common.console import run as run_app
 from axolotl_plugins.common.io import file_hash
+from axolotl_plugins.common.provenance import current_commit
 from axolotl_plugins.common.tokenizer import load_tokenizer
 from axolotl_plugins.common.window import context_window, read_config
 from data_gen.dataset import Request
@@ -178,17 +178,6 @@ def draw_missing(requests: list[Request], model: Path, folder: Path, jobs: int) 
             pool.shutdown(cancel_futures=True)
             raise
     return len(missing)
-
-
-def current_commit() -> str | None:
-    """Return the commit of the code, with a plus if files differ from it; None outside a repository."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return name.stdout.strip() + "+" * bool(changed.stdout.strip())
 
 
 # --- command line ----------------------------------------------------------------------------------------------------

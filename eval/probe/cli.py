@@ -13,8 +13,21 @@ import typer
 
 from axolotl_plugins.common.console import quiet_libraries, stop
 from axolotl_plugins.common.io import check_output, write_text
+from axolotl_plugins.common.provenance import provenance
 from data_gen.tasks import Task
-from eval.cli_options import OWN_TASK, BatchSize, MaxNewTokens, Metric, parse_adapters, parse_heads, parse_numbers
+from eval.cli_options import (
+    OWN_TASK,
+    BatchSize,
+    ChatTemplate,
+    Dtype,
+    MaxNewTokens,
+    Metric,
+    TemplateArguments,
+    load_options,
+    parse_adapters,
+    parse_heads,
+    parse_numbers,
+)
 from eval.metrics import METRICS as SCORED
 from eval.result_cache import journal_file
 from eval.spec import scored_task
@@ -49,7 +62,6 @@ Samples = Annotated[
                  "all of a file."),
 ]  # fmt: skip
 TestSamples = Annotated[int | None, typer.Option(help="Test samples per length; default: 50, or all of a file.")]
-Template = Annotated[str | None, typer.Option(help="Jinja file, for base models without a chat template.")]
 Out = Annotated[Path, typer.Option(help="Result file; a PNG lies beside it.")]
 Recipe = Annotated[Path, typer.Option(help="A SEAL recipe that describes its data.")]
 
@@ -65,10 +77,11 @@ def one_line_errors() -> Iterator[None]:
 
 
 def finish(result: dict[str, Any], out: Path, *journals: Path) -> None:
-    """Write a result with its plot, then remove its journals."""
+    """Write a result and where it comes from, with its plot, then remove its journals."""
     from eval.plots import save_figure
     from eval.probe.plots import DRAW
 
+    result = {**result, **provenance()}
     save_figure(DRAW[result["kind"]](result), out.with_suffix(".png"))
     write_text(out, json.dumps(result, indent=1) + "\n")
     for journal in journals:
@@ -89,9 +102,9 @@ def read_task(task: str, metric: str | None, max_new_tokens: int | None, lengths
 
 
 def load_checked(
-    name: str, task: Task, lengths: list[int] | None, chat_template: str | None, heads: Iterable[tuple[int, int]] = ()
+    name: str, task: Task, lengths: list[int] | None, options: dict[str, Any], heads: Iterable[tuple[int, int]] = ()
 ) -> LoadedModel:
-    """Load a model, after lengths and heads were checked against its config.
+    """Load a model by options of ``load``, after lengths and heads were checked against its config.
 
     Raises:
         ValueError: they do not fit; or see ``load``.
@@ -99,11 +112,11 @@ def load_checked(
     from axolotl_plugins.seal.model_loading import load
     from eval.probe.head_importance import check_heads
 
-    empty = load(name, chat_template=chat_template, weights=False)
+    empty = load(name, **options, weights=False)
     empty.check_lengths(lengths if task.rows is None else None)
     config = empty.model.config.get_text_config()
     check_heads(heads, config.num_hidden_layers, config.num_attention_heads)
-    return load(name, chat_template=chat_template)
+    return load(name, **options)
 
 
 @app.command(epilog="Example: seal probe heads --model models/smollm2-135m --lengths 512,2048 --samples 50")
@@ -111,15 +124,17 @@ def heads(
     model: Model, lengths: Lengths = "", task: TaskName = "line", metric: Metric = None,
     max_new_tokens: MaxNewTokens = None, samples: Samples = None,
     batch: Annotated[int, typer.Option(help="Heads ablated in one batch; more need more memory.")] = 8,
-    chat_template: Template = None, out: Out = Path("results/probes/heads.json"),
+    dtype: Dtype = "auto", chat_template: ChatTemplate = None, chat_template_kwargs: TemplateArguments = None,
+    out: Out = Path("results/probes/heads.json"),
 ) -> None:  # fmt: skip
     """Ablate every head, one at a time, and score the answers (Figure 2b). If interrupted, rerun it to resume."""
     with one_line_errors():
         from eval.probe.head_importance import ablation_map, changes
 
         own, token_lengths = read_task(task, metric, max_new_tokens, lengths)
-        journal = journal_file(out, model, "heads", own.name, dict(own.identity), token_lengths, samples, chat_template)
-        loaded = load_checked(model, own, token_lengths, chat_template)
+        options = load_options(chat_template, chat_template_kwargs, dtype=dtype)
+        journal = journal_file(out, model, "heads", own.name, dict(own.identity), token_lengths, samples, options)
+        loaded = load_checked(model, own, token_lengths, options)
         result = ablation_map(loaded, own, token_lengths, samples=samples, batch=batch, journal=journal)
         longest = result["lengths"][-1]
         print_extremes(model, changes(result, longest), f"change of the score at {longest} tokens")
@@ -133,7 +148,8 @@ def channels(
     lengths: Lengths = "", task: TaskName = "line", metric: Metric = None, max_new_tokens: MaxNewTokens = None,
     samples: Annotated[int | None, typer.Option(help="Samples per length; default: 20, or all of a file.")] = None,
     batch: Annotated[int, typer.Option(help="Channels ablated in one batch.")] = 8,
-    chat_template: Template = None, out: Out = Path("results/probes/channels.json"),
+    dtype: Dtype = "auto", chat_template: ChatTemplate = None, chat_template_kwargs: TemplateArguments = None,
+    out: Out = Path("results/probes/channels.json"),
 ) -> None:  # fmt: skip
     """Ablate every channel of some heads, one at a time (Figure 2d)."""
     with one_line_errors():
@@ -143,9 +159,10 @@ def channels(
         chosen = parse_heads(heads)
         if samples is None and own.rows is None:
             samples = 20
-        identity = (own.name, dict(own.identity), token_lengths, samples, chosen, chat_template)
+        options = load_options(chat_template, chat_template_kwargs, dtype=dtype)
+        identity = (own.name, dict(own.identity), token_lengths, samples, chosen, options)
         journal = journal_file(out, model, "channels", *identity)
-        loaded = load_checked(model, own, token_lengths, chat_template, chosen)
+        loaded = load_checked(model, own, token_lengths, options, chosen)
         result = ablation_map(loaded, own, token_lengths, samples=samples, heads=chosen, batch=batch, journal=journal)
         finish(result, out, journal)
 
@@ -158,7 +175,8 @@ def gradient(
         str, typer.Option(help="Common scales of all heads at which gradients are taken; each costs one more pass.")
     ] = "1",
     compare: Annotated[Path | None, typer.Option(help="Map of `heads` to compare with (Spearman).")] = None,
-    chat_template: Template = None, out: Out = Path("results/probes/gradient.json"),
+    dtype: Dtype = "auto", chat_template: ChatTemplate = None, chat_template_kwargs: TemplateArguments = None,
+    out: Out = Path("results/probes/gradient.json"),
 ) -> None:  # fmt: skip
     """Predict the effect of ablating every head, from one forward and one backward pass per prompt."""
     with one_line_errors():
@@ -167,9 +185,10 @@ def gradient(
         own, token_lengths = read_task(task, metric, max_new_tokens, lengths)
         scales = parse_numbers(points, "points", float)
         exact = read_map(compare, model) if compare else None
-        identity = (own.name, dict(own.identity), token_lengths, samples, scales, chat_template)
+        options = load_options(chat_template, chat_template_kwargs, dtype=dtype)
+        identity = (own.name, dict(own.identity), token_lengths, samples, scales, options)
         journal = journal_file(out, model, "gradient", *identity)
-        loaded = load_checked(model, own, token_lengths, chat_template)
+        loaded = load_checked(model, own, token_lengths, options)
         result = gradient_map(loaded, own, token_lengths, samples=samples, points=tuple(scales), journal=journal)
         if exact is not None:
             result["spearman"] = agreement(exact, result)
@@ -188,7 +207,8 @@ def quadrants(
     up: Annotated[float, typer.Option(help="Scale of heads whose ablation hurts at both lengths.")] = 1.1,
     task: Annotated[str, typer.Option(help=f"Default: the map's. Or another, or your own: {OWN_TASK}.")] = "",
     metric: Metric = None, max_new_tokens: MaxNewTokens = None, lengths: TestLengths = "", samples: TestSamples = None,
-    batch_size: BatchSize = None, chat_template: Template = None,
+    batch_size: BatchSize = None, dtype: Dtype = "auto", chat_template: ChatTemplate = None,
+    chat_template_kwargs: TemplateArguments = None,
     adapters: Annotated[Path, typer.Option(help="Folder for the SEAL-H adapters.")] = Path("outputs/quadrants"),
     out: Out = Path("results/probes/quadrants.json"),
 ) -> None:  # fmt: skip
@@ -206,7 +226,7 @@ def quadrants(
         result, journals = score_quadrants(
             model, head_map, own, down=down, up=up,
             lengths=parse_numbers(lengths, "lengths") if lengths else None, samples=samples, batch_size=batch_size,
-            chat_template=chat_template, adapters=adapters, out=out,
+            options=load_options(chat_template, chat_template_kwargs, dtype=dtype), adapters=adapters, out=out,
         )  # fmt: skip
         finish({**result, "map": str(source)}, out, *journals)
 
@@ -227,7 +247,8 @@ def direct(
     normalised: Annotated[
         bool, typer.Option(help="Apply the final norm, so that effects sum to the logit; the paper omits it.")
     ] = False,
-    chat_template: Template = None, out: Out = Path("results/probes/direct.json"),
+    dtype: Dtype = "auto", chat_template: ChatTemplate = None, chat_template_kwargs: TemplateArguments = None,
+    out: Out = Path("results/probes/direct.json"),
 ) -> None:  # fmt: skip
     """Attribute the right and the wrong token's logits to heads and MLPs where answers diverge (Figure 4)."""
     with one_line_errors():
@@ -237,7 +258,8 @@ def direct(
 
         check_output(out)
         own, _ = read_task(task, metric, max_new_tokens, str(length or ""))
-        models = [load(name, chat_template=chat_template) for name in (model, *adapter)]
+        options = load_options(chat_template, chat_template_kwargs, dtype=dtype)
+        models = [load(name, **options) for name in (model, *adapter)]
         for loaded in models:
             wrap(loaded.model)
         finish(compare_models(models, own, length, find, normalised), out)
@@ -249,7 +271,8 @@ def transfer(
     adapter: Annotated[list[str], typer.Option(help="NAME=FOLDER of a tuned adapter; once for each.")],
     tasks: Annotated[str, typer.Option(help="Tasks to score each adapter on, or files of samples.")] = "vt,cwe,fwe",
     metric: Metric = None, max_new_tokens: MaxNewTokens = None, lengths: TestLengths = "", samples: TestSamples = None,
-    batch_size: BatchSize = None, chat_template: Template = None, out: Out = Path("results/probes/transfer.json"),
+    batch_size: BatchSize = None, dtype: Dtype = "auto", chat_template: ChatTemplate = None,
+    chat_template_kwargs: TemplateArguments = None, out: Out = Path("results/probes/transfer.json"),
 ) -> None:  # fmt: skip
     """Score every adapter on every task: gain over the range of the base model's scores (equation 2, Figure 8)."""
     with one_line_errors():
@@ -263,7 +286,8 @@ def transfer(
         check_output(out)
         result, journals = score_transfer(
             model, folders, own, lengths=parse_numbers(lengths, "lengths") if lengths else None,
-            samples=samples, batch_size=batch_size, chat_template=chat_template, out=out,
+            samples=samples, batch_size=batch_size, out=out,
+            options=load_options(chat_template, chat_template_kwargs, dtype=dtype),
         )  # fmt: skip
         finish(result, out, *journals)
 
@@ -276,7 +300,7 @@ def sweep(
     epochs: Annotated[str, typer.Option(help="Passes over the samples.")] = "1",
     seeds: Annotated[str, typer.Option(help="Seeds of data and order.")] = "1",
     validation: ValidationSamples = "50", metric: Metric = None, max_new_tokens: MaxNewTokens = None,
-    batch_size: BatchSize = None, out: Out = Path("results/probes/sweep.json"),
+    batch_size: BatchSize = None, dtype: Dtype = "auto", out: Out = Path("results/probes/sweep.json"),
 ) -> None:  # fmt: skip
     """Tune with every rate and number of samples, score on validation data, print the best (Table 7, Figure 9)."""
     with one_line_errors():
@@ -289,7 +313,7 @@ def sweep(
             "samples": parse_numbers(samples, "samples") if samples else None,
             "epochs": parse_numbers(epochs, "epochs"), "seeds": parse_numbers(seeds, "seeds"),
         }  # fmt: skip
-        settings = read_recipe(recipe)
+        settings = read_recipe(recipe) | {"dtype": dtype}
         held_out, token_lengths = read_validation(validation, metric, max_new_tokens, lengths)
         journal = sweep_journal(out, "sweep", settings, recipe, held_out, token_lengths)
         result = run_sweep(settings, **grid, lengths=token_lengths, validation=held_out, batch_size=batch_size,
@@ -320,7 +344,8 @@ def sweep_journal(
 ) -> Path:
     """Return the file that caches scores of a recipe's scales on validation samples."""
     samples = held_out if isinstance(held_out, int) else (held_out.name, dict(held_out.identity))
-    return journal_file(out, settings["base_model"], kind, recipe.read_text(), settings["rows"], lengths, samples)
+    return journal_file(out, settings["base_model"], kind, recipe.read_text(), settings["rows"],
+                        settings["dtype"], lengths, samples)  # fmt: skip
 
 
 def print_sweep(result: dict[str, Any]) -> None:
@@ -348,14 +373,14 @@ def controls(
     recipe: Recipe, lengths: ValidationLengths = "",
     seeds: Annotated[str, typer.Option(help="Seeds of data, order and shuffling.")] = "1,2,3",
     validation: ValidationSamples = "50", metric: Metric = None, max_new_tokens: MaxNewTokens = None,
-    batch_size: BatchSize = None, out: Out = Path("results/probes/controls.json"),
+    batch_size: BatchSize = None, dtype: Dtype = "auto", out: Out = Path("results/probes/controls.json"),
 ) -> None:  # fmt: skip
     """Score shuffled scales and scales tuned on wrong answers, which must not help if the gain is real."""
     with one_line_errors():
         from eval.probe.sweep import controls as run_controls
         from eval.probe.sweep import read_recipe
 
-        settings = read_recipe(recipe)
+        settings = read_recipe(recipe) | {"dtype": dtype}
         held_out, token_lengths = read_validation(validation, metric, max_new_tokens, lengths)
         journal = sweep_journal(out, "controls", settings, recipe, held_out, token_lengths)
         result = run_controls(settings, seeds=parse_numbers(seeds, "seeds"), lengths=token_lengths,

@@ -270,8 +270,8 @@ def map_result(
     counts = Counter(prompt.length for prompt in prompts)
     return {
         "kind": kind, "unit": unit, "model": loaded.name, "base_model": loaded.base, "method": loaded.method,
-        "task": task.key, "lengths": lengths_of(prompts), "samples": max(counts.values()), "seed": seed,
-        "base": with_text_keys(base), "change": with_text_keys(change), "seconds": round(seconds, 1),
+        "dtype": loaded.dtype, "task": task.key, "lengths": lengths_of(prompts), "samples": max(counts.values()),
+        "seed": seed, "base": with_text_keys(base), "change": with_text_keys(change), "seconds": round(seconds, 1),
     }  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def save_scales(loaded: LoadedModel, scales: np.ndarray, out: Path) -> None:
 
 
 def save_quadrant_adapters(
-    model: str, head_map: dict[str, Any], down: float, up: float, folder: Path, chat_template: str | None
+    model: str, head_map: dict[str, Any], down: float, up: float, folder: Path, options: dict[str, Any]
 ) -> dict[str, Path]:
     """Write an adapter for each of ``KINDS`` whose quadrants hold a head, unless it exists; return their folders."""
     # Names depend on the model, the map and both scales.
@@ -75,13 +75,13 @@ def save_quadrant_adapters(
             continue
         adapters[kind] = folder / f"{kind.lower().replace(', ', '_').replace(' ', '_')}_{digest}"
         if not adapters[kind].exists():
-            save_scales(load(model, chat_template=chat_template), scales, adapters[kind])
+            save_scales(load(model, **options), scales, adapters[kind])
     return adapters
 
 
 def score_quadrants(
     model: str, head_map: dict[str, Any], task: Task, *, down: float, up: float, lengths: list[int] | None,
-    samples: int | None, batch_size: int | None, chat_template: str | None, adapters: Path, out: Path,
+    samples: int | None, batch_size: int | None, options: dict[str, Any], adapters: Path, out: Path,
 ) -> tuple[dict[str, Any], list[Path]]:  # fmt: skip
     """Score a model with its heads scaled by quadrant.
 
@@ -94,7 +94,7 @@ def score_quadrants(
         lengths: see ``eval.run.run``.
         samples: see ``eval.run.run``.
         batch_size: prompts decoded together; None uses what memory allows.
-        chat_template: Jinja file, or None.
+        options: of ``load``.
         adapters: folder for the adapters.
         out: result file, beside which responses are cached.
 
@@ -104,22 +104,22 @@ def score_quadrants(
     Raises:
         ValueError: no head lies in quadrant 1 or 3; or see ``run``.
     """
-    loaded = load(model, chat_template=chat_template)
+    loaded = load(model, **options)
     journals = {
-        name: journal_file(out, model, "quadrants", head_map, dict(task.identity), down, up, chat_template, name)
+        name: journal_file(out, model, "quadrants", head_map, dict(task.identity), down, up, options, name)
         for name in ("base", *KINDS)
     }  # fmt: skip
-    folders = save_quadrant_adapters(model, head_map, down, up, adapters, chat_template)
+    folders = save_quadrant_adapters(model, head_map, down, up, adapters, options)
     if not folders:
         raise ValueError("map: no head helps or hurts at both lengths, so there is nothing to scale")
     scores = {}
     models: dict[str, str | Path] = {"base": model, **folders}
     for name, folder in models.items():
-        result = run(load(folder, chat_template=chat_template), task, lengths=lengths, samples=samples,
+        result = run(load(folder, **options), task, lengths=lengths, samples=samples,
                      batch_size=batch_size, journal=journals[name])  # fmt: skip
         scores[name] = {str(length): score for length, score in result.by_length().items()}
     return {
-        "kind": "quadrants", "model": model, "base_model": loaded.base, "task": task.name, "down": down,
-        "up": up, "samples": max(score.count for score in result.scores), "scores": scores,
+        "kind": "quadrants", "model": model, "base_model": loaded.base, "dtype": loaded.dtype, "task": task.name,
+        "down": down, "up": up, "samples": max(score.count for score in result.scores), "scores": scores,
         "adapters": {name: str(folder) for name, folder in folders.items()},
     }, list(journals.values())  # fmt: skip

@@ -37,7 +37,8 @@ def read_recipe(file: Path) -> dict[str, Any]:
     """Read the model, the data and the learning rate of a SEAL recipe.
 
     Returns:
-        ``base_model``, ``model_config``, ``chat_template`` (file or None), ``scales`` (settings of ``SealConfig``),
+        ``base_model``, ``model_config``, ``chat_template`` (file or None), ``template_arguments`` (of it, or None),
+        ``dtype`` (``auto``, the checkpoint's), ``scales`` (settings of ``SealConfig``),
         ``request`` (of its data; None if it names a file of the user's), ``rows`` (of that file), ``rate``, ``epochs``.
 
     Raises:
@@ -55,6 +56,8 @@ def read_recipe(file: Path) -> dict[str, Any]:
             "base_model": recipe["base_model"],
             "model_config": recipe.get("model_config"),
             "chat_template": recipe.get("chat_template_jinja"),
+            "template_arguments": recipe.get("chat_template_kwargs"),
+            "dtype": "auto",
             "scales": block.adapter_settings(),
             "request": Request(**block.data[0].model_dump()) if block.data else None,
             "rows": rows,
@@ -84,7 +87,8 @@ def training_rows(recipe: Path, datasets: list[dict[str, Any]]) -> list[dict[str
 
 def load_untuned(recipe: dict[str, Any]) -> LoadedModel:
     """Load a recipe's base model with new scales, all 1."""
-    loaded = load(recipe["base_model"], chat_template=recipe["chat_template"], model_config=recipe["model_config"])
+    options = ("dtype", "chat_template", "template_arguments", "model_config")
+    loaded = load(recipe["base_model"], **{option: recipe[option] for option in options})
     return with_adapter(loaded, SealConfig(**recipe["scales"]))
 
 
@@ -172,7 +176,7 @@ def sweep(
     base = cache.values["base"]
     return {
         "kind": "sweep", "model": loaded.name, "base_model": loaded.base, "method": loaded.method,
-        "task": held_out.task.name, "lengths": [int(length) for length in base["scores"]],
+        "dtype": loaded.dtype, "task": held_out.task.name, "lengths": [int(length) for length in base["scores"]],
         "validation_samples": base["count"], "base": base["scores"], "cells": cells, "seeds": seeds,
         "over_seeds": over_seeds, "best": max(over_seeds, key=lambda row: (row["mean"], -row["rate"])),
     }  # fmt: skip
@@ -297,6 +301,6 @@ def controls(
             scores.setdefault(name, []).append(cache.values[f"{seed}/{name}"]["scores"])
     return {
         "kind": "controls", "model": loaded.name, "base_model": loaded.base, "method": loaded.method,
-        "task": held_out.task.name, "lengths": [int(length) for length in scores["base"][0]],
+        "dtype": loaded.dtype, "task": held_out.task.name, "lengths": [int(length) for length in scores["base"][0]],
         "validation_samples": cache.values["base"]["count"], "seeds": seeds, "scores": scores,
     }  # fmt: skip

@@ -60,7 +60,7 @@ def transfer_matrix(base: Scores, tuned: dict[str, Scores]) -> dict[str, dict[st
 
 def score_transfer(
     model: str, adapters: dict[str, str], tasks: list[Task], *, lengths: list[int] | None, samples: int | None,
-    batch_size: int | None, chat_template: str | None, out: Path,
+    batch_size: int | None, out: Path, options: dict[str, Any],
 ) -> tuple[dict[str, Any], list[Path]]:  # fmt: skip
     """Score a base model and its adapters on every task.
 
@@ -71,8 +71,8 @@ def score_transfer(
         lengths: see ``eval.run.run``.
         samples: see ``eval.run.run``.
         batch_size: prompts decoded together; None uses what memory allows.
-        chat_template: Jinja file, or None.
         out: result file, beside which responses are cached.
+        options: of ``load_each``.
 
     Returns:
         The result, and the files that cache its responses.
@@ -85,7 +85,7 @@ def score_transfer(
     def scores(name: str, loaded: LoadedModel) -> Scores:
         by_task = {}
         for task in tasks:
-            identity = (task.name, dict(task.identity), lengths, samples, chat_template)
+            identity = (task.name, dict(task.identity), lengths, samples, options)
             journals.append(journal_file(out, loaded.name, name, *identity))
             result = run(loaded, task, lengths=lengths, samples=samples, batch_size=batch_size, journal=journals[-1])
             by_task[task.name] = result.by_length()
@@ -94,7 +94,7 @@ def score_transfer(
 
     base: Scores = {}
     tuned: dict[str, Scores] = {}
-    for name, loaded in zip(adapters, load_each(adapters, chat_template=chat_template), strict=True):
+    for name, loaded in zip(adapters, load_each(adapters, **options), strict=True):
         if not same_model(loaded.base, model):
             raise ValueError(f"adapter: {loaded.name} is of {loaded.base}, expected one of {model}: name its --model")
         if not base:
@@ -103,6 +103,6 @@ def score_transfer(
                 base = scores("base", untuned)
         tuned[name] = scores(name, loaded)
     return {
-        "kind": "transfer", "model": model, "base_model": model, "samples": max(counts), "adapters": adapters,
-        "scores": {"base": base, **tuned}, "transferability": transfer_matrix(base, tuned),
+        "kind": "transfer", "model": model, "base_model": model, "dtype": loaded.dtype, "samples": max(counts),
+        "adapters": adapters, "scores": {"base": base, **tuned}, "transferability": transfer_matrix(base, tuned),
     }, journals  # fmt: skip

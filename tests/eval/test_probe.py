@@ -315,6 +315,20 @@ def test_sweep_and_controls_tune_for_real_and_resume(tmp_path, monkeypatch):
         read_recipe(ROOT / "recipes/matrix.yml")
 
 
+def test_sweep_loads_the_model_as_the_recipe_trains_it(tmp_path):
+    """Its samples must be rendered with the recipe's template and its arguments."""
+    template = "{% for m in messages %}{{ m.content }}{{ tone if m.role == 'user' else eos_token }}{% endfor %}"
+    (tmp_path / "t.jinja").write_text(template)
+    file = tmp_path / "r.yml"
+    file.write_text(
+        RECIPE.format(tiny=TINY) + f"chat_template_jinja: {tmp_path}/t.jinja\nchat_template_kwargs: {{tone: calm}}\n"
+    )
+    loaded = load_untuned(read_recipe(file) | {"dtype": "bfloat16"})
+    chat = [{"role": "user", "content": "q"}]
+    assert loaded.tokenizer.apply_chat_template(chat, tokenize=False) == "qcalm"
+    assert loaded.dtype == "bfloat16"
+
+
 def test_controls_change_what_they_say(tmp_path):
     file = tmp_path / "r.yml"
     file.write_text(RECIPE.format(tiny=TINY))
@@ -350,7 +364,7 @@ def test_commands_write_results_with_pictures(tmp_path):
     for arguments in (
         ("heads", *tiny, "--lengths", "200,256", "--samples", "2", "--out", "h.json"),
         ("gradient", *tiny, "--lengths", "200,256", "--samples", "2", "--compare", "h.json", "--out", "g.json"),
-        ("channels", *tiny, "--heads", "L0H0", *short, "--samples", "1", "--out", "c.json"),
+        ("channels", *tiny, "--heads", "L0H0", *short, "--samples", "1", "--dtype", "bfloat16", "--out", "c.json"),
         ("quadrants", *tiny, "--from", "h.json", *short, "--samples", "2", "--out", "q.json"),
         ("inspect", "--adapter", "Q3 up", "--map", "h.json", "--out", "i.json"),
         ("quadrants", *tiny, "--from", "h.json", "--up", "1.9", *short, "--samples", "2", "--out", "u.json"),
@@ -364,7 +378,9 @@ def test_commands_write_results_with_pictures(tmp_path):
         assert json.loads(out.read_text())["kind"] and out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
         assert not list(folder.glob(".*.partial")), arguments
     assert set(json.loads((folder / "g.json").read_text())["spearman"]["importance"]["score"]) == {"200", "256"}
-    assert len(json.loads((folder / "c.json").read_text())["change"]["score"]["200"]["L0H0"]) == 32
+    channels = json.loads((folder / "c.json").read_text())
+    assert len(channels["change"]["score"]["200"]["L0H0"]) == 32
+    assert channels["dtype"] == "bfloat16" and "--heads L0H0" in channels["command"] and channels["machine"]
     assert write_report(tmp_path, tmp_path / "report.html") == 6  # captions and pictures know every kind of result
 
 

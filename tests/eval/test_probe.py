@@ -317,7 +317,7 @@ def test_sweep_and_controls_tune_for_real_and_resume(tmp_path, monkeypatch):
 
 def test_sweep_loads_the_model_as_the_recipe_trains_it(tmp_path):
     """Its samples must be rendered with the recipe's template and its arguments."""
-    template = "{% for m in messages %}{{ m.content }}{{ tone if m.role == 'user' else eos_token }}{% endfor %}"
+    template = "{% for m in messages %}{{ tone if m.role == 'user' }}{{ m.content }}{{ eos_token }}{% endfor %}"
     (tmp_path / "t.jinja").write_text(template)
     file = tmp_path / "r.yml"
     file.write_text(
@@ -325,7 +325,7 @@ def test_sweep_loads_the_model_as_the_recipe_trains_it(tmp_path):
     )
     loaded = load_untuned(read_recipe(file) | {"dtype": "bfloat16"})
     chat = [{"role": "user", "content": "q"}]
-    assert loaded.tokenizer.apply_chat_template(chat, tokenize=False) == "qcalm"
+    assert loaded.tokenizer.apply_chat_template(chat, tokenize=False) == "calmq</s>"
     assert loaded.dtype == "bfloat16"
 
 

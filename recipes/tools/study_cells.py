@@ -11,7 +11,7 @@ import gzip
 import json
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -123,6 +123,14 @@ class Cell:
     def rated_as(self) -> str | None:
         """The method whose validation chooses the learning rate; None if nothing is tuned."""
         return None if self.tuned_as is None else RATE_OF.get(self.tuned_as, self.tuned_as)
+
+    @property
+    def tuned_cell(self) -> Cell:
+        """The cell with the same adapter: that of another task, or before a control shuffles its scales."""
+        if self.method.endswith("wrong answers"):
+            return self
+        method, _, source = self.method.removesuffix(" shuffled").partition(" from ")
+        return replace(self, task=source or self.task, method=method)
 
     @property
     def file_name(self) -> str:
@@ -359,14 +367,17 @@ class Workbench:
             return result | self.score(self.model, cell)
         from peft import get_peft_model
 
+        from eval.controls import shuffle_heads
+
         torch.manual_seed(cell.seed)  # initialises low-rank weights
         peft_model = get_peft_model(self.model, adapter_config(cell.tuned_as))
         try:
-            result |= self.tune(peft_model, cell)
+            result |= self.tune_once(peft_model, cell) if cell.purpose == "test" else self.tune(peft_model, cell)
             if "failed" not in result:
+                if cell.method.endswith("shuffled"):
+                    shuffle_heads(peft_model, random.Random(cell.seed))
                 result |= self.score(peft_model.base_model.model, cell)
                 if cell.purpose == "test" and cell.method not in (*CONTROLS, *TRANSFERS):
-                    peft_model.save_pretrained(adapter_folder(self.data.parent, cell))
                     result["general"] = general(peft_model, self.tokenizer)
         finally:
             self.model = peft_model.unload()
@@ -385,10 +396,25 @@ class Workbench:
         versions = {library.__name__: library.__version__ for library in (torch, transformers, peft)}
         return {"device": name, "dtype": self.settings.dtype, "versions": versions}
 
+    def tune_once(self, model: PeftModel, cell: Cell) -> dict[str, Any]:
+        """Load the adapter of a test cell if another cell has tuned it; else tune it and store it."""
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        folder = adapter_folder(self.data.parent, cell.tuned_cell)
+        record = folder / "tuning.json"
+        if record.exists():
+            set_peft_model_state_dict(model, load_peft_weights(str(folder), device=str(model.device)))
+            return load_json(record)
+        result = self.tune(model, cell)
+        if "failed" not in result:
+            model.save_pretrained(folder)
+            write_text(record, json.dumps(result) + "\n")  # written last: the folder is complete
+        return result
+
     def tune(self, model: PeftModel, cell: Cell) -> dict[str, Any]:
         """Tune the adapter of a cell; a non-finite loss fails the cell, not the study."""
         from axolotl_plugins.seal.tune import tune
-        from eval.controls import shuffle_heads, wrong_answers
+        from eval.controls import wrong_answers
 
         assert cell.rate is not None
         wanted = training_requests(self.settings, cell)
@@ -411,8 +437,6 @@ class Workbench:
             return result | {"failed": str(error)}
         model.zero_grad(set_to_none=True)
         free_memory()
-        if cell.method.endswith("shuffled"):
-            shuffle_heads(model, random.Random(cell.seed))
         seconds = time.perf_counter() - start
         return result | {"losses": [round(loss, 4) for loss in losses], "tuning_seconds": round(seconds, 1)}
 

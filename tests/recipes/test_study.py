@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -238,6 +239,29 @@ def test_tuning_and_controls_differ_and_leave_the_model_as_it_was(finished):
     tuned, shuffled, wrong = scales.values()
     assert not torch.equal(tuned, torch.ones_like(tuned)) and not torch.equal(tuned, wrong)
     assert not torch.equal(tuned, shuffled) and torch.equal(tuned.sort().values, shuffled.sort().values)
+
+
+def test_an_adapter_is_tuned_once_for_all_cells_that_score_it(finished, tmp_path):
+    shutil.copytree(finished / "data", tmp_path / "data")
+    bench = Workbench(TINY, "cpu", Settings(**json.loads((finished / "settings.json").read_text())), tmp_path / "data")
+    scales, tuned = [], []
+    tune, score = Workbench.tune, Workbench.score
+    bench.tune = lambda model, cell: tuned.append(cell) or tune(bench, model, cell)
+
+    def keep(model, cell):
+        scales.append(torch.cat([layer.seal_scale["default"].detach().clone() for layer in seal_layers(model)]))
+        return score(bench, model, cell)
+
+    bench.score = keep
+    cells = [Cell("line", "SEAL-H", "test", 0, 0.02), Cell("vt", "SEAL-H from line", "test", 0, 0.02),
+             Cell("line", "SEAL-H shuffled", "test", 0, 0.02)]  # fmt: skip
+    results = [bench.run(cell) for cell in cells]
+    assert tuned == cells[:1] and all(result["losses"] == results[0]["losses"] for result in results)
+    assert torch.equal(scales[0], scales[1]) and not torch.equal(scales[0], torch.ones(12))
+    assert not torch.equal(scales[0], scales[2]) and torch.equal(scales[0].sort().values, scales[2].sort().values)
+    bench.run(Cell("line", "SEAL-H wrong answers", "test", 0, 0.02))
+    bench.run(Cell("line", "SEAL-H", "test", 0, 0.05))
+    assert len(tuned) == 3
 
 
 @pytest.mark.parametrize("method", ["LoRA", "DoRA", "query"])

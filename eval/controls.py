@@ -23,9 +23,9 @@ def shuffle_heads(model: nn.Module, rng: random.Random) -> None:
     layers = seal_layers(model)
     scales = [layer.seal_scale["default"] for layer in layers]
     heads = layers[0].num_heads
-    rows = torch.cat([scale.detach().view(heads, -1) for scale in scales])
+    rows = torch.cat([scale.detach().cpu().view(heads, -1) for scale in scales])
     order = rng.sample(range(len(rows)), len(rows))
-    for scale, picked in zip(scales, torch.tensor(order, device=rows.device).split(heads), strict=True):
+    for scale, picked in zip(scales, torch.tensor(order).split(heads), strict=True):
         scale.copy_(rows[picked].view(scale.shape))
 
 

@@ -332,7 +332,7 @@ def decode(
         if not active:
             return answers
         if len(active) <= len(rows) // 2:  # fewer copies than dropping every row as it ends
-            kept = torch.tensor(active, device=device)
+            kept = torch.tensor(active)  # on the CPU: layers of a cache may be on several devices
             cache.batch_select_indices(kept)
             mask, positions = mask[kept], positions[kept]
             rows, tokens = [rows[place] for place in active], [tokens[place] for place in active]

@@ -199,7 +199,7 @@ def load_adapter(adapter: Path, dtype: torch.dtype = torch.float32) -> LoadedMod
     """
     check_name(str(adapter))
     check_adapter(adapter)
-    loaded = load(adapter, dtype=dtype, default_window=PROOF_WINDOW, needs_template=False)
+    loaded = load(adapter, dtype=dtype, default_window=PROOF_WINDOW, needs_template=False, on_cpu=True)
     if not loaded.method.startswith("SEAL"):
         raise ValueError(f"{adapter}: found a {loaded.method} adapter; use `axolotl merge-lora` for it")
     if load_json(model_folder(loaded.base) / "config.json").get("quantization_config"):

@@ -181,8 +181,10 @@ def check_tensors(folder: Path, model: PeftModel, adapter_name: str = "default")
         raise ValueError(f"{file}: {bad[0]} has non-finite values: train again at a lower learning rate")
 
 
-def load_weights(base: str, config: Any, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
-    """Load a base model whose checkpoint is complete.
+def load_weights(
+    base: str, config: Any, dtype: torch.dtype | str, trust_remote_code: bool, on_cpu: bool
+) -> PreTrainedModel:
+    """Load a base model whose checkpoint is complete, onto the accelerators if there are any.
 
     Raises:
         ValueError: a tensor is missing, or the quantisation method is unknown; Transformers only warns.
@@ -190,6 +192,7 @@ def load_weights(base: str, config: Any, dtype: torch.dtype | str, trust_remote_
     model, info = AutoModelForCausalLM.from_pretrained(
         base, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
         trust_remote_code=trust_remote_code,
+        device_map="auto" if torch.accelerator.is_available() and not on_cpu else None,
     )  # fmt: skip
     if info["missing_keys"]:
         raise ValueError(f"{base} lacks {min(info['missing_keys'])}: the checkpoint is incomplete or its config wrong")
@@ -244,6 +247,7 @@ def load(
     name: str | Path, *, dtype: torch.dtype | str = "auto", chat_template: str | None = None,
     trust_remote_code: bool = False, weights: bool = True, model_config: dict[str, Any] | None = None,
     template_arguments: dict[str, Any] | None = None, needs_template: bool = True, default_window: int | None = None,
+    on_cpu: bool = False,
 ) -> LoadedModel:  # fmt: skip
     """Load a model for inference.
 
@@ -259,6 +263,7 @@ def load(
         template_arguments: see ``axolotl_plugins.common.tokenizer.with_arguments``; adapters carry those of training.
         needs_template: refuse a tokenizer without a chat template.
         default_window: context window where the config states none.
+        on_cpu: load onto the CPU even if there are accelerators, over which the layers are spread otherwise.
 
     Raises:
         ValueError: a file is missing, corrupt or does not match the model; the message is one line.
@@ -280,7 +285,11 @@ def load(
             del config.quantization_config
         if source != base:
             config.dtype = read_config(base, trust_remote_code=trust_remote_code).dtype
-        model = load_weights(base, config, dtype, trust_remote_code) if weights else meta_model(name, config, **trust)
+        model = (
+            load_weights(base, config, dtype, trust_remote_code, on_cpu)
+            if weights
+            else meta_model(name, config, **trust)
+        )
         if adapter is not None and weights:
             model = apply_adapter(model, Path(name))
         has_tokenizer = adapter is None or (Path(name) / "tokenizer_config.json").is_file()

@@ -189,7 +189,7 @@ class HeadAblator:
         answers = [(reference[:-1] if ended else reference)[: self.max_new_tokens] for _ in agreed]
         if open_rows:
             shared = min(agreed[row] for row in open_rows)
-            rows = torch.tensor(open_rows, device=self.model.device)
+            rows = torch.tensor(open_rows)  # on the CPU: layers may be on several devices
             # A shallow copy leaves the trace's own cache as it is.
             cache.layers = [copy.copy(layer) for layer in cache.layers]
             if reference:

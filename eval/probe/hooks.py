@@ -113,13 +113,16 @@ def removing(handles: Sequence[Any]) -> Iterator[None]:
 @contextlib.contextmanager
 def replaced_forwards(replacements: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Replace the forward methods of modules until exit."""
+    own = {module: module.__dict__.get("forward") for module in replacements}  # accelerate sets it, to move inputs
     try:
         for module, forward in replacements.items():
             module.forward = forward
         yield
     finally:
-        for module in replacements:
-            module.__dict__.pop("forward", None)
+        for module, replaced in own.items():
+            del module.forward
+            if replaced is not None:
+                module.forward = replaced
 
 
 @contextlib.contextmanager
@@ -132,7 +135,7 @@ def scaled_input(projection: nn.Module, scale: torch.Tensor) -> Iterator[None]:
     """
 
     def multiply(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return ((args[0] * scale).to(args[0].dtype), *args[1:])
+        return ((args[0] * scale.to(args[0].device)).to(args[0].dtype), *args[1:])
 
     with removing([projection.register_forward_pre_hook(multiply)]):
         yield

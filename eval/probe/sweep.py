@@ -196,7 +196,7 @@ def means_over_seeds(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def scale_range(model: nn.Module) -> list[float]:
     """Return the least and the greatest scale."""
-    scales = torch.cat([layer.seal_scale["default"].detach().flatten() for layer in seal_layers(model)])
+    scales = torch.cat([layer.seal_scale["default"].detach().cpu().flatten() for layer in seal_layers(model)])
     return [scales.min().item(), scales.max().item()]
 
 

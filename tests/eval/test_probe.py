@@ -7,10 +7,12 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
 from miniatures import MINIATURES, build, token_ids
 from paths import ROOT, TINY
 from peft import get_peft_model
@@ -119,6 +121,31 @@ def test_probes_leave_the_model_as_it_was():
     ablator.ablate(trace, 1, decoder_blocks(model)[1].without_head(0)[None])
     assert torch.equal(model(token_ids()).logits, before)
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_a_model_spread_over_devices_gives_the_same_map():
+    """Accelerate replaces the forward methods of its modules, which probes must leave in place."""
+    settings = {"lengths": [200], "samples": 1}
+    plain = head_importance.ablation_map(load(TINY), "line", **settings)
+    loaded = load(TINY)
+    model = dispatch_model(loaded.model, {"": "cpu"}, force_hooks=True)
+    forwards = {
+        name: module.__dict__["forward"] for name, module in model.named_modules() if "forward" in module.__dict__
+    }
+    spread = head_importance.ablation_map(replace(loaded, model=model), "line", **settings)
+    assert spread["change"] == plain["change"]
+    now = dict(model.named_modules())
+    kept = [name for name, forward in forwards.items() if name in now and now[name].__dict__.get("forward") is forward]
+    assert any("self_attn" in name for name in kept) and any(name.endswith("layers.0") for name in kept)
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
+def test_models_are_loaded_onto_an_accelerator():
+    loaded = load(TINY)
+    assert loaded.model.device.type == torch.accelerator.current_accelerator().type
+    assert load(TINY, on_cpu=True).model.device.type == "cpu"
+    on_cpu = run(load(TINY, on_cpu=True), "line", lengths=[200], samples=4)
+    assert run(loaded, "line", lengths=[200], samples=4).mean.score == on_cpu.mean.score
 
 
 def test_an_adapter_stays_applied_and_partial_ones_are_refused():

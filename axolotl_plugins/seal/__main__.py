@@ -1,4 +1,4 @@
-"""``seal merge``, ``verify``, ``export`` and ``settings``, or ``python -m axolotl_plugins.seal``."""
+"""``seal merge``, ``verify``, ``export``, ``combine`` and ``settings``, or ``python -m axolotl_plugins.seal``."""
 
 from __future__ import annotations
 
@@ -64,6 +64,27 @@ def export(
 
     try:
         export_ia3(adapter, out)
+        print(out)
+    except (ValueError, OSError, SafetensorError) as error:
+        stop(error)
+
+
+@app.command(epilog="Example: seal combine outputs/smollm2_vt_sealc --weights 0.5 --out outputs/smollm2_vt_sealc_half")
+def combine(
+    adapters: Annotated[list[Path], typer.Argument(help="Adapter folders of one base model and granularity.")],
+    weights: Annotated[str, typer.Option(help="A number for each adapter, as 0.5 or 0.5,0.5.")],
+    out: Annotated[Path, typer.Option(help="Adapter folder to write.")],
+) -> None:
+    """Add up what adapters change, each times a weight: 0.5 of one trades accuracy for less change of other text."""
+    quiet_libraries()
+    from .combine import combine as write_combined
+
+    try:
+        try:
+            numbers = [float(part) for part in weights.split(",")]
+        except ValueError:
+            raise ValueError(f"weights: found {weights!r}, expected numbers with commas between") from None
+        write_combined(adapters, numbers, out)
         print(out)
     except (ValueError, OSError, SafetensorError) as error:
         stop(error)

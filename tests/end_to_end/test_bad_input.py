@@ -317,6 +317,7 @@ CASES = [
     ("axolotl_plugins.seal", "export {adapter}/truncated {tmp}/x", "truncated: not an adapter folder"),
     ("axolotl_plugins.seal", "export {adapter}/shape {tmp}/x", "shape: found 7 scales of .*, the model has"),
     ("axolotl_plugins.seal", "export {adapter}/good {file}/folder", "folder: exists already"),
+    ("axolotl_plugins.seal", "combine {adapter}/good --weights half --out {tmp}/x", "weights: found 'half', expected"),
     ("axolotl_plugins.seal", "fold", "No such command 'fold'"),
     # recipes
     ("recipes", "new {tiny} --task lines --out {tmp}/r.yml", "task: found 'lines', expected one of"),

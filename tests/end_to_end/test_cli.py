@@ -15,7 +15,7 @@ from paths import ROOT
 from recipes.cli import PROGRAMS, app, load_command
 
 COMMANDS = {
-    "recipe", "data", "eval", "report", "probe", "merge", "verify", "export", "push", "settings", "study",
+    "recipe", "data", "eval", "report", "probe", "merge", "verify", "export", "combine", "push", "settings", "study",
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "datasets", "lm_eval", "axolotl", "matplotlib", "scipy"}
 

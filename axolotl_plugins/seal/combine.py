@@ -1,0 +1,68 @@
+"""Weighted combinations of adapters, as PEFT's ``add_weighted_adapter`` makes of other methods'."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from axolotl_plugins.common.io import check_output, load_json, written_whole
+
+from . import provenance
+from .scales import saved_tensors
+
+WEIGHTS = "adapter_model.safetensors"
+OWN = (WEIGHTS, "README.md", provenance.FILE, "checkpoint-*", "debug.log")  # not copied from the first adapter
+
+
+def combine(adapters: list[Path], weights: list[float], out: Path) -> None:
+    """Write the adapter with scales ``1 + sum(weight * (scale - 1))``.
+
+    One adapter with a weight below 1 changes the model less: between the base model and the tuned one, accuracy is
+    traded against the change of unrelated text. Several add up what each changes.
+
+    Args:
+        adapters: folders of SEAL adapters of one base model and granularity; other files are copied from the first.
+        weights: of the adapters.
+        out: folder to write; must not exist. Its record of training data is of all adapters.
+
+    Raises:
+        ValueError: a folder is not a SEAL adapter, or differs from the first in base model or shape; a weight is
+            missing or non-finite; or ``out`` exists.
+    """
+    if len(weights) != len(adapters) or not all(map(math.isfinite, weights)):
+        raise ValueError(f"weights: found {weights}, expected a number for each of {len(adapters)} adapters")
+    tensors = [saved_tensors(adapter) for adapter in adapters]
+    bases = [load_json(adapter / "adapter_config.json")["base_model_name_or_path"] for adapter in adapters]
+    for adapter, base, own in zip(adapters, bases, tensors, strict=True):
+        if base != bases[0]:
+            raise ValueError(f"{adapter}: is of {base}, the first adapter of {bases[0]}: combine adapters of one model")
+        if {name: scales.shape for name, scales in own.items()} != {n: s.shape for n, s in tensors[0].items()}:
+            raise ValueError(f"{adapter}: has other layers or another granularity than {adapters[0]}")
+    check_output(out, folder=True)
+    combined = {name: np.ones_like(scales) for name, scales in tensors[0].items()}
+    for weight, own in zip(weights, tensors, strict=True):
+        for name, scales in own.items():
+            combined[name] += np.float32(weight) * (scales - 1)
+    with written_whole(out) as partial:
+        shutil.copytree(adapters[0], partial, ignore=shutil.ignore_patterns(*OWN))
+        save_file(combined, partial / WEIGHTS, metadata={"format": "pt"})
+        if (record := combined_record(adapters)) is not None:
+            provenance.save(record, partial)
+
+
+def combined_record(adapters: list[Path]) -> dict[str, object] | None:
+    """Return the record of all adapters' training data; None if any has none."""
+    files = [adapter / provenance.FILE for adapter in adapters]
+    if not all(file.is_file() for file in files):
+        return None
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return {
+        "files": [file for record in records for file in record["files"]],
+        "unread": sorted({name for record in records for name in record["unread"]}),
+        "texts": sorted({text for record in records for text in record["texts"]}),
+    }

@@ -114,11 +114,10 @@ def score_task(loaded: LoadedModel, task: Task, spec: EvalSpec, journal: Path | 
     from eval.benchmarks import run_benchmark  # with lm-eval, which a stored result does not need
     from eval.run import run
 
-    options = spec.sample_options(task, loaded.window)
     if task.metric is None:
+        options = spec.sample_options(task, loaded.window)
         return run_benchmark(loaded, task.name, **options, batch_size=spec.batch_size, journal=journal)
-    return run(loaded, task, **options, batch_size=spec.batch_size, journal=journal,
-               allow_contamination=spec.allow_contamination)  # fmt: skip
+    return run(loaded, task, journal=journal, **vars(spec))
 
 
 def save(result: Result, out: Path) -> None:

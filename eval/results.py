@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from axolotl_plugins.common.io import load_json, write_text
+from axolotl_plugins.common.schema import first_error
 from data_gen.tasks import TaskAttribute
 
 TITLES = TaskAttribute("title", mmlu="MMLU")  # a user's own task has its name as title, wherever a result is read
-Row = TypeVar("Row")
+OMITTED = ("length", "depth", "asked", "fingerprint")  # fields that are left out of a file where they are None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,7 @@ class EvalResult:
     shots: int = 0
     contaminated: int | None = None
     scores: list[LengthScore]
-    depths: list[LengthScore]
+    depths: list[LengthScore] = field(default_factory=list)
     mean: LengthScore
     responses: list[dict[str, Any]]
     asked: dict[str, Any] | None = None
@@ -127,44 +130,23 @@ Result = EvalResult | BenchmarkResult
 
 def to_json(result: Result) -> dict[str, Any]:
     """Return a result as its JSON file holds it."""
-    values = asdict(result)
-    if isinstance(result, EvalResult):
-        values["scores"], values["depths"] = (
-            [without_missing(row) for row in values[key]] for key in ("scores", "depths")
-        )
-        values["mean"] = without_missing(values["mean"])
-    return {key: value for key, value in values.items() if value is not None or key not in ("asked", "fingerprint")}
-
-
-def without_missing(row: dict[str, Any]) -> dict[str, Any]:
-    """Drop the length or depth that a score does not distinguish."""
-    return {key: value for key, value in row.items() if value is not None}
+    return asdict(
+        result,
+        dict_factory=lambda items: {key: value for key, value in items if value is not None or key not in OMITTED},
+    )
 
 
 def from_json(values: dict[str, Any]) -> Result:
-    """Build a result from the contents of its JSON file.
+    """Build a result from the contents of its JSON file; other keys than its fields are ignored.
 
     Raises:
-        KeyError: a key is missing.
+        ValueError: a key is missing, or a value of another type.
     """
-    if "sets" in values:
-        return build(BenchmarkResult, {**values, "sets": [build(SetScore, row) for row in values["sets"]]})
-    scores, depths = ([build(LengthScore, row) for row in values.get(key, [])] for key in ("scores", "depths"))
-    mean = build(LengthScore, values["mean"])
-    return build(EvalResult, {**values, "scores": scores, "depths": depths, "mean": mean})
-
-
-def build(kind: type[Row], values: dict[str, Any]) -> Row:
-    """Build a dataclass from the values of its fields; other keys are ignored.
-
-    Raises:
-        KeyError: a field without default is missing.
-    """
-    known = {field.name: values[field.name] for field in fields(kind) if field.name in values}  # type: ignore[arg-type]
+    kind: type[Result] = BenchmarkResult if "sets" in values else EvalResult
     try:
-        return kind(**known)
-    except TypeError as error:
-        raise KeyError(str(error)) from None
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise ValueError(f"incomplete result ({first_error(error)})") from None
 
 
 def write_result(result: Result, out: Path) -> None:
@@ -196,6 +178,6 @@ def read_results(folder: Path) -> list[Result]:
             continue
         try:
             results.append(from_json(values))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{file}: incomplete result ({error}): score the model again, or move the file") from None
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}: score the model again, or move the file") from None
     return results

@@ -72,7 +72,7 @@ class EvalSpec:
     def sample_options(self, task: Task, window: int) -> dict[str, Any]:
         """Return the options that determine a task's samples, for a model with a window of so many tokens.
 
-        They are arguments of ``eval.benchmarks.run_benchmark`` or ``eval.run.run``, and are stored with the result.
+        They are stored with the result.
         """
         bounds = [count for count in (self.samples, self.limit) if count is not None]
         if task.metric is None:

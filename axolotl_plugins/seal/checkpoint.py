@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from axolotl_plugins.common.io import load_json
 from axolotl_plugins.common.window import read_config
 
-from .model_loading import BROKEN
+from .model_loading import BROKEN, WRITER_KEYS
 from .provenance import FILE as TRAINING_DATA
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -26,8 +26,6 @@ OTHER_WEIGHTS = (
 )  # fmt: skip
 NOT_COPIED = ("README.md", "adapter_config.json", "trainer_state.json", TRAINING_DATA)
 TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template")  # how their names start
-# Keys of a config that depend on how it was written, not on the model.
-WRITER_KEYS = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "quantization_config")
 # Transformers 4's keys of RoPE's base in full and in sliding attention, where they are not these.
 OLDER_THETA = ("rope_theta", "rope_local_base_freq")
 OTHER_OLDER_THETA = {

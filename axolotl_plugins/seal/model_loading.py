@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import axolotl_plugins.self_extend  # noqa: F401 - registers its RoPE type
 from axolotl_plugins.common.console import first_line
 from axolotl_plugins.common.io import load_json
-from axolotl_plugins.common.tokenizer import load_tokenizer, set_template
+from axolotl_plugins.common.tokenizer import set_template
 from axolotl_plugins.common.window import context_window, read_config, ropes
 
 from .model import SealModel  # noqa: F401 - registers the tuner with PEFT
@@ -33,6 +33,8 @@ BROKEN = (
     SafetensorError,
 )  # fmt: skip
 RECORD = "seal_merge.json"  # in a merged folder, see ``merge.merge``
+# Keys of a config that depend on how it was written, not on the model.
+WRITER_KEYS = {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "quantization_config"}
 
 
 @dataclass(frozen=True)
@@ -308,81 +310,42 @@ def load(
     return LoadedModel(name, model.eval(), tokenizer, base, method, window, seen_texts(Path(name)))
 
 
-def load_each(
-    adapters: dict[str, str],
-    *,
-    dtype: torch.dtype | str = "auto",
-    chat_template: str | None = None,
-    trust_remote_code: bool = False,
-    template_arguments: dict[str, Any] | None = None,
-) -> Iterator[LoadedModel]:
+def load_each(adapters: dict[str, str], **options: Any) -> Iterator[LoadedModel]:
     """Load adapters of one base model, which is loaded once; yield each activated adapter until the next.
 
     All adapters are loaded before the first is yielded, so that errors are raised before anything is scored.
 
     Args:
         adapters: name -> adapter folder.
-        dtype: see ``load``.
-        chat_template: see ``load``.
-        trust_remote_code: see ``load``.
-        template_arguments: see ``load``.
+        options: of ``load``.
 
     Raises:
-        ValueError: a folder is not an adapter, or the adapters have different base models.
+        ValueError: a folder is not an adapter, or the adapters differ in their base model or its config.
     """
-    configs = adapter_configs(list(adapters.values()))
-    first, *others = adapters.values()
-    for folder in others:
-        adapter_file(Path(folder))
-    shared = load(first, dtype=dtype, chat_template=chat_template, trust_remote_code=trust_remote_code,
-                  template_arguments=template_arguments)  # fmt: skip
-    model = shared.model
-    assert isinstance(model, PeftModel)
-    by_name = {"default": shared}
-    for number, folder in enumerate(others, 2):
-        name = f"adapter_{number}"
-        try:
-            model.load_adapter(folder, adapter_name=name)
-        except BROKEN as error:
-            raise cannot_load(folder, error) from error
-        check_tensors(Path(folder), model, name)
-        tokenizer = shared.tokenizer
-        if (Path(folder) / "tokenizer_config.json").is_file():
-            tokenizer = load_tokenizer(folder, chat_template, template_arguments)
-        by_name[name] = replace(
-            shared, name=folder, tokenizer=tokenizer, method=method_name(configs[folder]),
-            trained_on=seen_texts(Path(folder)),
-        )  # fmt: skip
-    for name, loaded in by_name.items():
-        model.set_adapter(name, inference_mode=True)
-        yield loaded
-
-
-def adapter_configs(folders: list[str]) -> dict[str, PeftConfig]:
-    """Read the configurations of adapters that share a base model.
-
-    Returns:
-        Folder -> configuration.
-
-    Raises:
-        ValueError: a folder is not an adapter, or the adapters differ in base model or in its config.
-    """
-    configs: dict[str, PeftConfig] = {}
-    models: list[dict[str, Any]] = []
-    ignored = ("_name_or_path", "dtype", "transformers_version", "use_cache")  # depend on how the file was written
-    for folder in folders:
+    empty: list[LoadedModel] = []
+    for folder in adapters.values():
         if not is_adapter(folder):
             raise ValueError(f"adapter: {folder} has no adapter_config.json: give the folder that training wrote")
+        base = load_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
+        if empty and base != empty[0].base:
+            raise ValueError(
+                f"adapter: {folder} is of {base}, the first one of {empty[0].base}: evaluate it on its own"
+            )
+        adapter_file(Path(folder))
+        empty.append(load(folder, **{**options, "weights": False}))
+        expected, config = (loaded.model.config.to_dict() for loaded in (empty[0], empty[-1]))
+        for key in sorted((expected.keys() | config.keys()) - WRITER_KEYS):
+            if expected.get(key) != config.get(key):
+                raise ValueError(f"adapter: {folder} has another {key} than the first one: evaluate it on its own")
+    model = load(empty[0].name, **options).model
+    assert isinstance(model, PeftModel)
+    names = ["default", *(f"adapter_{number}" for number in range(2, len(empty) + 1))]
+    for name, loaded in zip(names[1:], empty[1:], strict=True):
         try:
-            configs[folder] = PeftConfig.from_pretrained(folder)
+            model.load_adapter(loaded.name, adapter_name=name)
         except BROKEN as error:
-            raise cannot_load(folder, error) from error
-        base, first = (configs[key].base_model_name_or_path for key in (folder, folders[0]))
-        if base != first:
-            raise ValueError(f"adapter: {folder} is of {base}, the first one of {first}: evaluate it on its own")
-        source = folder if (Path(folder) / "config.json").is_file() else base
-        config = read_config(source).to_dict()
-        models.append({key: value for key, value in config.items() if key not in ignored})
-        if differing := [key for key in {**models[0], **models[-1]} if models[0].get(key) != models[-1].get(key)]:
-            raise ValueError(f"adapter: {folder} has another {differing[0]} than the first one: evaluate it on its own")
-    return configs
+            raise cannot_load(loaded.name, error) from error
+        check_tensors(Path(loaded.name), model, name)
+    for name, loaded in zip(names, empty, strict=True):
+        model.set_adapter(name, inference_mode=True)
+        yield replace(loaded, model=model)

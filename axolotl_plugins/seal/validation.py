@@ -1,12 +1,12 @@
 """Checks of an Axolotl recipe before training: unknown keys, and settings that would ruin a run.
 
-``check_recipe`` runs one check per topic; each raises a ``ValueError`` with one line that says what to change.
+``check_recipe`` raises the first problem that a topic's function yields: one line that says what to change.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from axolotl_plugins.common.io import check_output, load_json
+from axolotl_plugins.common.schema import nearest
 
 from .args import SealArgs, SealBlock, parse_block
 
@@ -31,15 +32,9 @@ def check_recipe(cfg: dict[str, Any]) -> SealBlock:
         ValueError: a setting is wrong; the message is one line and says how to fix it.
     """
     block = parse_block(cfg.get("seal"))
-    if cfg.get("adapter") == "seal":
-        check_adapter(cfg, block)
-        check_fsdp(cfg)
-        check_deepspeed(cfg)
-    check_context_parallel(cfg, block)
-    check_recomputation(cfg, block)
-    check_kernels(cfg)
-    check_optimisation(cfg)
-    check_sequences(cfg, block)
+    for topic in (adapter, sharding, context_parallel, recomputation, kernels, optimisation, sequences):
+        for problem in topic(cfg, block):
+            raise ValueError(problem)
     return block
 
 
@@ -72,8 +67,8 @@ def check_keys(cfg: dict[str, Any]) -> None:
     for prefix, mapping, valid in mappings:
         for key in mapping:
             if key not in valid:
-                close = difflib.get_close_matches(str(key), valid, n=1)
-                hint = f"; is {prefix}{close[0]} meant?" if close else ": remove it"
+                close = nearest(key, valid)
+                hint = f"; is {prefix}{close} meant?" if close else ": remove it"
                 raise ValueError(f"{prefix}{key}: Axolotl has no such setting{hint}")
 
 
@@ -122,135 +117,6 @@ def check_targets(cfg: dict[str, Any], block: SealBlock) -> None:
     get_peft_model(model, SealConfig(**block.adapter_settings(), task_type="CAUSAL_LM"))
 
 
-def check_adapter(cfg: dict[str, Any], block: SealBlock) -> None:
-    """Raise on settings that SEAL needs and that have other values.
-
-    Raises:
-        ValueError: no granularity, weight decay, or Axolotl's own merge method, which supports LoRA only.
-    """
-    if block.granularity is None:
-        raise ValueError("seal.granularity: missing: add `granularity: head` (SEAL-H) or `channel` (SEAL-C)")
-    if cfg.get("weight_decay"):
-        raise ValueError(
-            f"weight_decay: found {cfg['weight_decay']}, which would pull the scales to 0: set `weight_decay: 0`"
-        )
-    if cfg.get("merge_method") != "legacy":
-        raise ValueError("merge_method: set `merge_method: legacy`; Axolotl's default method supports LoRA only")
-
-
-def check_fsdp(cfg: dict[str, Any]) -> None:
-    """Raise on FSDP settings under which scales are flattened into weights or rounded.
-
-    bfloat16 values near 1 are 2^-8 to 2^-7 apart, about the size of a training step.
-
-    Raises:
-        ValueError: FSDP version 1 or mixed precision.
-    """
-    if not (fsdp := cfg.get("fsdp_config")):
-        return
-    version = cfg.get("fsdp_version") or fsdp.get("fsdp_version") or fsdp.get("version")
-    if str(version) != "2":
-        raise ValueError(f"fsdp_version: found {version}, which flattens scales into weights: set `fsdp_version: 2`")
-    if cfg.get("bf16") or cfg.get("fp16") or fsdp.get("mixed_precision_policy"):
-        raise ValueError(
-            "fsdp_config: mixed precision rounds the scales at every step: set `bf16: false` and `bfloat16: true`, "
-            "which keeps scales in float32 beside weights in bfloat16, and no mixed_precision_policy"
-        )
-
-
-def check_deepspeed(cfg: dict[str, Any]) -> None:
-    """Raise on DeepSpeed settings that round the scales, or that break recomputation under ZeRO-3.
-
-    Raises:
-        ValueError: 16 bit training, or non-reentrant checkpointing with ZeRO-3.
-    """
-    if not (deepspeed := cfg.get("deepspeed")):
-        return
-    settings = deepspeed if isinstance(deepspeed, dict) else load_json(Path(deepspeed))
-    for dtype in ("bf16", "fp16"):
-        enabled = (settings.get(dtype) or {}).get("enabled", False)
-        if enabled is True or (enabled == "auto" and cfg.get(dtype)):
-            raise ValueError(
-                f"deepspeed: {dtype}.enabled rounds the scales to 16 bits: set it false there, and `{dtype}: false` "
-                "in the recipe"
-            )
-    stage = (settings.get("zero_optimization") or {}).get("stage", 0)
-    # Axolotl's default is reentrant.
-    reentrant = (cfg.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant", True)
-    if stage == 3 and cfg.get("gradient_checkpointing") and not reentrant:
-        raise ValueError(
-            "gradient_checkpointing_kwargs: non-reentrant recomputation runs after ZeRO-3 has freed the weights: "
-            "set `use_reentrant: true`"
-        )
-
-
-def check_context_parallel(cfg: dict[str, Any], block: SealBlock) -> None:
-    """Raise on settings that do not work with samples shared by several processes.
-
-    Raises:
-        ValueError: Axolotl's own context parallelism, or a setting that ``seal.context_parallel`` does not support.
-    """
-    for key in ("context_parallel_size", "sequence_parallel_degree"):
-        if (size := cfg.get(key) or 1) > 1:
-            raise ValueError(
-                f"{key}: found {size}, under which ranks without answer tokens have a NaN loss: set "
-                f"`seal: context_parallel: {size}` instead"
-            )
-    if block.context_parallel > 1:
-        defaults = {"micro_batch_size": 1, "val_set_size": 0, "test_datasets": [], "tensor_parallel_size": 1}
-        for key, default in defaults.items():
-            if (value := cfg.get(key)) not in (None, default):
-                raise ValueError(
-                    f"{key}: found {value!r}, but seal.context_parallel shards one training sample at a time across "
-                    "processes: remove it"
-                )
-
-
-def check_recomputation(cfg: dict[str, Any], block: SealBlock) -> None:
-    """Raise on settings of recomputation that Axolotl ignores, or that need another one.
-
-    Raises:
-        ValueError: ``every_n_layers``, ``selective_checkpointing`` or offloading where it has no effect.
-    """
-    options = cfg.get("gradient_checkpointing_kwargs") or {}
-    every, offload = options.get("every_n_layers", 1), cfg.get("activation_offloading")
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"gradient_checkpointing_kwargs.every_n_layers: found {every!r}, expected 1 or more")
-    selective = cfg.get("selective_checkpointing")
-    used = {"gradient_checkpointing_kwargs.every_n_layers": every > 1, "selective_checkpointing": bool(selective)}
-    for key in (key for key, is_used in used.items() if is_used):
-        if not cfg.get("gradient_checkpointing"):
-            raise ValueError(f"{key}: nothing is recomputed: set `gradient_checkpointing: true`, or remove it")
-        if options.get("use_reentrant") is not False:
-            raise ValueError(f"{key}: needs `gradient_checkpointing_kwargs: use_reentrant: false`")
-        if offload and offload != "hidden_states":
-            raise ValueError(
-                f"{key}: has no effect with `activation_offloading: {str(offload).lower()}`, which stores every "
-                "activation in host memory: set `activation_offloading: hidden_states`, or remove it"
-            )
-    if selective and any("self_extend" in str(plugin) for plugin in cfg.get("plugins") or []):
-        raise ValueError("selective_checkpointing: has no effect on Self-Extend's attention: remove it")
-    if selective and block.context_parallel > 1:
-        raise ValueError("selective_checkpointing: cannot store the attention of seal.context_parallel: remove it")
-
-
-def check_kernels(cfg: dict[str, Any]) -> None:
-    """Raise on losses from fused kernels, which take all tokens, and on ``torch.compile``.
-
-    Raises:
-        ValueError: see above.
-    """
-    fused = "liger_fused_linear_cross_entropy" if cfg.get("liger_fused_linear_cross_entropy") else ""
-    if fused or any("CutCrossEntropy" in str(plugin) for plugin in cfg.get("plugins") or []):
-        raise ValueError(f"{fused or 'CutCrossEntropyPlugin'}: logits are computed for answers only, which leaves it "
-                         "nothing to save: remove it")  # fmt: skip
-    if cfg.get("torch_compile"):
-        raise ValueError(
-            "torch_compile: makes Transformers build a mask of T x T (1 GiB at 32K), which no fast attention kernel "
-            "takes: remove it"
-        )
-
-
 def check_liger_runs(cfg: Any) -> None:
     """Raise if kernels of Liger are to run without a GPU.
 
@@ -261,49 +127,145 @@ def check_liger_runs(cfg: Any) -> None:
         raise ValueError(f"{', '.join(used)}: Liger's kernels need a GPU, and none was found: set them false")
 
 
-def check_optimisation(cfg: dict[str, Any]) -> None:
-    """Raise on a learning rate, batch size or number of epochs that is not positive, and on a missing seed.
+def adapter(cfg: dict[str, Any], block: SealBlock) -> Iterator[str]:
+    """Yield what SEAL needs and the recipe lacks; Axolotl's own merge method supports LoRA only."""
+    if cfg.get("adapter") != "seal":
+        return
+    if block.granularity is None:
+        yield "seal.granularity: missing: add `granularity: head` (SEAL-H) or `channel` (SEAL-C)"
+    if cfg.get("weight_decay"):
+        yield f"weight_decay: found {cfg['weight_decay']}, which would pull the scales to 0: set `weight_decay: 0`"
+    if cfg.get("merge_method") != "legacy":
+        yield "merge_method: set `merge_method: legacy`; Axolotl's default method supports LoRA only"
 
-    Raises:
-        ValueError: see above.
+
+def sharding(cfg: dict[str, Any], block: SealBlock) -> Iterator[str]:
+    """Yield settings of FSDP and DeepSpeed that flatten scales into weights, round them or break recomputation.
+
+    bfloat16 values near 1 are 2^-8 to 2^-7 apart, about the size of a training step.
     """
+    if cfg.get("adapter") != "seal":
+        return
+    if fsdp := cfg.get("fsdp_config"):
+        version = cfg.get("fsdp_version") or fsdp.get("fsdp_version") or fsdp.get("version")
+        if str(version) != "2":
+            yield f"fsdp_version: found {version}, which flattens scales into weights: set `fsdp_version: 2`"
+        if cfg.get("bf16") or cfg.get("fp16") or fsdp.get("mixed_precision_policy"):
+            yield (
+                "fsdp_config: mixed precision rounds the scales at every step: set `bf16: false` and `bfloat16: true`, "
+                "which keeps scales in float32 beside weights in bfloat16, and no mixed_precision_policy"
+            )
+    if deepspeed := cfg.get("deepspeed"):
+        settings = deepspeed if isinstance(deepspeed, dict) else load_json(Path(deepspeed))
+        for dtype in ("bf16", "fp16"):
+            enabled = (settings.get(dtype) or {}).get("enabled", False)
+            if enabled is True or (enabled == "auto" and cfg.get(dtype)):
+                yield (
+                    f"deepspeed: {dtype}.enabled rounds the scales to 16 bits: set it false there, and `{dtype}: "
+                    "false` in the recipe"
+                )
+        stage = (settings.get("zero_optimization") or {}).get("stage", 0)
+        # Axolotl's default is reentrant.
+        reentrant = (cfg.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant", True)
+        if stage == 3 and cfg.get("gradient_checkpointing") and not reentrant:
+            yield (
+                "gradient_checkpointing_kwargs: non-reentrant recomputation runs after ZeRO-3 has freed the weights: "
+                "set `use_reentrant: true`"
+            )
+
+
+def context_parallel(cfg: dict[str, Any], block: SealBlock) -> Iterator[str]:
+    """Yield Axolotl's own context parallelism, and settings that do not work with samples shared by processes."""
+    for key in ("context_parallel_size", "sequence_parallel_degree"):
+        if (size := cfg.get(key) or 1) > 1:
+            yield (
+                f"{key}: found {size}, under which ranks without answer tokens have a NaN loss: set "
+                f"`seal: context_parallel: {size}` instead"
+            )
+    if block.context_parallel > 1:
+        defaults = {"micro_batch_size": 1, "val_set_size": 0, "test_datasets": [], "tensor_parallel_size": 1}
+        for key, default in defaults.items():
+            if (value := cfg.get(key)) not in (None, default):
+                yield (
+                    f"{key}: found {value!r}, but seal.context_parallel shards one training sample at a time across "
+                    "processes: remove it"
+                )
+
+
+def recomputation(cfg: dict[str, Any], block: SealBlock) -> Iterator[str]:
+    """Yield settings of recomputation and of offloading that Axolotl ignores, or that need another one."""
+    options = cfg.get("gradient_checkpointing_kwargs") or {}
+    every, offload = options.get("every_n_layers", 1), cfg.get("activation_offloading")
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        yield f"gradient_checkpointing_kwargs.every_n_layers: found {every!r}, expected 1 or more"
+    selective = cfg.get("selective_checkpointing")
+    used = {"gradient_checkpointing_kwargs.every_n_layers": every > 1, "selective_checkpointing": bool(selective)}
+    for key in (key for key, is_used in used.items() if is_used):
+        if not cfg.get("gradient_checkpointing"):
+            yield f"{key}: nothing is recomputed: set `gradient_checkpointing: true`, or remove it"
+        if options.get("use_reentrant") is not False:
+            yield f"{key}: needs `gradient_checkpointing_kwargs: use_reentrant: false`"
+        if offload and offload != "hidden_states":
+            yield (
+                f"{key}: has no effect with `activation_offloading: {str(offload).lower()}`, which stores every "
+                "activation in host memory: set `activation_offloading: hidden_states`, or remove it"
+            )
+    if selective and any("self_extend" in str(plugin) for plugin in cfg.get("plugins") or []):
+        yield "selective_checkpointing: has no effect on Self-Extend's attention: remove it"
+    if selective and block.context_parallel > 1:
+        yield "selective_checkpointing: cannot store the attention of seal.context_parallel: remove it"
+
+
+def kernels(cfg: dict[str, Any], block: SealBlock) -> Iterator[str]:
+    """Yield losses from fused kernels, which take all tokens, and ``torch.compile``."""
+    fused = "liger_fused_linear_cross_entropy" if cfg.get("liger_fused_linear_cross_entropy") else ""
+    if fused or any("CutCrossEntropy" in str(plugin) for plugin in cfg.get("plugins") or []):
+        yield (
+            f"{fused or 'CutCrossEntropyPlugin'}: logits are computed for answers only, which leaves it "
+            "nothing to save: remove it"
+        )
+    if cfg.get("torch_compile"):
+        yield (
+            "torch_compile: makes Transformers build a mask of T x T (1 GiB at 32K), which no fast attention kernel "
+            "takes: remove it"
+        )
+
+
+def optimisation(cfg: dict[str, Any], block: SealBlock) -> Iterator[str]:
+    """Yield a learning rate, batch size or number of epochs that is not positive, and a missing seed."""
     try:
         rate = float(cfg.get("learning_rate", "missing"))
     except (TypeError, ValueError):
         rate = math.nan
     if not 0 < rate < math.inf:
-        raise ValueError(
+        yield (
             f"learning_rate: found {cfg.get('learning_rate')!r}, expected a number above 0; the paper's are 5e-3 to "
             "5e-2"
         )
     for key in ("num_epochs", "micro_batch_size", "gradient_accumulation_steps"):
         if (number := cfg.get(key)) is not None and not (isinstance(number, (int, float)) and number > 0):
-            raise ValueError(f"{key}: found {number!r}, expected a number above 0")
+            yield f"{key}: found {number!r}, expected a number above 0"
     if cfg.get("seed") is None:
-        raise ValueError("seed: missing: without a seed every run shuffles the samples differently; add `seed: 42`")
+        yield "seed: missing: without a seed every run shuffles the samples differently; add `seed: 42`"
 
 
-def check_sequences(cfg: dict[str, Any], block: SealBlock) -> None:
-    """Raise on settings under which samples are dropped, truncated, packed or padded.
-
-    Raises:
-        ValueError: see above.
-    """
+def sequences(cfg: dict[str, Any], block: SealBlock) -> Iterator[str]:
+    """Yield settings under which samples are dropped, truncated, packed or padded."""
     if cfg.get("excess_length_strategy") != "raise":
-        raise ValueError(
+        yield (
             f"excess_length_strategy: found {cfg.get('excess_length_strategy')!r}, under which samples longer than "
             "sequence_len are dropped, or truncated without their answer: set `excess_length_strategy: raise`"
         )
     length = cfg.get("sequence_len")
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise ValueError(f"sequence_len: found {length!r}, expected a number of tokens")
+        yield f"sequence_len: found {length!r}, expected a number of tokens"
     if cfg.get("sample_packing"):
-        raise ValueError("sample_packing: found true, which reduces the number of steps: set it false")
+        yield "sample_packing: found true, which reduces the number of steps: set it false"
     if cfg.get("pad_to_sequence_len"):
-        raise ValueError("pad_to_sequence_len: found true, which pads every sample to sequence_len: set it false")
+        yield "pad_to_sequence_len: found true, which pads every sample to sequence_len: set it false"
     flash = "flash" in str(cfg.get("attn_implementation")) or cfg.get("flash_attention")
     if cfg.get("pad_to_multiple_of") != 1 and not (flash and block.context_parallel == 1):
-        raise ValueError(
+        yield (
             "pad_to_multiple_of: padding makes attention allocate a mask of sequence_len x sequence_len "
             "(1 GiB at 32K): set `pad_to_multiple_of: 1`"
         )

@@ -98,11 +98,7 @@ def run(
 
 
 def check_version(name: str, task: str, version: int | None) -> None:
-    """Raise if a model was tuned on the text of one of RULER's versions and none is asked for.
-
-    Raises:
-        ValueError: see above.
-    """
+    """Raise ValueError if a model was tuned on the text of one of RULER's versions and none is asked for."""
     if version is None and (tuned := provenance.ruler_version(Path(name), task)):
         raise ValueError(f"ruler-version: {name} was tuned on {task} of RULER {tuned}: add --ruler-version {tuned}")
 

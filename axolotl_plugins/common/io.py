@@ -35,11 +35,7 @@ def check_output(path: Path, *, folder: bool = False, new: bool = False) -> None
 
 
 def check_file(path: Path) -> None:
-    """Raise unless a file exists.
-
-    Raises:
-        ValueError: see above; the message names the existing file with the nearest name.
-    """
+    """Raise ValueError unless a file exists; the message names the existing file with the nearest name."""
     if path.is_dir():
         raise ValueError(f"{path}: is a folder, expected a file")
     if not path.exists():

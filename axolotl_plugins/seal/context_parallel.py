@@ -164,11 +164,7 @@ class ContextParallel:
 
 
 def check_processes(processes: int, size: int) -> None:
-    """Raise if processes cannot be divided into groups of ``size``.
-
-    Raises:
-        ValueError: their number is not a multiple of ``size``.
-    """
+    """Raise ValueError if processes cannot be divided into groups of ``size``."""
     if processes % size:
         raise ValueError(
             f"seal.context_parallel: {size} processes share a sample, found {processes}: start a multiple of {size} "
@@ -177,11 +173,7 @@ def check_processes(processes: int, size: int) -> None:
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Raise if a model's attention cannot be sharded.
-
-    Raises:
-        ValueError: the architecture, sliding windows or the RoPE type are not supported.
-    """
+    """Raise ValueError if a model's attention cannot be sharded: its architecture, sliding windows or RoPE type."""
     config = model.config
     if config.model_type not in MODEL_TYPES:
         raise ValueError(

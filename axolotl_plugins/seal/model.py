@@ -186,11 +186,7 @@ class SealModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _check_merge_allowed(self) -> None:
-        """Raise if layers share a weight, which would be scaled once for each of them.
-
-        Raises:
-            ValueError: see above.
-        """
+        """Raise ValueError if layers share a weight, which would be scaled once for each of them."""
         super()._check_merge_allowed()
         owners: dict[int, str] = {}
         for name, layer in self.named_modules():

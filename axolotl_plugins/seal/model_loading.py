@@ -83,25 +83,14 @@ class LoadedModel:
         return None
 
     def check_lengths(self, lengths: list[int] | None) -> None:
-        """Raise if samples of these lengths do not fit into the window.
-
-        Raises:
-            ValueError: see above.
-        """
+        """Raise ValueError if samples of these lengths do not fit into the window."""
         if lengths and max(lengths) > self.window:
             raise ValueError(f"lengths: {max(lengths)} tokens do not fit into the model's window of {self.window}")
 
     def check_room(self, prompt: int, answer: int) -> None:
-        """Raise unless a prompt and its answer fit into the window, on one side of ``short_window``.
+        """Raise ValueError unless a prompt and answer, in tokens, fit into the window without crossing ``short_window``.
 
         Cached keys have the RoPE frequencies of the prefill, which queries with other frequencies do not match.
-
-        Args:
-            prompt: length of the prompt in tokens.
-            answer: maximum length of the answer in tokens.
-
-        Raises:
-            ValueError: see above.
         """
         if prompt + answer > self.window:
             raise ValueError(
@@ -121,11 +110,7 @@ def is_adapter(name: str | Path) -> bool:
 
 
 def check_adapter(folder: Path) -> None:
-    """Raise if a folder contains no adapter.
-
-    Raises:
-        ValueError: see above; the message tells a merged model from other folders.
-    """
+    """Raise ValueError if a folder contains no adapter; the message tells a merged model from other folders."""
     if (folder / RECORD).is_file():
         raise ValueError(f"{folder}: is a merged model, expected an adapter folder")
     if not is_adapter(folder):
@@ -168,11 +153,7 @@ def adapter_file(folder: Path) -> Path:
 
 
 def check_tensors(folder: Path, model: PeftModel, adapter_name: str = "default") -> None:
-    """Raise unless an adapter file has the tensors of an adapter of a model, with finite values.
-
-    Raises:
-        ValueError: see ``apply_adapter``.
-    """
+    """Raise ValueError unless an adapter file has the tensors of an adapter of a model, with finite values."""
     file = adapter_file(folder)
     saved, expected = load_file(file), get_peft_model_state_dict(model, adapter_name=adapter_name)
     missing, unexpected = expected.keys() - saved.keys(), saved.keys() - expected.keys()
@@ -223,11 +204,7 @@ def cannot_load(name: str, error: BaseException) -> ValueError:
 
 
 def check_name(name: str) -> None:
-    """Raise if a name is a path without a folder, which would be taken for a hub id.
-
-    Raises:
-        ValueError: the path is a file, or does not exist while its parent does.
-    """
+    """Raise ValueError if a name is the path of a file or of a missing folder, which would be taken for a hub id."""
     path = Path(name)
     if path.is_file():
         raise ValueError(f"{name}: is a file, expected a model's or an adapter's folder, or a hub id")

@@ -28,11 +28,7 @@ LOG = get_logger(__name__)
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raise unless the scales are the only trainable parameters.
-
-    Raises:
-        ValueError: other parameters are trainable, or none.
-    """
+    """Raise ValueError unless the scales are the only trainable parameters."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if others := [name for name in names if ".seal_scale." not in name]:
         raise ValueError(
@@ -44,11 +40,7 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def check_gradients(model: nn.Module) -> None:
-    """Raise unless the loss depends on the scales of every wrapped module.
-
-    Raises:
-        ValueError: a scale has no gradient, or all gradients are zero.
-    """
+    """Raise ValueError if a wrapped module's scale has no gradient, or the gradients of all are zero."""
     scales = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if idle := [name for name, scale in scales.items() if scale.grad is None]:
         raise ValueError(
@@ -63,11 +55,7 @@ def check_gradients(model: nn.Module) -> None:
 
 
 def check_scales(model: nn.Module) -> None:
-    """Raise if a scale is non-finite.
-
-    Raises:
-        ValueError: see above; the message names the module.
-    """
+    """Raise ValueError if a scale is non-finite; the message names the module."""
     for name, module in model.named_modules():
         scale = module.active_scale() if isinstance(module, SealLayer) else None
         if scale is not None and not torch.isfinite(scale).all():

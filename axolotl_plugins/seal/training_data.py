@@ -72,10 +72,9 @@ def prepare_template(cfg: dict[str, Any]) -> None:
 
 
 def check_generated_path(out: Path) -> None:
-    """Raise unless a missing file is one to generate, not a mistyped one.
+    """Raise ValueError unless a missing file is one to generate, not a mistyped one.
 
-    Raises:
-        ValueError: see above; the message names the nearest file that was not generated.
+    The message names the nearest file that was not generated.
     """
     if out.absolute().parent.name != GENERATED:
         try:
@@ -165,11 +164,7 @@ def file_lengths(cfg: dict[str, Any]) -> Iterator[tuple[Path, dict[int, int]]]:
 
 
 def check_files(cfg: dict[str, Any]) -> None:
-    """Raise if a local file of a recipe's datasets is missing, or a chat in it cannot be trained on.
-
-    Raises:
-        ValueError: see ``file_lengths``; or a chat is longer than ``sequence_len``.
-    """
+    """Raise ValueError if a chat is longer than ``sequence_len``, or see ``file_lengths``."""
     for file, lengths in file_lengths(cfg):
         for number, length in lengths.items():
             if length > cfg["sequence_len"]:

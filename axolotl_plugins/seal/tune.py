@@ -38,11 +38,7 @@ def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[torc
 
 
 def check_window(model: PeftModel, tokens: int) -> None:
-    """Raise unless a sample fits into the window of a model whose RoPE is what its config says.
-
-    Raises:
-        ValueError: see above.
-    """
+    """Raise ValueError unless a sample fits into the window of a model whose RoPE is what its config says."""
     if condensed(model.config):
         raise ValueError(
             "rope_condense_ratio: Transformers ignores it: load the model with `config=read_config(NAME)` of "

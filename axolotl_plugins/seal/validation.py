@@ -20,16 +20,10 @@ from .args import SealArgs, SealBlock, parse_block
 
 
 def check_recipe(cfg: dict[str, Any]) -> SealBlock:
-    """Raise if a setting would spoil the run without an error.
-
-    Args:
-        cfg: the recipe with command line overrides.
-
-    Returns:
-        The ``seal:`` block.
+    """Return the ``seal:`` block of a recipe, command line overrides included.
 
     Raises:
-        ValueError: a setting is wrong; the message is one line and says how to fix it.
+        ValueError: a setting would spoil the run without an error; the message is one line and says how to fix it.
     """
     block = parse_block(cfg.get("seal"))
     for topic in (adapter, sharding, context_parallel, recomputation, kernels, optimisation, sequences):
@@ -39,14 +33,10 @@ def check_recipe(cfg: dict[str, Any]) -> SealBlock:
 
 
 def check_keys(cfg: dict[str, Any]) -> None:
-    """Raise on keys unknown to Axolotl, which it would drop silently.
+    """Raise ValueError on keys of a recipe or a chat dataset that are unknown to Axolotl, which drops them silently.
 
-    Args:
-        cfg: the recipe. Where it names the file it was read from, the file is checked, which has no command line
-            overrides and none of Axolotl's defaults.
-
-    Raises:
-        ValueError: a key of the recipe or of a chat dataset is unknown.
+    Where the recipe names the file it was read from, the file is checked: it has no command line overrides and none of
+    Axolotl's defaults.
     """
     from axolotl.integrations.base import PluginManager
     from axolotl.utils.schemas.config import AxolotlInputConfig
@@ -73,11 +63,7 @@ def check_keys(cfg: dict[str, Any]) -> None:
 
 
 def check_paths(cfg: dict[str, Any]) -> None:
-    """Raise if the output folder is not writable or the checkpoint to resume from does not exist.
-
-    Raises:
-        ValueError: see above.
-    """
+    """Raise ValueError if the output folder is not writable or the checkpoint to resume from does not exist."""
     if folder := cfg.get("output_dir"):
         check_output(Path(folder) / "adapter_config.json")
     checkpoint = cfg.get("resume_from_checkpoint")
@@ -89,12 +75,9 @@ def check_paths(cfg: dict[str, Any]) -> None:
 
 
 def check_targets(cfg: dict[str, Any], block: SealBlock) -> None:
-    """Raise if the adapter's settings do not match the base model's modules; its weights are not loaded.
+    """Raise ValueError if no module of the base model matches the adapter's settings, or not their number of heads.
 
     A base model that Transformers cannot build from its config is left to Axolotl.
-
-    Raises:
-        ValueError: no module matches, or the number of heads is another.
     """
     if cfg.get("adapter") != "seal":
         return
@@ -118,11 +101,7 @@ def check_targets(cfg: dict[str, Any], block: SealBlock) -> None:
 
 
 def check_liger_runs(cfg: Any) -> None:
-    """Raise if kernels of Liger are to run without a GPU.
-
-    Raises:
-        ValueError: see above.
-    """
+    """Raise ValueError if kernels of Liger are to run without a GPU."""
     if used := [key for key in ("liger_rms_norm", "liger_rope", "liger_glu_activation") if cfg.get(key)]:
         raise ValueError(f"{', '.join(used)}: Liger's kernels need a GPU, and none was found: set them false")
 

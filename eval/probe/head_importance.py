@@ -74,11 +74,7 @@ def probe_prompts(
 
 
 def check_heads(heads: Iterable[tuple[int, int]], layers: int, per_layer: int) -> None:
-    """Raise unless every (layer, head) is one of a model's.
-
-    Raises:
-        ValueError: see above.
-    """
+    """Raise ValueError unless every (layer, head) is one of a model's."""
     for layer, head in heads:
         if not (0 <= layer < layers and 0 <= head < per_layer):
             raise ValueError(f"heads: L{layer}H{head} is not in a model of {layers} layers x {per_layer} heads")

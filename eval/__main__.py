@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from axolotl_plugins.common.console import quiet_libraries, stop
 from axolotl_plugins.common.console import run as run_app
 from axolotl_plugins.common.io import check_output, load_yaml
 from data_gen.dataset import remark
@@ -113,37 +112,33 @@ def run(
     allow_contamination: AllowContamination = False, trust_remote_code: TrustRemoteCode = False,
 ) -> None:  # fmt: skip
     """Score a model, and write a table, a JSON file and a plot."""
-    quiet_libraries()
-    try:
-        spec = EvalSpec(
-            lengths=list(dict.fromkeys(parse_numbers(lengths, "lengths"))) if lengths else None, samples=samples,
-            limit=limit, seed=seed, shots=shots, shot_tokens=shot_tokens, haystack=haystack, depths=depths,
-            ruler_version=ruler_version, data=data, batch_size=batch_size, allow_contamination=allow_contamination,
-        )  # fmt: skip
-        tasks = resolve_tasks(task, spec, metric=metric, max_new_tokens=max_new_tokens, cases=cases,
-                              lines=parse_numbers(lines, "lines") if lines else None)  # fmt: skip
-        names = [task.name for task in tasks]
-        models, folders = model or [], parse_adapters(adapter or [])
-        check_models(models, folders, backend, dtype, model_config)
-        outputs = output_files(list(folders) or [result_name(name) for name in models], names, out, shots, model_config)
-        changes = read_model_config(model_config) if model_config else None
-        options = load_options(chat_template, chat_template_kwargs, trust_remote_code=trust_remote_code)
-        from eval.evaluate import evaluate, stored_results
+    from eval.evaluate import evaluate, stored_results
 
-        # With several models the first one's dtype is that of all.
-        key = (backend, changes, options, models[:1] if dtype == "auto" else dtype)
-        results = stored_results(list(folders.values()) or models, tasks, spec, outputs.values(), key, print_result)
-        if results:
-            print("scored before; remove the result files to score again")
-        else:
-            drawn = spec.lengths if any(task.rows is None for task in tasks) else None
-            check_before_loading(models or folders.values(), drawn, outputs, model_config=changes, **options)
-            results = evaluate(
-                load_models(models, folders, changes, base_url if backend == "vllm" else None, dtype=dtype, **options),
-                tasks, spec, outputs=outputs.values(), cache_key=key, on_start=print_start, on_result=print_result,
-            )  # fmt: skip
-    except (ValueError, OSError) as error:
-        stop(error)
+    spec = EvalSpec(
+        lengths=list(dict.fromkeys(parse_numbers(lengths, "lengths"))) if lengths else None, samples=samples,
+        limit=limit, seed=seed, shots=shots, shot_tokens=shot_tokens, haystack=haystack, depths=depths,
+        ruler_version=ruler_version, data=data, batch_size=batch_size, allow_contamination=allow_contamination,
+    )  # fmt: skip
+    tasks = resolve_tasks(task, spec, metric=metric, max_new_tokens=max_new_tokens, cases=cases,
+                          lines=parse_numbers(lines, "lines") if lines else None)  # fmt: skip
+    names = [task.name for task in tasks]
+    models, folders = model or [], parse_adapters(adapter or [])
+    check_models(models, folders, backend, dtype, model_config)
+    outputs = output_files(list(folders) or [result_name(name) for name in models], names, out, shots, model_config)
+    changes = read_model_config(model_config) if model_config else None
+    options = load_options(chat_template, chat_template_kwargs, trust_remote_code=trust_remote_code)
+    # With several models the first one's dtype is that of all.
+    key = (backend, changes, options, models[:1] if dtype == "auto" else dtype)
+    results = stored_results(list(folders.values()) or models, tasks, spec, outputs.values(), key, print_result)
+    if results:
+        print("scored before; remove the result files to score again")
+    else:
+        drawn = spec.lengths if any(task.rows is None for task in tasks) else None
+        check_before_loading(models or folders.values(), drawn, outputs, model_config=changes, **options)
+        results = evaluate(
+            load_models(models, folders, changes, base_url if backend == "vllm" else None, dtype=dtype, **options),
+            tasks, spec, outputs=outputs.values(), cache_key=key, on_start=print_start, on_result=print_result,
+        )  # fmt: skip
     print_comparisons(results, names, list(outputs))
 
 
@@ -297,13 +292,9 @@ def report(
     ),
 ) -> None:
     """Gather results into one page: scores by length, needle grids, scales, beside the paper's numbers."""
-    quiet_libraries()
     from eval.report import write_report
 
-    try:
-        count = write_report(results, out)
-    except (ValueError, OSError) as error:
-        stop(error)
+    count = write_report(results, out)
     print(f"{out}: {count} results")
 
 
@@ -318,25 +309,21 @@ def push(
     ] = False,
 ) -> None:
     """Write a model card (method, data, scores and the paper's) into an adapter's folder, and upload the folder."""
-    quiet_libraries()
     from axolotl_plugins.common.io import write_text
     from axolotl_plugins.seal.model_card import card, uploaded_files
     from axolotl_plugins.seal.model_card import push as upload
     from eval.table import score_tables
 
-    try:
-        scores = score_tables(results, str(adapter))
-        if dry_run:
-            print(card(adapter, scores))
-            files = sorted({"README.md", *(str(file.relative_to(adapter)) for file in uploaded_files(adapter))})
-            print(f"{repository or adapter}: would have {', '.join(files)}")
-        elif repository is None:
-            write_text(adapter / "README.md", card(adapter, scores))
-            print(adapter / "README.md")
-        else:
-            print(upload(adapter, repository, scores, private=private))
-    except (ValueError, OSError) as error:
-        stop(error)
+    scores = score_tables(results, str(adapter))
+    if dry_run:
+        print(card(adapter, scores))
+        files = sorted({"README.md", *(str(file.relative_to(adapter)) for file in uploaded_files(adapter))})
+        print(f"{repository or adapter}: would have {', '.join(files)}")
+    elif repository is None:
+        write_text(adapter / "README.md", card(adapter, scores))
+        print(adapter / "README.md")
+    else:
+        print(upload(adapter, repository, scores, private=private))
 
 
 if __name__ == "__main__":

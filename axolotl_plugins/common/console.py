@@ -43,7 +43,7 @@ def stop(error: BaseException) -> NoReturn:
 def run(app: Typer, program: str, arguments: list[str] | None = None) -> None:
     """Run a command line app with quiet libraries; report wrong input and out of memory in one line.
 
-    A ``ValueError`` or ``OSError`` of a command is taken for the user's input, as its message is written for users.
+    Errors of values, numbers and files are taken for the user's input, as their messages are written for users.
 
     Args:
         app: the commands.
@@ -52,6 +52,7 @@ def run(app: Typer, program: str, arguments: list[str] | None = None) -> None:
     """
     from click import Abort, ClickException
     from click.exceptions import NoArgsIsHelpError
+    from safetensors import SafetensorError
 
     quiet_libraries()
     try:
@@ -65,7 +66,7 @@ def run(app: Typer, program: str, arguments: list[str] | None = None) -> None:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else program
         stop(ValueError(f"{error.format_message()} (see `{command} --help`)"))
-    except (ValueError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError, SafetensorError) as error:
         stop(error)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):

@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from safetensors import SafetensorError
 
-from axolotl_plugins.common.console import quiet_libraries, stop
 from axolotl_plugins.common.console import run as run_app
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -29,13 +27,9 @@ def merge(
     ] = "auto",
 ) -> None:
     """Fold an adapter's scales into its base model's weights, so that inference costs nothing."""
-    quiet_libraries()
     from .merge import merge as write_merged
 
-    try:
-        write_merged(adapter, out, into)
-    except (ValueError, OSError, SafetensorError) as error:
-        stop(error)
+    write_merged(adapter, out, into)
 
 
 @app.command(epilog="Example: seal verify outputs/smollm2_line_sealc_merged")
@@ -44,13 +38,9 @@ def verify(
     adapter: Annotated[Path | None, typer.Option(help="New path of the adapter, if it was moved.")] = None,
 ) -> None:
     """Verify a merged folder: files unchanged, only scaled tensors differ from the base model, and logits agree."""
-    quiet_libraries()
     from .merge import verify as verify_merge
 
-    try:
-        verify_merge(folder, adapter)
-    except (ValueError, OSError, SafetensorError) as error:
-        stop(error)
+    verify_merge(folder, adapter)
 
 
 @app.command(epilog="Example: seal export outputs/smollm2_line_sealc outputs/smollm2_ia3")
@@ -59,14 +49,10 @@ def export(
     out: Annotated[Path, typer.Argument(help="Adapter folder to write.")],
 ) -> None:
     """Write the scales as a stock PEFT IA3 adapter, for programs without this package."""
-    quiet_libraries()
     from .export import export_ia3
 
-    try:
-        export_ia3(adapter, out)
-        print(out)
-    except (ValueError, OSError, SafetensorError) as error:
-        stop(error)
+    export_ia3(adapter, out)
+    print(out)
 
 
 @app.command(epilog="Example: seal combine outputs/smollm2_vt_sealc --weights 0.5 --out outputs/smollm2_vt_sealc_half")

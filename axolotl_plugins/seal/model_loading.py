@@ -88,7 +88,7 @@ class LoadedModel:
             raise ValueError(f"lengths: {max(lengths)} tokens do not fit into the model's window of {self.window}")
 
     def check_room(self, prompt: int, answer: int) -> None:
-        """Raise ValueError unless a prompt and answer, in tokens, fit into the window without crossing ``short_window``.
+        """Raise ValueError unless a prompt and answer, in tokens, fit the window and do not cross ``short_window``.
 
         Cached keys have the RoPE frequencies of the prefill, which queries with other frequencies do not match.
         """

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from axolotl_plugins.common.console import quiet_libraries, stop
 from axolotl_plugins.common.io import check_output, write_text
 from axolotl_plugins.common.provenance import provenance
 from data_gen.tasks import Task
@@ -66,16 +64,6 @@ Out = Annotated[Path, typer.Option(help="Result file; a PNG lies beside it.")]
 Recipe = Annotated[Path, typer.Option(help="A SEAL recipe that describes its data.")]
 
 
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Exit with one line on errors in the input."""
-    quiet_libraries()
-    try:
-        yield
-    except (ValueError, OSError, FloatingPointError) as error:
-        stop(error)
-
-
 def finish(result: dict[str, Any], out: Path, *journals: Path) -> None:
     """Write a result and where it comes from, with its plot, then remove its journals."""
     from eval.plots import save_figure
@@ -128,17 +116,16 @@ def heads(
     out: Out = Path("results/probes/heads.json"),
 ) -> None:  # fmt: skip
     """Ablate every head, one at a time, and score the answers (Figure 2b). If interrupted, rerun it to resume."""
-    with one_line_errors():
-        from eval.probe.head_importance import ablation_map, changes
+    from eval.probe.head_importance import ablation_map, changes
 
-        own, token_lengths = read_task(task, metric, max_new_tokens, lengths)
-        options = load_options(chat_template, chat_template_kwargs, dtype=dtype)
-        journal = journal_file(out, model, "heads", own.name, dict(own.identity), token_lengths, samples, options)
-        loaded = load_checked(model, own, token_lengths, options)
-        result = ablation_map(loaded, own, token_lengths, samples=samples, batch=batch, journal=journal)
-        longest = result["lengths"][-1]
-        print_extremes(model, changes(result, longest), f"change of the score at {longest} tokens")
-        finish(result, out, journal)
+    own, token_lengths = read_task(task, metric, max_new_tokens, lengths)
+    options = load_options(chat_template, chat_template_kwargs, dtype=dtype)
+    journal = journal_file(out, model, "heads", own.name, dict(own.identity), token_lengths, samples, options)
+    loaded = load_checked(model, own, token_lengths, options)
+    result = ablation_map(loaded, own, token_lengths, samples=samples, batch=batch, journal=journal)
+    longest = result["lengths"][-1]
+    print_extremes(model, changes(result, longest), f"change of the score at {longest} tokens")
+    finish(result, out, journal)
 
 
 @app.command(epilog="Example: seal probe channels --model models/smollm2-135m --heads L9H4 --lengths 2048")
@@ -152,19 +139,18 @@ def channels(
     out: Out = Path("results/probes/channels.json"),
 ) -> None:  # fmt: skip
     """Ablate every channel of some heads, one at a time (Figure 2d)."""
-    with one_line_errors():
-        from eval.probe.head_importance import ablation_map
+    from eval.probe.head_importance import ablation_map
 
-        own, token_lengths = read_task(task, metric, max_new_tokens, lengths)
-        chosen = parse_heads(heads)
-        if samples is None and own.rows is None:
-            samples = 20
-        options = load_options(chat_template, chat_template_kwargs, dtype=dtype)
-        identity = (own.name, dict(own.identity), token_lengths, samples, chosen, options)
-        journal = journal_file(out, model, "channels", *identity)
-        loaded = load_checked(model, own, token_lengths, options, chosen)
-        result = ablation_map(loaded, own, token_lengths, samples=samples, heads=chosen, batch=batch, journal=journal)
-        finish(result, out, journal)
+    own, token_lengths = read_task(task, metric, max_new_tokens, lengths)
+    chosen = parse_heads(heads)
+    if samples is None and own.rows is None:
+        samples = 20
+    options = load_options(chat_template, chat_template_kwargs, dtype=dtype)
+    identity = (own.name, dict(own.identity), token_lengths, samples, chosen, options)
+    journal = journal_file(out, model, "channels", *identity)
+    loaded = load_checked(model, own, token_lengths, options, chosen)
+    result = ablation_map(loaded, own, token_lengths, samples=samples, heads=chosen, batch=batch, journal=journal)
+    finish(result, out, journal)
 
 
 @app.command(epilog="Example: seal probe gradient --model models/smollm2-135m --lengths 512,2048 --samples 50")
@@ -179,24 +165,23 @@ def gradient(
     out: Out = Path("results/probes/gradient.json"),
 ) -> None:  # fmt: skip
     """Predict the effect of ablating every head, from one forward and one backward pass per prompt."""
-    with one_line_errors():
-        from eval.probe.head_importance import agreement, changes, gradient_map, read_map
+    from eval.probe.head_importance import agreement, changes, gradient_map, read_map
 
-        own, token_lengths = read_task(task, metric, max_new_tokens, lengths)
-        scales = parse_numbers(points, "points", float)
-        exact = read_map(compare, model) if compare else None
-        options = load_options(chat_template, chat_template_kwargs, dtype=dtype)
-        identity = (own.name, dict(own.identity), token_lengths, samples, scales, options)
-        journal = journal_file(out, model, "gradient", *identity)
-        loaded = load_checked(model, own, token_lengths, options)
-        result = gradient_map(loaded, own, token_lengths, samples=samples, points=tuple(scales), journal=journal)
-        if exact is not None:
-            result["spearman"] = agreement(exact, result)
-            result["speedup"] = exact["seconds"] / max(result["seconds"], 1e-9)
-            print(f"Spearman's correlation with {compare}: {result['spearman']}; {result['speedup']:.0f} times faster")
-        longest = result["lengths"][-1]
-        print_extremes(model, changes(result, longest), f"predicted change of the log-probability at {longest} tokens")
-        finish(result, out, journal)
+    own, token_lengths = read_task(task, metric, max_new_tokens, lengths)
+    scales = parse_numbers(points, "points", float)
+    exact = read_map(compare, model) if compare else None
+    options = load_options(chat_template, chat_template_kwargs, dtype=dtype)
+    identity = (own.name, dict(own.identity), token_lengths, samples, scales, options)
+    journal = journal_file(out, model, "gradient", *identity)
+    loaded = load_checked(model, own, token_lengths, options)
+    result = gradient_map(loaded, own, token_lengths, samples=samples, points=tuple(scales), journal=journal)
+    if exact is not None:
+        result["spearman"] = agreement(exact, result)
+        result["speedup"] = exact["seconds"] / max(result["seconds"], 1e-9)
+        print(f"Spearman's correlation with {compare}: {result['spearman']}; {result['speedup']:.0f} times faster")
+    longest = result["lengths"][-1]
+    print_extremes(model, changes(result, longest), f"predicted change of the log-probability at {longest} tokens")
+    finish(result, out, journal)
 
 
 @app.command(epilog="Example: seal probe quadrants --model models/smollm2-135m --from results/probes/heads.json")
@@ -213,22 +198,21 @@ def quadrants(
     out: Out = Path("results/probes/quadrants.json"),
 ) -> None:  # fmt: skip
     """Scale heads by their quadrant in a map, training nothing, and score all lengths (Figure 2c)."""
-    with one_line_errors():
-        from eval.probe.head_importance import read_map
-        from eval.probe.quadrants import score_quadrants
+    from eval.probe.head_importance import read_map
+    from eval.probe.quadrants import score_quadrants
 
-        if not (0 < down < math.inf and 0 < up < math.inf):
-            raise ValueError(f"down, up: found {down:g} and {up:g}, expected scales above 0")
-        head_map = read_map(source, model)
-        if not task and head_map["task"].endswith(".jsonl"):
-            raise ValueError(f"task: missing: {source} is of {head_map['task']}; name a file of other samples to score")
-        own = scored_task(task or head_map["task"], metric, max_new_tokens)
-        result, journals = score_quadrants(
-            model, head_map, own, down=down, up=up,
-            lengths=parse_numbers(lengths, "lengths") if lengths else None, samples=samples, batch_size=batch_size,
-            options=load_options(chat_template, chat_template_kwargs, dtype=dtype), adapters=adapters, out=out,
-        )  # fmt: skip
-        finish({**result, "map": str(source)}, out, *journals)
+    if not (0 < down < math.inf and 0 < up < math.inf):
+        raise ValueError(f"down, up: found {down:g} and {up:g}, expected scales above 0")
+    head_map = read_map(source, model)
+    if not task and head_map["task"].endswith(".jsonl"):
+        raise ValueError(f"task: missing: {source} is of {head_map['task']}; name a file of other samples to score")
+    own = scored_task(task or head_map["task"], metric, max_new_tokens)
+    result, journals = score_quadrants(
+        model, head_map, own, down=down, up=up,
+        lengths=parse_numbers(lengths, "lengths") if lengths else None, samples=samples, batch_size=batch_size,
+        options=load_options(chat_template, chat_template_kwargs, dtype=dtype), adapters=adapters, out=out,
+    )  # fmt: skip
+    finish({**result, "map": str(source)}, out, *journals)
 
 
 @app.command(
@@ -251,18 +235,17 @@ def direct(
     out: Out = Path("results/probes/direct.json"),
 ) -> None:  # fmt: skip
     """Attribute the right and the wrong token's logits to heads and MLPs where answers diverge (Figure 4)."""
-    with one_line_errors():
-        from axolotl_plugins.seal.model_loading import load
-        from eval.probe.hooks import wrap
-        from eval.probe.logit_attribution import compare_models
+    from axolotl_plugins.seal.model_loading import load
+    from eval.probe.hooks import wrap
+    from eval.probe.logit_attribution import compare_models
 
-        check_output(out)
-        own, _ = read_task(task, metric, max_new_tokens, str(length or ""))
-        options = load_options(chat_template, chat_template_kwargs, dtype=dtype)
-        models = [load(name, **options) for name in (model, *adapter)]
-        for loaded in models:
-            wrap(loaded.model)
-        finish(compare_models(models, own, length, find, normalised), out)
+    check_output(out)
+    own, _ = read_task(task, metric, max_new_tokens, str(length or ""))
+    options = load_options(chat_template, chat_template_kwargs, dtype=dtype)
+    models = [load(name, **options) for name in (model, *adapter)]
+    for loaded in models:
+        wrap(loaded.model)
+    finish(compare_models(models, own, length, find, normalised), out)
 
 
 @app.command(epilog="Example: seal probe transfer --model BASE --adapter line=outputs/a --adapter vt=outputs/b")
@@ -275,21 +258,20 @@ def transfer(
     chat_template_kwargs: TemplateArguments = None, out: Out = Path("results/probes/transfer.json"),
 ) -> None:  # fmt: skip
     """Score every adapter on every task: gain over the range of the base model's scores (equation 2, Figure 8)."""
-    with one_line_errors():
-        from eval.probe.transfer import score_transfer
+    from eval.probe.transfer import score_transfer
 
-        folders = parse_adapters(adapter)
-        if "base" in folders:
-            raise ValueError("adapter: found the name 'base', which is --model's: give it another")
-        files = [task for task in tasks.split(",") if task.endswith(".jsonl")]
-        own = [scored_task(task, *((metric, max_new_tokens) if task in files else ())) for task in tasks.split(",")]
-        check_output(out)
-        result, journals = score_transfer(
-            model, folders, own, lengths=parse_numbers(lengths, "lengths") if lengths else None,
-            samples=samples, batch_size=batch_size, out=out,
-            options=load_options(chat_template, chat_template_kwargs, dtype=dtype),
-        )  # fmt: skip
-        finish(result, out, *journals)
+    folders = parse_adapters(adapter)
+    if "base" in folders:
+        raise ValueError("adapter: found the name 'base', which is --model's: give it another")
+    files = [task for task in tasks.split(",") if task.endswith(".jsonl")]
+    own = [scored_task(task, *((metric, max_new_tokens) if task in files else ())) for task in tasks.split(",")]
+    check_output(out)
+    result, journals = score_transfer(
+        model, folders, own, lengths=parse_numbers(lengths, "lengths") if lengths else None,
+        samples=samples, batch_size=batch_size, out=out,
+        options=load_options(chat_template, chat_template_kwargs, dtype=dtype),
+    )  # fmt: skip
+    finish(result, out, *journals)
 
 
 @app.command(epilog="Example: seal probe sweep --recipe recipes/smollm2_line_sealh.yml --rates 0.01 --lengths 2048")
@@ -303,24 +285,23 @@ def sweep(
     batch_size: BatchSize = None, dtype: Dtype = "auto", out: Out = Path("results/probes/sweep.json"),
 ) -> None:  # fmt: skip
     """Tune with every rate and number of samples, score on validation data, print the best (Table 7, Figure 9)."""
-    with one_line_errors():
-        from eval.probe.captions import sweep as caption
-        from eval.probe.sweep import read_recipe
-        from eval.probe.sweep import sweep as run_sweep
+    from eval.probe.captions import sweep as caption
+    from eval.probe.sweep import read_recipe
+    from eval.probe.sweep import sweep as run_sweep
 
-        grid: dict[str, Any] = {
-            "rates": parse_numbers(rates, "rates", float),
-            "samples": parse_numbers(samples, "samples") if samples else None,
-            "epochs": parse_numbers(epochs, "epochs"), "seeds": parse_numbers(seeds, "seeds"),
-        }  # fmt: skip
-        settings = read_recipe(recipe) | {"dtype": dtype}
-        held_out, token_lengths = read_validation(validation, metric, max_new_tokens, lengths)
-        journal = sweep_journal(out, "sweep", settings, recipe, held_out, token_lengths)
-        result = run_sweep(settings, **grid, lengths=token_lengths, validation=held_out, batch_size=batch_size,
-                           journal=journal)  # fmt: skip
-        print_sweep(result)
-        print(caption(result))
-        finish(result, out, journal)
+    grid: dict[str, Any] = {
+        "rates": parse_numbers(rates, "rates", float),
+        "samples": parse_numbers(samples, "samples") if samples else None,
+        "epochs": parse_numbers(epochs, "epochs"), "seeds": parse_numbers(seeds, "seeds"),
+    }  # fmt: skip
+    settings = read_recipe(recipe) | {"dtype": dtype}
+    held_out, token_lengths = read_validation(validation, metric, max_new_tokens, lengths)
+    journal = sweep_journal(out, "sweep", settings, recipe, held_out, token_lengths)
+    result = run_sweep(settings, **grid, lengths=token_lengths, validation=held_out, batch_size=batch_size,
+                       journal=journal)  # fmt: skip
+    print_sweep(result)
+    print(caption(result))
+    finish(result, out, journal)
 
 
 def read_validation(
@@ -376,16 +357,15 @@ def controls(
     batch_size: BatchSize = None, dtype: Dtype = "auto", out: Out = Path("results/probes/controls.json"),
 ) -> None:  # fmt: skip
     """Score shuffled scales and scales tuned on wrong answers, which must not help if the gain is real."""
-    with one_line_errors():
-        from eval.probe.sweep import controls as run_controls
-        from eval.probe.sweep import read_recipe
+    from eval.probe.sweep import controls as run_controls
+    from eval.probe.sweep import read_recipe
 
-        settings = read_recipe(recipe) | {"dtype": dtype}
-        held_out, token_lengths = read_validation(validation, metric, max_new_tokens, lengths)
-        journal = sweep_journal(out, "controls", settings, recipe, held_out, token_lengths)
-        result = run_controls(settings, seeds=parse_numbers(seeds, "seeds"), lengths=token_lengths,
-                              validation=held_out, batch_size=batch_size, journal=journal)  # fmt: skip
-        finish(result, out, journal)
+    settings = read_recipe(recipe) | {"dtype": dtype}
+    held_out, token_lengths = read_validation(validation, metric, max_new_tokens, lengths)
+    journal = sweep_journal(out, "controls", settings, recipe, held_out, token_lengths)
+    result = run_controls(settings, seeds=parse_numbers(seeds, "seeds"), lengths=token_lengths,
+                          validation=held_out, batch_size=batch_size, journal=journal)  # fmt: skip
+    finish(result, out, journal)
 
 
 @app.command(epilog="Example: seal probe inspect --adapter outputs/smollm2_line_sealc --map results/probes/heads.json")
@@ -395,17 +375,16 @@ def inspect(
     out: Out = Path("results/probes/inspect.json"),
 ) -> None:
     """Show an adapter's scales: heads raised and lowered most, standard deviation over channels, overlap with a map."""
-    with one_line_errors():
-        import numpy as np
+    import numpy as np
 
-        from eval.probe.scale_map import scale_map
+    from eval.probe.scale_map import scale_map
 
-        check_output(out)
-        result = scale_map(adapter, against)
-        print_extremes(str(adapter), np.array(result["mean"]), "mean scale")
-        for quadrant, row in result.get("by_quadrant", {}).items():
-            print(f"quadrant {quadrant}: {row['heads']} heads, {row['lowered']} lowered, mean scale {row['mean']:.3f}")
-        finish(result, out)
+    check_output(out)
+    result = scale_map(adapter, against)
+    print_extremes(str(adapter), np.array(result["mean"]), "mean scale")
+    for quadrant, row in result.get("by_quadrant", {}).items():
+        print(f"quadrant {quadrant}: {row['heads']} heads, {row['lowered']} lowered, mean scale {row['mean']:.3f}")
+    finish(result, out)
 
 
 def print_extremes(model: str, values: Any, quantity: str, count: int = 5) -> None:

@@ -24,7 +24,7 @@ from eval.probe.hooks import (
     Block,
     decoder_blocks,
     hidden_states,
-    input_states,
+    on_input,
     removing,
     replaced_forwards,
     scaled_input,
@@ -223,12 +223,7 @@ class HeadAblator:
 def record(block: Block, index: int, trace: Trace) -> list[Any]:
     """Register hooks that record a layer's activations in a trace; return their handles."""
     projected: list[torch.Tensor] = []
-
-    def before_layer(module: nn.Module, args: Any, kwargs: Any) -> None:
-        trace.entered[index] = input_states(args, kwargs)
-
-    def after_layer(module: nn.Module, args: Any, output: Any) -> None:
-        trace.outputs[index] = with_hidden_states(output, torch.empty(0))
+    emptied = lambda output: with_hidden_states(output, torch.empty(0))  # noqa: E731
 
     def after_projection(module: nn.Module, args: Any, output: Any) -> None:
         trace.attended[index] = args[0]
@@ -236,11 +231,11 @@ def record(block: Block, index: int, trace: Trace) -> list[Any]:
 
     def after_attention(module: nn.Module, args: Any, output: Any) -> None:
         if torch.equal(hidden_states(output), projected.pop()):
-            trace.attentions[index] = with_hidden_states(output, torch.empty(0))
+            trace.attentions[index] = emptied(output)
 
     return [
-        block.layer.register_forward_pre_hook(before_layer, with_kwargs=True),
-        block.layer.register_forward_hook(after_layer),
+        on_input(block.layer, lambda states: trace.entered.__setitem__(index, states)),
+        block.layer.register_forward_hook(lambda _, __, output: trace.outputs.__setitem__(index, emptied(output))),
         block.projection.register_forward_hook(after_projection),
         block.attention.register_forward_hook(after_attention),
     ]

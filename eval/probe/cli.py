@@ -89,22 +89,38 @@ def read_task(task: str, metric: str | None, max_new_tokens: int | None, lengths
     return own, parse_numbers(lengths, "lengths") if lengths else None
 
 
-def load_checked(
-    name: str, task: Task, lengths: list[int] | None, options: dict[str, Any], heads: Iterable[tuple[int, int]] = ()
-) -> LoadedModel:
-    """Load a model by options of ``load``, after lengths and heads were checked against its config.
+def start_map(
+    kind: str, out: Path, model: str, task: tuple[Task, list[int] | None], samples: int | None, options: dict[str, Any],
+    *identity: object, heads: Iterable[tuple[int, int]] = (),
+) -> tuple[LoadedModel, dict[str, Any]]:  # fmt: skip
+    """Load a model for a map of its heads, after lengths and heads were checked against its config.
+
+    Args:
+        kind: of the map.
+        out: result file, beside which the map's values are cached.
+        model: see ``load``.
+        task: see ``read_task``.
+        samples: per length.
+        options: of ``load``.
+        identity: what else determines the values.
+        heads: layers and heads.
+
+    Returns:
+        The model, and arguments of ``ablation_map`` and ``gradient_map``.
 
     Raises:
-        ValueError: they do not fit; or see ``load``.
+        ValueError: lengths or heads do not fit; or see ``load``.
     """
     from axolotl_plugins.seal.model_loading import load
     from eval.probe.head_importance import check_heads
 
-    empty = load(name, **options, weights=False)
-    empty.check_lengths(lengths if task.rows is None else None)
+    own, lengths = task
+    journal = journal_file(out, model, kind, own.name, dict(own.identity), lengths, samples, *identity, options)
+    empty = load(model, **options, weights=False)
+    empty.check_lengths(lengths if own.rows is None else None)
     config = empty.model.config.get_text_config()
     check_heads(heads, config.num_hidden_layers, config.num_attention_heads)
-    return load(name, **options)
+    return load(model, **options), {"task": own, "lengths": lengths, "samples": samples, "journal": journal}
 
 
 @app.command(epilog="Example: seal probe heads --model models/smollm2-135m --lengths 512,2048 --samples 50")
@@ -118,14 +134,12 @@ def heads(
     """Ablate every head, one at a time, and score the answers (Figure 2b). If interrupted, rerun it to resume."""
     from eval.probe.head_importance import ablation_map, changes
 
-    own, token_lengths = read_task(task, metric, max_new_tokens, lengths)
     options = load_options(chat_template, chat_template_kwargs, dtype=dtype)
-    journal = journal_file(out, model, "heads", own.name, dict(own.identity), token_lengths, samples, options)
-    loaded = load_checked(model, own, token_lengths, options)
-    result = ablation_map(loaded, own, token_lengths, samples=samples, batch=batch, journal=journal)
+    loaded, drawn = start_map("heads", out, model, read_task(task, metric, max_new_tokens, lengths), samples, options)
+    result = ablation_map(loaded, **drawn, batch=batch)
     longest = result["lengths"][-1]
     print_extremes(model, changes(result, longest), f"change of the score at {longest} tokens")
-    finish(result, out, journal)
+    finish(result, out, drawn["journal"])
 
 
 @app.command(epilog="Example: seal probe channels --model models/smollm2-135m --heads L9H4 --lengths 2048")
@@ -141,16 +155,13 @@ def channels(
     """Ablate every channel of some heads, one at a time (Figure 2d)."""
     from eval.probe.head_importance import ablation_map
 
-    own, token_lengths = read_task(task, metric, max_new_tokens, lengths)
+    own = read_task(task, metric, max_new_tokens, lengths)
     chosen = parse_heads(heads)
-    if samples is None and own.rows is None:
+    if samples is None and own[0].rows is None:
         samples = 20
     options = load_options(chat_template, chat_template_kwargs, dtype=dtype)
-    identity = (own.name, dict(own.identity), token_lengths, samples, chosen, options)
-    journal = journal_file(out, model, "channels", *identity)
-    loaded = load_checked(model, own, token_lengths, options, chosen)
-    result = ablation_map(loaded, own, token_lengths, samples=samples, heads=chosen, batch=batch, journal=journal)
-    finish(result, out, journal)
+    loaded, drawn = start_map("channels", out, model, own, samples, options, chosen, heads=chosen)
+    finish(ablation_map(loaded, **drawn, heads=chosen, batch=batch), out, drawn["journal"])
 
 
 @app.command(epilog="Example: seal probe gradient --model models/smollm2-135m --lengths 512,2048 --samples 50")
@@ -167,21 +178,18 @@ def gradient(
     """Predict the effect of ablating every head, from one forward and one backward pass per prompt."""
     from eval.probe.head_importance import agreement, changes, gradient_map, read_map
 
-    own, token_lengths = read_task(task, metric, max_new_tokens, lengths)
-    scales = parse_numbers(points, "points", float)
+    own, scales = read_task(task, metric, max_new_tokens, lengths), parse_numbers(points, "points", float)
     exact = read_map(compare, model) if compare else None
     options = load_options(chat_template, chat_template_kwargs, dtype=dtype)
-    identity = (own.name, dict(own.identity), token_lengths, samples, scales, options)
-    journal = journal_file(out, model, "gradient", *identity)
-    loaded = load_checked(model, own, token_lengths, options)
-    result = gradient_map(loaded, own, token_lengths, samples=samples, points=tuple(scales), journal=journal)
+    loaded, drawn = start_map("gradient", out, model, own, samples, options, scales)
+    result = gradient_map(loaded, **drawn, points=tuple(scales))
     if exact is not None:
         result["spearman"] = agreement(exact, result)
         result["speedup"] = exact["seconds"] / max(result["seconds"], 1e-9)
         print(f"Spearman's correlation with {compare}: {result['spearman']}; {result['speedup']:.0f} times faster")
     longest = result["lengths"][-1]
     print_extremes(model, changes(result, longest), f"predicted change of the log-probability at {longest} tokens")
-    finish(result, out, journal)
+    finish(result, out, drawn["journal"])
 
 
 @app.command(epilog="Example: seal probe quadrants --model models/smollm2-135m --from results/probes/heads.json")
@@ -208,9 +216,9 @@ def quadrants(
         raise ValueError(f"task: missing: {source} is of {head_map['task']}; name a file of other samples to score")
     own = scored_task(task or head_map["task"], metric, max_new_tokens)
     result, journals = score_quadrants(
-        model, head_map, own, down=down, up=up,
+        model, head_map, own, down=down, up=up, adapters=adapters, out=out,
+        options=load_options(chat_template, chat_template_kwargs, dtype=dtype),
         lengths=parse_numbers(lengths, "lengths") if lengths else None, samples=samples, batch_size=batch_size,
-        options=load_options(chat_template, chat_template_kwargs, dtype=dtype), adapters=adapters, out=out,
     )  # fmt: skip
     finish({**result, "map": str(source)}, out, *journals)
 
@@ -267,9 +275,8 @@ def transfer(
     own = [scored_task(task, *((metric, max_new_tokens) if task in files else ())) for task in tasks.split(",")]
     check_output(out)
     result, journals = score_transfer(
-        model, folders, own, lengths=parse_numbers(lengths, "lengths") if lengths else None,
-        samples=samples, batch_size=batch_size, out=out,
-        options=load_options(chat_template, chat_template_kwargs, dtype=dtype),
+        model, folders, own, out=out, options=load_options(chat_template, chat_template_kwargs, dtype=dtype),
+        lengths=parse_numbers(lengths, "lengths") if lengths else None, samples=samples, batch_size=batch_size,
     )  # fmt: skip
     finish(result, out, *journals)
 

@@ -80,11 +80,6 @@ def check_heads(heads: Iterable[tuple[int, int]], layers: int, per_layer: int) -
             raise ValueError(f"heads: L{layer}H{head} is not in a model of {layers} layers x {per_layer} heads")
 
 
-def lengths_of(prompts: list[Prompt]) -> list[int]:
-    """Return the distinct lengths of prompts, in their order."""
-    return list(dict.fromkeys(prompt.length for prompt in prompts))
-
-
 def ablation_scales(block: Block, layer: int, heads: list[tuple[int, int]] | None) -> torch.Tensor:
     """Return scales that ablate each head of a layer, or each channel of the chosen heads in it: shape (N, C)."""
     if heads is None:
@@ -96,11 +91,8 @@ def ablation_scales(block: Block, layer: int, heads: list[tuple[int, int]] | Non
     return scales
 
 
-def ablation_map(
-    loaded: LoadedModel, task: str | Task, lengths: list[int] | None = None, *, samples: int | None = None,
-    seed: int = PROBE_SEED, heads: list[tuple[int, int]] | None = None, batch: int = 8, journal: Path | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Ablate every head, or every channel of some heads, one at a time, and score the answers.
+class MapRun:
+    """A map in progress: its prompts, cached values, and the seconds it took, those of an interrupted run included.
 
     Args:
         loaded: the model; an adapter stays applied.
@@ -108,34 +100,78 @@ def ablation_map(
         lengths: see ``samples_by_length``.
         samples: see ``samples_by_length``.
         seed: of the samples, from the training split.
-        heads: (layer, head) whose channels are ablated one by one; None ablates whole heads.
-        batch: ablations per batch.
         journal: file that caches results, from which an interrupted run resumes.
 
+    Raises:
+        ValueError: see ``probe_prompts`` and ``hooks.decoder_blocks``.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, task: str | Task, lengths: list[int] | None = None, *, samples: int | None = None,
+        seed: int = PROBE_SEED, journal: Path | None = None,
+    ) -> None:  # fmt: skip
+        self.start = time.perf_counter()
+        self.loaded, self.task, self.seed = loaded, scored_task(task), seed
+        self.model = wrap(loaded.model)
+        self.blocks = decoder_blocks(self.model)
+        self.prompts = probe_prompts(loaded, self.task, lengths, samples, seed)
+        self.lengths = list(dict.fromkeys(prompt.length for prompt in self.prompts))
+        self.cache = Journal(journal)
+        self.spent = self.cache.values.get("seconds", 0.0)
+
+    def seconds(self) -> float:
+        """Return the seconds since the start, and before it."""
+        return self.spent + time.perf_counter() - self.start
+
+    def result(self, kind: str, unit: Unit, base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+        """Return the map as it is stored.
+
+        Returns:
+            ``kind`` (removal or gradient), ``unit`` (head or channel), what was probed, ``base`` and ``change``: by
+            measure and length; a change has the shape (layers, heads), or for channels one list per head.
+        """
+        loaded = self.loaded
+        samples = max(Counter(prompt.length for prompt in self.prompts).values())
+        return {
+            "kind": kind, "unit": unit, "model": loaded.name, "base_model": loaded.base, "method": loaded.method,
+            "dtype": loaded.dtype, "task": self.task.key, "lengths": self.lengths, "samples": samples,
+            "seed": self.seed, "base": base, "change": change, "seconds": round(self.seconds(), 1),
+        }  # fmt: skip
+
+
+def ablation_map(
+    loaded: LoadedModel, task: str | Task, lengths: list[int] | None = None, *,
+    heads: list[tuple[int, int]] | None = None, batch: int = 8, **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Ablate every head, or every channel of some heads, one at a time, and score the answers.
+
+    Args:
+        loaded: see ``MapRun``.
+        task: see ``MapRun``.
+        lengths: see ``MapRun``.
+        heads: (layer, head) whose channels are ablated one by one; None ablates whole heads.
+        batch: ablations per batch.
+        options: of ``MapRun``.
+
     Returns:
-        See ``map_result``; ``score`` and ``logprob`` are the unchanged model's.
+        See ``MapRun.result``; ``score`` and ``logprob`` are the unchanged model's.
 
     Raises:
-        ValueError: see ``probe_prompts`` and ``hooks.decoder_blocks``, or there is no such head.
+        ValueError: see ``MapRun``, or there is no such head.
     """
-    start = time.perf_counter()
-    model = wrap(loaded.model)
-    blocks = decoder_blocks(model)
+    probe = MapRun(loaded, task, lengths, **options)
+    blocks, cache = probe.blocks, probe.cache
     unit: Unit = "head" if heads is None else "channel"
     check_heads(heads or (), len(blocks), blocks[0].heads)
-    task = scored_task(task)
-    prompts = probe_prompts(loaded, task, lengths, samples, seed)
-    ablator = HeadAblator(model, stop_ids(loaded.model, loaded.tokenizer), task.answer_budget, batch)
+    ablator = HeadAblator(probe.model, stop_ids(loaded.model, loaded.tokenizer), probe.task.answer_budget, batch)
     layers = list(range(len(blocks))) if heads is None else sorted({layer for layer, _ in heads})
     scales = {layer: ablation_scales(blocks[layer], layer, heads) for layer in layers}
-    cache = Journal(journal)
-    spent = cache.values.get("seconds", 0.0)  # by an interrupted run
 
     def row(answer: Answer, prompt: Prompt) -> list[float]:
         text = loaded.tokenizer.decode(answer.ids, skip_special_tokens=True)
-        return [task.score(text, prompt.references), answer.logprob]
+        return [probe.task.score(text, prompt.references), answer.logprob]
 
-    for prompt in tqdm(prompts, desc=f"ablating {unit}s"):
+    for prompt in tqdm(probe.prompts, desc=f"ablating {unit}s"):
         if f"{prompt.key}/{layers[-1]}" in cache:
             continue
         trace = ablator.prefill(prompt.ids, prompt.reference)
@@ -143,29 +179,26 @@ def ablation_map(
         for layer in layers:
             answers = ablator.ablate(trace, layer, scales[layer])
             cache.add(f"{prompt.key}/{layer}", [row(answer, prompt) for answer in answers])
-        cache.add("seconds", spent + time.perf_counter() - start)
-    base, change = ablation_means(cache, prompts, layers)
+        cache.add("seconds", probe.seconds())
+    base, change = ablation_means(probe, layers)
     if heads is not None:
         for measure in change:
             change[measure] = {length: by_head(rows, layers, heads) for length, rows in change[measure].items()}
-    seconds = spent + time.perf_counter() - start
-    return map_result(loaded, task, prompts, seed, "removal", unit, base, change, seconds)
+    return probe.result("removal", unit, base, change)
 
 
-def ablation_means(cache: Journal, prompts: list[Prompt], layers: list[int]) -> tuple[dict[str, Any], dict[str, Any]]:
+def ablation_means(probe: MapRun, layers: list[int]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return means over prompts, by measure and length: of the unchanged model, and changes by layer and ablation."""
     base: dict[str, Any] = {"score": {}, "logprob": {}}
     change: dict[str, Any] = {"score": {}, "logprob": {}}
-    for column, measure in enumerate(base):
-        for length in lengths_of(prompts):
-            keys = [prompt.key for prompt in prompts if prompt.length == length]
-            base[measure][length] = float(np.mean([cache.values[key][column] for key in keys]))
-            change[measure][length] = [
-                np.mean(
-                    [np.array(cache.values[f"{key}/{layer}"])[:, column] - cache.values[key][column] for key in keys],
-                    axis=0,
-                ).tolist()
-                for layer in layers
+    for length in probe.lengths:
+        keys = [prompt.key for prompt in probe.prompts if prompt.length == length]
+        own = np.array([probe.cache.values[key] for key in keys])  # prompts, measures
+        ablated = [np.array([probe.cache.values[f"{key}/{layer}"] for key in keys]) for layer in layers]
+        for column, measure in enumerate(base):
+            base[measure][str(length)] = float(own[:, column].mean())
+            change[measure][str(length)] = [
+                (rows[:, :, column] - own[:, None, column]).mean(0).tolist() for rows in ablated
             ]
     return base, change
 
@@ -181,8 +214,8 @@ def by_head(rows: list[list[float]], layers: list[int], heads: list[tuple[int, i
 
 
 def gradient_map(
-    loaded: LoadedModel, task: str | Task, lengths: list[int] | None = None, *, samples: int | None = None,
-    seed: int = PROBE_SEED, points: tuple[float, ...] = (1.0,), journal: Path | None = None,
+    loaded: LoadedModel, task: str | Task, lengths: list[int] | None = None, *, points: tuple[float, ...] = (1.0,),
+    **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Predict the effect of ablating every head from the gradient of the answer's loss with respect to all scales.
 
@@ -192,44 +225,35 @@ def gradient_map(
     matters, not whether its ablation helps.
 
     Args:
-        loaded: the model; an adapter stays applied.
-        task: see ``scored_task``.
-        lengths: see ``samples_by_length``.
-        samples: see ``samples_by_length``.
-        seed: of the samples, from the training split.
+        loaded: see ``MapRun``.
+        task: see ``MapRun``.
+        lengths: see ``MapRun``.
         points: common scales of all heads at which gradients are taken and averaged; more than one makes it a path
             integral (integrated gradients, Sundararajan et al. 2017) at so many times the cost.
-        journal: file that caches results, from which an interrupted run resumes.
+        options: of ``MapRun``.
 
     Returns:
-        See ``map_result``; its measures are ``logprob`` and ``importance`` (minus the mean magnitude of a head's
+        See ``MapRun.result``; its measures are ``logprob`` and ``importance`` (minus the mean magnitude of a head's
         gradient), and it also has ``channels``: the change of ``logprob`` by channel.
     """
-    start = time.perf_counter()
-    model = wrap(loaded.model)
-    blocks = decoder_blocks(model)
-    cache = Journal(journal)
-    spent = cache.values.get("seconds", 0.0)  # by an interrupted run
-    task = scored_task(task)
-    prompts = probe_prompts(loaded, task, lengths, samples, seed)
-    for prompt in tqdm(prompts, desc="gradients"):
+    probe = MapRun(loaded, task, lengths, **options)
+    blocks, cache = probe.blocks, probe.cache
+    for prompt in tqdm(probe.prompts, desc="gradients"):
         if prompt.key not in cache:
-            cache.add(prompt.key, prompt_gradient(model, blocks, prompt, points))
-            cache.add("seconds", spent + time.perf_counter() - start)
+            cache.add(prompt.key, prompt_gradient(probe.model, blocks, prompt, points))
+            cache.add("seconds", probe.seconds())
     base: dict[str, Any] = {"logprob": {}}
     change: dict[str, Any] = {"logprob": {}, "importance": {}}
-    channels: dict[str, Any] = {"logprob": {}}
-    for length in lengths_of(prompts):
-        rows = [cache.values[prompt.key] for prompt in prompts if prompt.length == length]
-        base["logprob"][length] = float(np.mean([row[0] for row in rows]))
+    channels: dict[str, Any] = {}
+    for length in probe.lengths:
+        rows = [cache.values[prompt.key] for prompt in probe.prompts if prompt.length == length]
+        base["logprob"][str(length)] = float(np.mean([row[0] for row in rows]))
         gradients = np.array([row[1] for row in rows])
         heads = gradients.reshape(len(rows), len(blocks), blocks[0].heads, -1).sum(-1)
-        channels["logprob"][length] = gradients.mean(0).tolist()
-        change["logprob"][length] = heads.mean(0).tolist()
-        change["importance"][length] = (-np.abs(heads).mean(0)).tolist()
-    seconds = spent + time.perf_counter() - start
-    result = map_result(loaded, task, prompts, seed, "gradient", "head", base, change, seconds)
-    return {**result, "points": list(points), "channels": channels}
+        channels[str(length)] = gradients.mean(0).tolist()
+        change["logprob"][str(length)] = heads.mean(0).tolist()
+        change["importance"][str(length)] = (-np.abs(heads).mean(0)).tolist()
+    return {**probe.result("gradient", "head", base, change), "points": list(points), "channels": {"logprob": channels}}
 
 
 def prompt_gradient(model: Any, blocks: list[Block], prompt: Prompt, points: tuple[float, ...]) -> list[Any]:
@@ -248,27 +272,6 @@ def prompt_gradient(model: Any, blocks: list[Block], prompt: Prompt, points: tup
         total = [sum_ + gradient.cpu() / len(points) for sum_, gradient in zip(total, gradients, strict=True)]
         logprob -= loss.item() / len(points)
     return [logprob, [row.tolist() for row in total]]
-
-
-def map_result(
-    loaded: LoadedModel, task: Task, prompts: list[Prompt], seed: int, kind: str, unit: Unit, base: dict[str, Any],
-    change: dict[str, Any], seconds: float,
-) -> dict[str, Any]:  # fmt: skip
-    """Return a map as it is stored.
-
-    Returns:
-        ``kind`` (removal or gradient), ``unit`` (head or channel), what was probed, ``base`` and ``change``: by measure
-        and length; a change has the shape (layers, heads), or for channels one list per head.
-    """
-    with_text_keys = lambda values: {  # noqa: E731 - as JSON has them
-        measure: {str(length): value for length, value in by_length.items()} for measure, by_length in values.items()
-    }
-    counts = Counter(prompt.length for prompt in prompts)
-    return {
-        "kind": kind, "unit": unit, "model": loaded.name, "base_model": loaded.base, "method": loaded.method,
-        "dtype": loaded.dtype, "task": task.key, "lengths": lengths_of(prompts), "samples": max(counts.values()),
-        "seed": seed, "base": with_text_keys(base), "change": with_text_keys(change), "seconds": round(seconds, 1),
-    }  # fmt: skip
 
 
 def read_map(file: Path, model: str) -> dict[str, Any]:

@@ -95,9 +95,11 @@ def with_hidden_states(output: Any, tensor: torch.Tensor) -> Any:
     return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
 
 
-def input_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """Return the hidden states in a decoder layer's arguments."""
-    return args[0] if args else kwargs["hidden_states"]
+def on_input(layer: nn.Module, read: Callable[[torch.Tensor], None]) -> Any:
+    """Register a hook that reads the hidden states before a decoder layer; return its handle."""
+    return layer.register_forward_pre_hook(
+        lambda _, args, kwargs: read(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
 
 
 @contextlib.contextmanager

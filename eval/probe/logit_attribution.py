@@ -16,7 +16,7 @@ from data_gen.dataset import samples_by_length
 from data_gen.tasks import Task
 from eval.generation import generate_answers, stop_ids
 from eval.probe.head_importance import PROBE_SEED
-from eval.probe.hooks import Block, decoder_blocks, hidden_states, input_states, removing
+from eval.probe.hooks import Block, decoder_blocks, hidden_states, on_input, removing
 from eval.spec import scored_task
 
 TOLERANCE = 1e-2  # of a layer's sum, relative to its largest entry
@@ -87,29 +87,22 @@ def decompose(model: Any, ids: torch.Tensor) -> Components:
 def record(block: Block, layer: LayerRecord) -> list[Any]:
     """Register hooks that fill a layer's record; return their handles."""
 
-    def before_layer(module: nn.Module, args: Any, kwargs: Any) -> None:
-        layer.before = input_states(args, kwargs)[0, -1].float()
-
-    def after_layer(module: nn.Module, args: Any, output: Any) -> None:
-        layer.after = hidden_states(output)[0, -1].float()
-
-    def after_projection(module: nn.Module, args: Any, output: Any) -> None:
-        layer.projection_input = args[0][0, -1].float()
-
-    def after_attention(module: nn.Module, args: Any, output: Any) -> None:
-        layer.attention = hidden_states(output)[0, -1].float()
+    def last(states: torch.Tensor) -> torch.Tensor:
+        return states.reshape(-1, states.shape[-1])[-1].float()
 
     def after_other(module: nn.Module, args: Any, output: Any) -> None:
-        states = hidden_states(output)
-        if isinstance(states, torch.Tensor):
-            layer.others.append(states.reshape(-1, states.shape[-1])[-1].float())
+        if isinstance(states := hidden_states(output), torch.Tensor):
+            layer.others.append(last(states))
+
+    def store(module: nn.Module, field: str) -> Any:
+        return module.register_forward_hook(lambda _, __, output: setattr(layer, field, last(hidden_states(output))))
 
     return [
-        block.layer.register_forward_pre_hook(before_layer, with_kwargs=True),
-        block.layer.register_forward_hook(after_layer),
+        on_input(block.layer, lambda states: setattr(layer, "before", last(states))),
+        store(block.layer, "after"),
         # The base layer's input includes the scales.
-        block.projection.get_base_layer().register_forward_hook(after_projection),
-        block.attention.register_forward_hook(after_attention),
+        on_input(block.projection.get_base_layer(), lambda states: setattr(layer, "projection_input", last(states))),
+        store(block.attention, "attention"),
         *(child.register_forward_hook(after_other) for child in block.layer.children() if child is not block.attention),
     ]
 

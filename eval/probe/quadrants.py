@@ -80,8 +80,8 @@ def save_quadrant_adapters(
 
 
 def score_quadrants(
-    model: str, head_map: dict[str, Any], task: Task, *, down: float, up: float, lengths: list[int] | None,
-    samples: int | None, batch_size: int | None, options: dict[str, Any], adapters: Path, out: Path,
+    model: str, head_map: dict[str, Any], task: Task, *, down: float, up: float, adapters: Path, out: Path,
+    options: dict[str, Any], **spec: Any,
 ) -> tuple[dict[str, Any], list[Path]]:  # fmt: skip
     """Score a model with its heads scaled by quadrant.
 
@@ -91,12 +91,10 @@ def score_quadrants(
         task: to score.
         down: scale of heads in quadrant 1.
         up: scale of heads in quadrant 3.
-        lengths: see ``eval.run.run``.
-        samples: see ``eval.run.run``.
-        batch_size: prompts decoded together; None uses what memory allows.
-        options: of ``load``.
         adapters: folder for the adapters.
         out: result file, beside which responses are cached.
+        options: of ``load``.
+        spec: of ``EvalSpec``.
 
     Returns:
         The result, and the files that cache its responses.
@@ -115,8 +113,7 @@ def score_quadrants(
     scores = {}
     models: dict[str, str | Path] = {"base": model, **folders}
     for name, folder in models.items():
-        result = run(load(folder, **options), task, lengths=lengths, samples=samples,
-                     batch_size=batch_size, journal=journals[name])  # fmt: skip
+        result = run(load(folder, **options), task, journal=journals[name], **spec)
         scores[name] = {str(length): score for length, score in result.by_length().items()}
     return {
         "kind": "quadrants", "model": model, "base_model": loaded.base, "dtype": loaded.dtype, "task": task.name,

@@ -16,12 +16,13 @@ from eval.run import run
 Scores = dict[str, dict[int, float]]  # by task, then by length
 
 
-def transferability(base: dict[int, float], tuned: dict[int, float]) -> float:
+def transferability(base: dict[int, float], tuned: dict[int, float], task: str = "a task") -> float:
     """Compute T(A -> B) of equation 2: the summed gain on task B over the range of the base model's scores on it.
 
     Args:
         base: score of the base model on task B by length.
         tuned: score on task B by length with scales tuned on task A.
+        task: name of B, for messages.
 
     Raises:
         ValueError: lengths differ, or the base model's score is the same at all of them, so that the range is zero.
@@ -31,48 +32,24 @@ def transferability(base: dict[int, float], tuned: dict[int, float]) -> float:
     spread = max(base.values()) - min(base.values())
     if spread == 0:
         raise ValueError(
-            f"the base model scores {next(iter(base.values())):g} at every length, so the transferability, which "
-            "divides by the range over lengths, is not defined: score more or other --lengths"
+            f"{task}: the base model scores {next(iter(base.values())):g} at every length, so the transferability, "
+            "which divides by the range over lengths, is not defined: score more or other --lengths"
         )
     return sum(tuned[length] - base[length] for length in base) / spread
 
 
-def transfer_matrix(base: Scores, tuned: dict[str, Scores]) -> dict[str, dict[str, float]]:
-    """Compute T(A -> B) for every adapter A and task B.
-
-    Args:
-        base: scores of the base model.
-        tuned: scores by adapter name.
-
-    Raises:
-        ValueError: see ``transferability``; the message names the task.
-    """
-    matrix: dict[str, dict[str, float]] = {}
-    for name, scores in tuned.items():
-        matrix[name] = {}
-        for task, by_length in scores.items():
-            try:
-                matrix[name][task] = transferability(base[task], by_length)
-            except ValueError as error:
-                raise ValueError(f"{task}: {error}") from None
-    return matrix
-
-
 def score_transfer(
-    model: str, adapters: dict[str, str], tasks: list[Task], *, lengths: list[int] | None, samples: int | None,
-    batch_size: int | None, out: Path, options: dict[str, Any],
-) -> tuple[dict[str, Any], list[Path]]:  # fmt: skip
+    model: str, adapters: dict[str, str], tasks: list[Task], *, out: Path, options: dict[str, Any], **spec: Any
+) -> tuple[dict[str, Any], list[Path]]:
     """Score a base model and its adapters on every task.
 
     Args:
         model: hub id or folder of the base model.
         adapters: folders by name.
         tasks: see ``scored_task``.
-        lengths: see ``eval.run.run``.
-        samples: see ``eval.run.run``.
-        batch_size: prompts decoded together; None uses what memory allows.
         out: result file, beside which responses are cached.
         options: of ``load_each``.
+        spec: of ``EvalSpec``.
 
     Returns:
         The result, and the files that cache its responses.
@@ -85,9 +62,9 @@ def score_transfer(
     def scores(name: str, loaded: LoadedModel) -> Scores:
         by_task = {}
         for task in tasks:
-            identity = (task.name, dict(task.identity), lengths, samples, options)
+            identity = (task.name, dict(task.identity), spec["lengths"], spec["samples"], options)
             journals.append(journal_file(out, loaded.name, name, *identity))
-            result = run(loaded, task, lengths=lengths, samples=samples, batch_size=batch_size, journal=journals[-1])
+            result = run(loaded, task, journal=journals[-1], **spec)
             by_task[task.name] = result.by_length()
             counts.append(max(score.count for score in result.scores))
         return by_task
@@ -102,7 +79,11 @@ def score_transfer(
             with loaded.model.disable_adapter():
                 base = scores("base", untuned)
         tuned[name] = scores(name, loaded)
+    matrix = {
+        name: {task: transferability(base[task], by_length, task) for task, by_length in by_task.items()}
+        for name, by_task in tuned.items()
+    }
     return {
         "kind": "transfer", "model": model, "base_model": model, "dtype": loaded.dtype, "samples": max(counts),
-        "adapters": adapters, "scores": {"base": base, **tuned}, "transferability": transfer_matrix(base, tuned),
+        "adapters": adapters, "scores": {"base": base, **tuned}, "transferability": matrix,
     }, journals  # fmt: skip

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager, get_task_dict
 
@@ -26,11 +25,6 @@ SHOTS = {"longbench": 0, "mmlu": 5}
 MMLU_VARIANTS = tuple(
     f"mmlu_{kind}" for kind in ("flan", "continuation", "generative", "llama", "pro", "prox", "redux")
 )
-
-
-def with_question(rows: Dataset) -> Dataset:
-    """Rename the ``input`` of LongBench's own files to lm-eval's ``question``."""
-    return rows.rename_column("input", "question") if "question" not in rows.column_names else rows
 
 
 def task_configs(group: str, data: str | None) -> list[dict[str, Any]]:
@@ -53,7 +47,10 @@ def task_configs(group: str, data: str | None) -> list[dict[str, Any]]:
                     raise ValueError(f"data: {file} is missing: name the folder with LongBench's jsonl files")
                 files = {"data_files": {"test": str(file)}}
                 config |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files}
-                config["process_docs"] = with_question
+                # LongBench's own files have another name for the question than lm-eval.
+                config["process_docs"] = lambda rows: (
+                    rows if "question" in rows.column_names else rows.rename_column("input", "question")
+                )
             configs.append(config)
         return configs
     names = [name for name in TaskManager().all_subtasks if name.startswith("mmlu_")]

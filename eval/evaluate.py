@@ -68,16 +68,13 @@ def run_fingerprint(model: str, task: Task, spec: EvalSpec, cache_key: Sequence[
     """Return the ``fingerprint`` of everything that a result depends on."""
     settings = {key: value for key, value in asdict(spec).items() if key != "batch_size"}  # answers are the same
     folders = [Path(name) for name in (spec.haystack, spec.data) if name and Path(name).is_dir()]
-    files = [file for folder in folders for file in sorted(folder.rglob("*"))] + own_modules(task)
-    state = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return fingerprint(model, task.name, dict(task.identity), settings, state, *cache_key)
-
-
-def own_modules(task: Task) -> list[Path]:
-    """Return the files of the user's modules that draw a task's samples or score them."""
+    files = [file for folder in folders for file in sorted(folder.rglob("*"))]
+    # Modules of the user's that draw a task's samples or score them.
     names = sorted({getattr(part, "__module__", "") for part in (task.sample, task.metric)})
     modules = [sys.modules.get(name) for name in names if name.partition(".")[0] != "data_gen"]
-    return [Path(file) for file in (getattr(module, "__file__", None) for module in modules) if file]
+    files += [Path(file) for file in (getattr(module, "__file__", None) for module in modules) if file]
+    state = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return fingerprint(model, task.name, dict(task.identity), settings, state, *cache_key)
 
 
 def stored_result(model: str, task: Task, spec: EvalSpec, out: Path, cache_key: Sequence[object]) -> Result | None:

@@ -30,12 +30,13 @@ def export_ia3(adapter: Path, out: Path) -> None:
     scales = saved_tensors(adapter)  # raises if the folder is not a SEAL adapter
     check_output(out, folder=True)
     config = SealConfig.from_pretrained(str(adapter))
-    layers = scaled_layers(adapter)
+    model = load(adapter, weights=False, needs_template=False, default_window=1).model  # the window does not matter
+    layers = dict(get_peft_model(model, config).named_modules())  # on the meta device
     tensors = {}
     for name, scale in scales.items():
-        layer = layers.get(name)
-        size = 0 if layer is None else layer.seal_scale["default"].numel()
-        if layer is None or len(scale) != size:
+        layer = layers.get(name.removesuffix(".seal_scale"))
+        size = layer.seal_scale["default"].numel() if isinstance(layer, SealLayer) else 0
+        if not isinstance(layer, SealLayer) or len(scale) != size:
             raise ValueError(f"{adapter}: found {len(scale)} scales of {name}, the model has {size}: it belongs to "
                              "another model or configuration")  # fmt: skip
         channels = torch.from_numpy(scale).repeat_interleave(layer.in_features // size)
@@ -50,10 +51,3 @@ def export_ia3(adapter: Path, out: Path) -> None:
         ia3_config.save_pretrained(str(partial))
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         provenance.copy(adapter, partial)
-
-
-def scaled_layers(adapter: Path) -> dict[str, SealLayer]:
-    """Return the name of each tensor in an adapter's file and the layer, on the meta device, that it belongs to."""
-    model = load(adapter, weights=False, needs_template=False, default_window=1).model  # the window does not matter
-    layers = get_peft_model(model, SealConfig.from_pretrained(str(adapter))).named_modules()
-    return {f"{name}.seal_scale": layer for name, layer in layers if isinstance(layer, SealLayer)}

@@ -158,7 +158,8 @@ class SealLayer(nn.Module, BaseTunerLayer):
             if not base.weight.is_floating_point():
                 raise ValueError("cannot merge into a quantised projection: merge into the full-precision base model")
             scale = self.channel_scale(name).detach().to(base.weight.device)
-            merged = scale_columns(base, scale)
+            columns = scale[:, None] if isinstance(base, Conv1D) else scale
+            merged = (base.weight.data * columns).to(base.weight.dtype)  # in float32, or wider where the weight is
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(
                     f"merging adapter {name!r} gives non-finite weights: train it again at a lower learning rate"
@@ -187,12 +188,3 @@ def projection_shape(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, Conv1D):
         return module.nx, module.nf
     raise TypeError(f"SEAL scales the input of a Linear or Conv1D projection, found {type(module).__name__}")
-
-
-def scale_columns(module: nn.Linear | Conv1D, scale: torch.Tensor) -> torch.Tensor:
-    """Return the weight of ``module`` with input channel c multiplied by float32 ``scale[c]``, in its own dtype.
-
-    Products are computed in float32, or in the weight's dtype where that is wider.
-    """
-    column = scale[:, None] if isinstance(module, Conv1D) else scale
-    return (module.weight.data * column).to(module.weight.dtype)

@@ -104,15 +104,9 @@ def run_benchmark(
     loaded: LoadedModel, group: str, *, data: str | None = None, limit: int | None = None,
     batch_size: int | None = None, journal: Path | None = None,
 ) -> BenchmarkResult:  # fmt: skip
-    """Score a model on a group of lm-eval's tasks.
+    """Score a model on a group of lm-eval's tasks: ``longbench`` or ``mmlu``.
 
-    Args:
-        loaded: the model with its tokenizer.
-        group: ``longbench`` or ``mmlu``.
-        data: see ``task_configs``.
-        limit: samples of each set; None uses all.
-        batch_size: prompts decoded together; None uses what memory allows.
-        journal: see ``eval.run.run``.
+    ``data`` is that of ``task_configs``, ``limit`` (None: all) of each set, other arguments as in ``harness_for``.
 
     Raises:
         ValueError: see ``task_configs``; or MMLU is requested from a server.

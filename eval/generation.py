@@ -174,10 +174,7 @@ class BatchedLayer(DynamicLayer):
 def batch_limit(cache: Cache, tokens: int, capacity: int) -> int:
     """Return how many prompts fit into memory together, from 1 to ``MAX_BATCH``.
 
-    Args:
-        cache: of one prompt.
-        tokens: T of that prompt.
-        capacity: T of the longest prompt and its answer.
+    They are estimated from the cache of one prompt of so many tokens; ``capacity`` is T of the longest and its answer.
     """
     keys = cache.layers[0].keys
     per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / tokens
@@ -248,7 +245,8 @@ def grouped_attention(
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Attend with one query token per row, without a copy of keys and values for every query head that shares them.
 
-    Where there is a mask, Transformers' own function makes these copies of the whole cache for every token.
+    Where there is a mask, Transformers' own function makes these copies of the whole cache for every token; it is
+    called where there are several query tokens or a position bias.
 
     Args:
         module: the attention module.
@@ -257,7 +255,7 @@ def grouped_attention(
         value: shape (B, H, T, D).
         attention_mask: which keys count, shape (B, 1, 1, T); None for all.
         scaling: of scores.
-        kwargs: passed on where there are several query tokens or a position bias.
+        kwargs: of Transformers' own function.
     """
     batch, heads, tokens, size = query.shape
     if tokens > 1 or kwargs.get("position_bias") is not None:
@@ -287,14 +285,7 @@ def decoding_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def prefill(model: PreTrainedModel | PeftModel, cache: Cache, cached: list[int], prompt: list[int]) -> int:
-    """Bring a cache from one prompt to another, computing what they do not share, and return the next token.
-
-    Args:
-        model: the model.
-        cache: holds the keys of ``cached``; afterwards those of ``prompt``.
-        cached: the prompt before, or nothing.
-        prompt: token ids.
-    """
+    """Bring a cache from one prompt (or none) to another, computing what they do not share; return the next token."""
     shared = reused_prefix(cached, prompt)
     cache.crop(shared - len(cached))
     ids = torch.tensor([prompt[shared:]], device=model.device)
@@ -306,16 +297,9 @@ def decode(
     model: PreTrainedModel | PeftModel, cache: Cache, lengths: list[int], tokens: list[int], max_new_tokens: int,
     stop: Collection[int], ends: Callable[[list[int]], bool],
 ) -> list[list[int]]:  # fmt: skip
-    """Decode a batch from its joined cache.
+    """Decode a batch as ``generate_answers`` does, from its joined cache of ``BatchedLayer``.
 
-    Args:
-        model: the model.
-        cache: of ``BatchedLayer``.
-        lengths: of the prompts, B of them.
-        tokens: the first token of each answer.
-        max_new_tokens: see ``generate_answers``.
-        stop: see ``generate_answers``.
-        ends: see ``generate_answers``.
+    B prompts have these lengths, and their answers begin with these tokens.
     """
     answers: list[list[int]] = [[] for _ in lengths]
     ended = [False] * len(lengths)

@@ -31,7 +31,7 @@ def harness_for(
     Args:
         loaded: the model.
         batch_size: prompts decoded together; None uses what memory allows.
-        journal: see ``run``.
+        journal: file that caches responses as they come in; an interrupted run resumes from it.
         add_bos_token: for prompts without a chat template, which otherwise writes the token itself.
     """
     harness = (ServedHarness if isinstance(loaded, Served) else Harness)(
@@ -54,7 +54,7 @@ def run(
         loaded: the model with its tokenizer.
         task: see ``scored_task``.
         split: ``train`` with a seed that was not trained on yields validation data.
-        journal: file that caches responses as they come in; an interrupted run resumes from it.
+        journal: see ``harness_for``.
         options: of ``EvalSpec``.
 
     Raises:

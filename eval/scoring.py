@@ -82,12 +82,7 @@ def score_samples(
     )  # fmt: skip
     responses = [truncate_at(text_of(answer), until) for answer in answers]
     return [
-        {
-            "length": sample["length"],
-            "index": sample["index"],
-            "tokens": sample["tokens"],
-            "response": response,
-            "score": task.score(response, sample["references"]),
-        }
+        {**{key: sample[key] for key in ("length", "index", "tokens")}, "response": response,
+         "score": task.score(response, sample["references"])}
         for sample, response in zip(samples, responses, strict=True)
-    ]
+    ]  # fmt: skip

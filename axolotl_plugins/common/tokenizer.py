@@ -52,13 +52,9 @@ def set_template(
     tokenizer: PreTrainedTokenizerBase, name: str, chat_template: str | None = None,
     template_arguments: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Give a tokenizer the one chat template that training and scoring use, and check it.
+    """Give the tokenizer of a named model the one chat template that training and scoring use, and check it.
 
-    Args:
-        tokenizer: modified in place.
-        name: of its model, for messages.
-        chat_template: see ``load_tokenizer``; None keeps the tokenizer's own, of several the one named ``default``.
-        template_arguments: see ``with_arguments``.
+    Arguments are those of ``load_tokenizer``; without a template the tokenizer keeps its own, of several ``default``.
 
     Raises:
         ValueError: there is no template, or none of several is ``default``; or see ``with_arguments`` and

@@ -35,13 +35,9 @@ def conversion(file: Path, row: Mapping[str, Any]) -> str:
 
 
 def read_chat(file: Path, number: int, row: Mapping[str, Any], dataset: Mapping[str, Any]) -> Messages:
-    """Return the chat in a row.
+    """Return the chat in a row, the line of that number in a file.
 
-    Args:
-        file: of the row.
-        number: of its line.
-        row: the row.
-        dataset: entry of the recipe's ``datasets``, which may name other keys than ``messages``, role and content.
+    The entry of the recipe's ``datasets`` may name other keys than ``messages``, role and content.
 
     Raises:
         ValueError: it is not a chat that ends with the assistant's answer; the message names file and line.

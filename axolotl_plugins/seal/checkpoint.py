@@ -85,14 +85,10 @@ def shared_ending(first: str, second: str) -> int:
 
 
 def find_tensors(folder: Path, parameters: dict[str, torch.Tensor]) -> dict[str, Place]:
-    """Find a loaded model's parameters in the files that it was loaded from.
+    """Find a loaded model's parameters (name -> values as loaded) in the files that it was loaded from.
 
     Files may have other names for them, so a tensor is recognised by its values; of several that are equal, the one
     with the most similar name is taken.
-
-    Args:
-        folder: of the model.
-        parameters: name in the model -> values as loaded.
 
     Returns:
         Name in the model -> tensor in the files; parameters that the files hold in another form are left out.
@@ -137,12 +133,9 @@ def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
 
 
 def copy_model(folder: Path, out: Path, factors: dict[Place, torch.Tensor]) -> None:
-    """Copy a model folder, and overwrite some of its tensors; memory holds one of them at a time.
+    """Copy a model folder to a new one, and multiply some tensors by factors that broadcast to their shapes.
 
-    Args:
-        folder: of the model.
-        out: folder to make.
-        factors: tensor -> what to multiply it by, of a shape that broadcasts to the tensor's.
+    Memory holds one of them at a time.
 
     Raises:
         ValueError: a product overflows the tensor's dtype.
@@ -161,18 +154,10 @@ def copy_model(folder: Path, out: Path, factors: dict[Place, torch.Tensor]) -> N
 
 
 def check_copy(folder: Path, copy: Path, factors: dict[Place, torch.Tensor]) -> int:
-    """Compare every tensor in the files of a copy with its original, byte by byte.
-
-    Args:
-        folder: of the original model.
-        copy: see ``copy_model``.
-        factors: see ``copy_model``.
-
-    Returns:
-        Number of tensors compared.
+    """Compare every tensor that ``copy_model`` wrote into ``copy``, byte by byte; return their number.
 
     Raises:
-        ValueError: a tensor differs; the message names it.
+        ValueError: a tensor differs from the original in ``folder``, or its product; the message names it.
     """
     count = 0
     for file in weight_files(folder):

@@ -48,10 +48,7 @@ VALUE_PROJECTIONS = {
 def value_rows(attention: nn.Module, size: int, num_heads: int) -> tuple[str, torch.Tensor]:
     """Find the output rows of an attention module's projections that compute its values.
 
-    Args:
-        attention: the module that contains the attention output projection.
-        size: C, input channels of the output projection.
-        num_heads: query heads.
+    The output projection has ``size`` (C) input channels of ``num_heads`` query heads.
 
     Returns:
         Name of the projection inside ``attention``, and the indices of its value rows, int64 of shape (C,), in the
@@ -125,15 +122,9 @@ def scale_factors(model: nn.Module, into: Literal["o_proj", "v_proj"]) -> dict[s
 def choose(
     loaded: LoadedModel, into: Into, report: Callable[[str], object]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Place]]:
-    """Compute what a merge multiplies, and where that is in the base model's files.
+    """Return ``scale_factors``, and where they belong in the base model's files: parameter name -> tensor.
 
-    Args:
-        loaded: see ``load_adapter``.
-        into: see ``merge``.
-        report: called with the reason if ``auto`` does not take ``v_proj``.
-
-    Returns:
-        ``scale_factors``, and parameter name -> tensor in the files.
+    If ``auto`` does not take ``v_proj``, the reason is reported.
 
     Raises:
         ValueError: the architecture does not allow ``into``, or the files hold a tensor in another form.
@@ -212,10 +203,10 @@ class MergeResult:
     """A merge in memory, verified in float32.
 
     Attributes:
-        factors: parameter name -> what the merge multiplies it by, see ``scale_factors``.
-        places: parameter name -> tensor in the files of the base model.
-        prompts: prompts on which logits were compared, see ``prompts_for``.
-        unmerged: logits of the model with its adapter, see ``last_logits``.
+        factors: see ``choose``.
+        places: see ``choose``.
+        prompts: on which logits were compared, see ``prompts_for``.
+        unmerged: their logits with the adapter, see ``last_logits``.
         difference: maximum change of any logit.
     """
 
@@ -232,12 +223,7 @@ class MergeResult:
 
 
 def fold(loaded: LoadedModel, into: Into, report: Callable[[str], object]) -> MergeResult:
-    """Merge in memory, and compare the logits on the prompts.
-
-    Args:
-        loaded: see ``load_adapter``; unusable afterwards.
-        into: see ``merge``.
-        report: see ``choose``.
+    """Merge a model from ``load_adapter`` in memory, which spends it, and compare the logits on the prompts.
 
     Raises:
         ValueError: see ``choose``; or a logit changes by more than ``MAX_LOGIT_DIFFERENCE`` in float32 and, to rule

@@ -84,16 +84,9 @@ def uploaded_files(adapter: Path) -> list[Path]:
 
 
 def push(adapter: Path, repository: str, scores: Sequence[str] = (), *, private: bool) -> str:
-    """Write the card into the adapter's folder and upload adapter, tokenizer and card.
+    """Write the ``card`` into an adapter's folder, upload adapter, tokenizer and card, and return the repository's URL.
 
-    Args:
-        adapter: folder of a SEAL adapter.
-        repository: hub id.
-        scores: see ``card``.
-        private: make a new repository private.
-
-    Returns:
-        URL of the repository.
+    A repository (a hub id) that is new is made ``private`` on demand.
 
     Raises:
         ValueError: see ``card``; or the upload failed.
@@ -105,10 +98,7 @@ def push(adapter: Path, repository: str, scores: Sequence[str] = (), *, private:
     try:
         hub = HfApi()
         hub.create_repo(repository, private=private, exist_ok=True)
-        hub.upload_folder(
-            repo_id=repository, folder_path=adapter,
-            allow_patterns=UPLOADED,
-        )  # fmt: skip
+        hub.upload_folder(repo_id=repository, folder_path=adapter, allow_patterns=UPLOADED)
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         raise ValueError(f"{repository}: the hub refused: {' '.join(str(error).split())[:300]}") from None
     return f"{hub.endpoint}/{repository}"

@@ -201,9 +201,7 @@ class SealPlugin(BasePlugin):
 
     def _load_adapter(self, model: PreTrainedModel, cfg: Any, config_only: bool) -> tuple[PeftModel | None, PeftConfig]:
         block = parse_block(cfg.seal)
-        config = SealConfig(
-            **block.adapter_settings(), task_type="CAUSAL_LM", base_model_name_or_path=cfg.base_model
-        )  # fmt: skip
+        config = SealConfig(**block.adapter_settings(), task_type="CAUSAL_LM", base_model_name_or_path=cfg.base_model)
         if config_only:
             return None, config
         if (cfg.load_in_8bit or cfg.load_in_4bit) and not getattr(model, "is_quantized", False):

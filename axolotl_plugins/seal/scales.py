@@ -72,10 +72,7 @@ def saved_scales(adapter: Path) -> np.ndarray:
 
 
 def summary(scales: dict[int, torch.Tensor]) -> dict[str, float]:
-    """Return mean, minimum and maximum of the scales, and the heads with the highest and lowest mean.
-
-    Args:
-        scales: see ``scale_matrix``.
+    """Return mean, minimum and maximum of a ``scale_matrix``, and the heads with the highest and lowest mean.
 
     Returns:
         Values for a logger; ``raised`` and ``lowered`` are means over a head's channels.
@@ -84,11 +81,7 @@ def summary(scales: dict[int, torch.Tensor]) -> dict[str, float]:
         return {}
     flat = torch.cat([scale.flatten() for scale in scales.values()])
     heads = {(layer, head): mean for layer, rows in scales.items() for head, mean in enumerate(rows.mean(1).tolist())}
-    result: dict[str, Any] = {
-        "mean": flat.mean().item(),
-        "min": flat.min().item(),
-        "max": flat.max().item(),
-    }
+    result: dict[str, Any] = {"mean": flat.mean().item(), "min": flat.min().item(), "max": flat.max().item()}
     for name, pick in (("raised", max), ("lowered", min)):
         layer, head = pick(heads, key=heads.__getitem__)
         result |= {name: heads[layer, head], f"{name}_layer": float(layer), f"{name}_head": float(head)}

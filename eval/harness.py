@@ -1,21 +1,28 @@
-"""lm-eval's Hugging Face model with batched decoding, a cache of responses and refusals instead of truncation."""
+"""lm-eval's Hugging Face model with batched decoding, a response cache and no truncation, and lm-eval's tasks."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections import defaultdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from datasets import Dataset
 from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import postprocess_generated_text
 from tqdm import tqdm
 
 from axolotl_plugins.seal.model_loading import LoadedModel
 from axolotl_plugins.seal.provenance import text_hash
+from data_gen.tasks import Task
 from eval.generation import generate_answers, stop_ids
 from eval.result_cache import Journal
+from eval.scoring import prompt_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Responses(Journal):
@@ -124,3 +131,21 @@ class Harness(HFLM):
 def is_contaminated(document: dict[str, Any], texts: frozenset[str]) -> bool:
     """Return whether the hashes of all turns before a sample's answer are among those of training texts."""
     return all(text_hash(turn["content"]) in texts for turn in document["messages"][:-1])
+
+
+def lm_eval_task(
+    task: Task, samples: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, shown: str = ""
+) -> ConfigurableTask:
+    """Build lm-eval's task of a task with a metric and of samples, rendered by ``eval.scoring.prompt_text``."""
+    rows = [{**sample, "prompt": prompt_text(tokenizer, sample, shown)} for sample in samples]
+    return ConfigurableTask(config={
+        "task": f"seal_{task.name}", "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
+        "test_split": "test", "output_type": "generate_until",
+        "doc_to_text": lambda document: document["prompt"], "doc_to_target": lambda document: document["answer"],
+        "process_results": lambda document, results: {"score": task.score(results[0], document["references"])},
+        "num_fewshot": 0, "generation_kwargs": {
+            "do_sample": False, "max_gen_toks": task.answer_budget, "until": list(task.stop),
+        },
+        "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1.0},
+    })  # fmt: skip

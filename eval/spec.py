@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data_gen.file_task import longeval_cases
-from data_gen.tasks import TASKS, Task, resolve_task, tasks_of
-from eval.metrics import METRICS
+from data_gen.tasks import TASKS, Task, TaskAttribute, resolve_task, tasks_of
 
+METRICS = TaskAttribute("metric")  # task -> score of a response in [0, 1], from the response and the references
 SEAL_TASKS = tuple(METRICS)
 LM_EVAL_TASKS = ("longbench", "mmlu")
 

@@ -26,12 +26,12 @@ from eval.cli_options import (
     parse_heads,
     parse_numbers,
 )
-from eval.metrics import METRICS as SCORED
 from eval.result_cache import journal_file
+from eval.spec import METRICS as SCORED
 from eval.spec import scored_task
 
 if TYPE_CHECKING:
-    from axolotl_plugins.seal.model_loading import LoadedModel
+    from eval.probe.head_importance import MapRun
 
 app = typer.Typer(no_args_is_help=True, help="Which heads and channels matter, and why SEAL works.")
 
@@ -64,7 +64,7 @@ Out = Annotated[Path, typer.Option(help="Result file; a PNG lies beside it.")]
 Recipe = Annotated[Path, typer.Option(help="A SEAL recipe that describes its data.")]
 
 
-def finish(result: dict[str, Any], out: Path, *journals: Path) -> None:
+def finish(result: dict[str, Any], out: Path, *journals: Path | None) -> None:
     """Write a result and where it comes from, with its plot, then remove its journals."""
     from eval.plots import save_figure
     from eval.probe.plots import DRAW
@@ -72,7 +72,7 @@ def finish(result: dict[str, Any], out: Path, *journals: Path) -> None:
     result = {**result, **provenance()}
     save_figure(DRAW[result["kind"]](result), out.with_suffix(".png"))
     write_text(out, json.dumps(result, indent=1) + "\n")
-    for journal in journals:
+    for journal in filter(None, journals):
         journal.unlink(missing_ok=True)
     print(f"{out} and {out.with_suffix('.png')}")
 
@@ -92,8 +92,8 @@ def read_task(task: str, metric: str | None, max_new_tokens: int | None, lengths
 def start_map(
     kind: str, out: Path, model: str, task: tuple[Task, list[int] | None], samples: int | None, options: dict[str, Any],
     *identity: object, heads: Iterable[tuple[int, int]] = (),
-) -> tuple[LoadedModel, dict[str, Any]]:  # fmt: skip
-    """Load a model for a map of its heads, after lengths and heads were checked against its config.
+) -> MapRun:  # fmt: skip
+    """Load a model for a map, after lengths and heads were checked against its config.
 
     Args:
         kind: of the map.
@@ -105,14 +105,11 @@ def start_map(
         identity: what else determines the values.
         heads: layers and heads.
 
-    Returns:
-        The model, and arguments of ``ablation_map`` and ``gradient_map``.
-
     Raises:
-        ValueError: lengths or heads do not fit; or see ``load``.
+        ValueError: lengths or heads do not fit; or see ``load`` and ``MapRun``.
     """
     from axolotl_plugins.seal.model_loading import load
-    from eval.probe.head_importance import check_heads
+    from eval.probe.head_importance import MapRun, check_heads
 
     own, lengths = task
     journal = journal_file(out, model, kind, own.name, dict(own.identity), lengths, samples, *identity, options)
@@ -120,7 +117,7 @@ def start_map(
     empty.check_lengths(lengths if own.rows is None else None)
     config = empty.model.config.get_text_config()
     check_heads(heads, config.num_hidden_layers, config.num_attention_heads)
-    return load(model, **options), {"task": own, "lengths": lengths, "samples": samples, "journal": journal}
+    return MapRun(load(model, **options), own, lengths, samples=samples, journal=journal)
 
 
 @app.command(epilog="Example: seal probe heads --model models/smollm2-135m --lengths 512,2048 --samples 50")
@@ -135,11 +132,11 @@ def heads(
     from eval.probe.head_importance import ablation_map, changes
 
     options = load_options(chat_template, chat_template_kwargs, dtype=dtype)
-    loaded, drawn = start_map("heads", out, model, read_task(task, metric, max_new_tokens, lengths), samples, options)
-    result = ablation_map(loaded, **drawn, batch=batch)
+    probe = start_map("heads", out, model, read_task(task, metric, max_new_tokens, lengths), samples, options)
+    result = ablation_map(probe, batch=batch)
     longest = result["lengths"][-1]
     print_extremes(model, changes(result, longest), f"change of the score at {longest} tokens")
-    finish(result, out, drawn["journal"])
+    finish(result, out, probe.cache.file)
 
 
 @app.command(epilog="Example: seal probe channels --model models/smollm2-135m --heads L9H4 --lengths 2048")
@@ -160,8 +157,8 @@ def channels(
     if samples is None and own[0].rows is None:
         samples = 20
     options = load_options(chat_template, chat_template_kwargs, dtype=dtype)
-    loaded, drawn = start_map("channels", out, model, own, samples, options, chosen, heads=chosen)
-    finish(ablation_map(loaded, **drawn, heads=chosen, batch=batch), out, drawn["journal"])
+    probe = start_map("channels", out, model, own, samples, options, chosen, heads=chosen)
+    finish(ablation_map(probe, heads=chosen, batch=batch), out, probe.cache.file)
 
 
 @app.command(epilog="Example: seal probe gradient --model models/smollm2-135m --lengths 512,2048 --samples 50")
@@ -181,15 +178,15 @@ def gradient(
     own, scales = read_task(task, metric, max_new_tokens, lengths), parse_numbers(points, "points", float)
     exact = read_map(compare, model) if compare else None
     options = load_options(chat_template, chat_template_kwargs, dtype=dtype)
-    loaded, drawn = start_map("gradient", out, model, own, samples, options, scales)
-    result = gradient_map(loaded, **drawn, points=tuple(scales))
+    probe = start_map("gradient", out, model, own, samples, options, scales)
+    result = gradient_map(probe, points=tuple(scales))
     if exact is not None:
         result["spearman"] = agreement(exact, result)
         result["speedup"] = exact["seconds"] / max(result["seconds"], 1e-9)
         print(f"Spearman's correlation with {compare}: {result['spearman']}; {result['speedup']:.0f} times faster")
     longest = result["lengths"][-1]
     print_extremes(model, changes(result, longest), f"predicted change of the log-probability at {longest} tokens")
-    finish(result, out, drawn["journal"])
+    finish(result, out, probe.cache.file)
 
 
 @app.command(epilog="Example: seal probe quadrants --model models/smollm2-135m --from results/probes/heads.json")

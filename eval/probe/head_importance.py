@@ -139,36 +139,29 @@ class MapRun:
         }  # fmt: skip
 
 
-def ablation_map(
-    loaded: LoadedModel, task: str | Task, lengths: list[int] | None = None, *,
-    heads: list[tuple[int, int]] | None = None, batch: int = 8, **options: Any,
-) -> dict[str, Any]:  # fmt: skip
+def ablation_map(probe: MapRun, *, heads: list[tuple[int, int]] | None = None, batch: int = 8) -> dict[str, Any]:
     """Ablate every head, or every channel of some heads, one at a time, and score the answers.
 
     Args:
-        loaded: see ``MapRun``.
-        task: see ``MapRun``.
-        lengths: see ``MapRun``.
+        probe: what to probe.
         heads: (layer, head) whose channels are ablated one by one; None ablates whole heads.
         batch: ablations per batch.
-        options: of ``MapRun``.
 
     Returns:
         See ``MapRun.result``; ``score`` and ``logprob`` are the unchanged model's.
 
     Raises:
-        ValueError: see ``MapRun``, or there is no such head.
+        ValueError: there is no such head.
     """
-    probe = MapRun(loaded, task, lengths, **options)
-    blocks, cache = probe.blocks, probe.cache
+    blocks, cache, tokenizer = probe.blocks, probe.cache, probe.loaded.tokenizer
     unit: Unit = "head" if heads is None else "channel"
     check_heads(heads or (), len(blocks), blocks[0].heads)
-    ablator = HeadAblator(probe.model, stop_ids(loaded.model, loaded.tokenizer), probe.task.answer_budget, batch)
+    ablator = HeadAblator(probe.model, stop_ids(probe.loaded.model, tokenizer), probe.task.answer_budget, batch)
     layers = list(range(len(blocks))) if heads is None else sorted({layer for layer, _ in heads})
     scales = {layer: ablation_scales(blocks[layer], layer, heads) for layer in layers}
 
     def row(answer: Answer, prompt: Prompt) -> list[float]:
-        text = loaded.tokenizer.decode(answer.ids, skip_special_tokens=True)
+        text = tokenizer.decode(answer.ids, skip_special_tokens=True)
         return [probe.task.score(text, prompt.references), answer.logprob]
 
     for prompt in tqdm(probe.prompts, desc=f"ablating {unit}s"):
@@ -213,10 +206,7 @@ def by_head(rows: list[list[float]], layers: list[int], heads: list[tuple[int, i
     return channels
 
 
-def gradient_map(
-    loaded: LoadedModel, task: str | Task, lengths: list[int] | None = None, *, points: tuple[float, ...] = (1.0,),
-    **options: Any,
-) -> dict[str, Any]:  # fmt: skip
+def gradient_map(probe: MapRun, *, points: tuple[float, ...] = (1.0,)) -> dict[str, Any]:
     """Predict the effect of ablating every head from the gradient of the answer's loss with respect to all scales.
 
     Ablating head h is the step from s_h = 1 to 0, so to first order the log-probability changes by minus its gradient
@@ -225,18 +215,14 @@ def gradient_map(
     matters, not whether its ablation helps.
 
     Args:
-        loaded: see ``MapRun``.
-        task: see ``MapRun``.
-        lengths: see ``MapRun``.
+        probe: what to probe.
         points: common scales of all heads at which gradients are taken and averaged; more than one makes it a path
             integral (integrated gradients, Sundararajan et al. 2017) at so many times the cost.
-        options: of ``MapRun``.
 
     Returns:
         See ``MapRun.result``; its measures are ``logprob`` and ``importance`` (minus the mean magnitude of a head's
         gradient), and it also has ``channels``: the change of ``logprob`` by channel.
     """
-    probe = MapRun(loaded, task, lengths, **options)
     blocks, cache = probe.blocks, probe.cache
     for prompt in tqdm(probe.prompts, desc="gradients"):
         if prompt.key not in cache:

@@ -19,10 +19,10 @@ from axolotl_plugins.seal.model_loading import load
 from axolotl_plugins.seal.tune import tune
 from data_gen.dataset import Request, generate
 from data_gen.tasks import TASKS
-from eval.metrics import METRICS
 from eval.results import TITLES
 from eval.run import run
 from eval.scoring import score_samples
+from eval.spec import METRICS
 
 CODE = (ROOT / "docs" / "add-a-task.md").read_text().split("```python\n")[1].split("```")[0]
 

@@ -18,8 +18,8 @@ from axolotl_plugins.seal.provenance import text_hash, texts
 from data_gen.dataset import Request, check, describe, generate, in_split, write
 from data_gen.metrics import last_integer
 from eval.confidence import wilson
-from eval.metrics import METRICS
 from eval.result_cache import Journal
+from eval.spec import METRICS
 
 TOKENIZER = AutoTokenizer.from_pretrained(TINY)
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -16,7 +16,7 @@ from data_gen.dataset import Request, generate
 from data_gen.tasks import resolve_task
 from eval.__main__ import app
 from eval.evaluate import evaluate
-from eval.probe.head_importance import gradient_map
+from eval.probe.head_importance import MapRun, gradient_map
 from eval.probe.sweep import read_recipe, sweep
 from eval.probe.transfer import score_transfer
 from eval.spec import EvalSpec
@@ -53,7 +53,7 @@ def test_the_commands_score_it_and_report_it(tmp_path):
 
 def test_probes_sweep_and_transfer_take_it(loaded, tmp_path):
     task = resolve_task(SPEC)
-    found = gradient_map(loaded, task, [250], samples=1)
+    found = gradient_map(MapRun(loaded, task, [250], samples=1))
     assert resolve_task(found["task"]).name == "key_value" and found["lengths"] == [250]
 
     text, _ = recipe_for(str(TINY), SPEC, "sealh", "250:300", out=tmp_path / "mine.yml", gpu=False)

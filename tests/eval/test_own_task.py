@@ -16,9 +16,8 @@ from axolotl_plugins.seal.provenance import text_hash
 from data_gen.dataset import Request, draw, generate
 from data_gen.file_task import file_task
 from eval.evaluate import evaluate
-from eval.harness import Harness
-from eval.lm_eval_task import lm_eval_task
-from eval.probe.head_importance import PROBE_SEED, gradient_map
+from eval.harness import Harness, lm_eval_task
+from eval.probe.head_importance import PROBE_SEED, MapRun, gradient_map
 from eval.probe.logit_attribution import compare_models
 from eval.probe.sweep import read_recipe, sweep
 from eval.results import read_results
@@ -152,8 +151,8 @@ def test_probes_of_a_file_are_those_of_its_task(loaded, tmp_path):
     requests = [Request("line", str(length), samples=2, seed=PROBE_SEED) for length in (256, 512)]
     rows = [row for request in requests for row in generate(request, loaded.tokenizer)]
     path.write_text("".join(json.dumps({"messages": row["messages"]}) + "\n" for row in rows))
-    own = gradient_map(loaded, file_task(path, "last_integer"))
-    line = gradient_map(loaded, "line", [256, 512], samples=2)
+    own = gradient_map(MapRun(loaded, file_task(path, "last_integer")))
+    line = gradient_map(MapRun(loaded, "line", [256, 512], samples=2))
     assert own["change"] == line["change"] and own["lengths"] == [256, 512] and own["samples"] == 2
     assert own["task"] == str(path)
     with pytest.raises(ValueError, match="search more with --find"):

@@ -26,6 +26,7 @@ from axolotl_plugins.seal.scales import saved_scales
 from data_gen.tasks import TASKS
 from eval.probe import head_importance
 from eval.probe.ablation import HeadAblator
+from eval.probe.head_importance import MapRun
 from eval.probe.hooks import decoder_blocks, scaled_input, wrap
 from eval.probe.logit_attribution import decompose, effects
 from eval.probe.quadrants import quadrant_scales, save_scales
@@ -247,9 +248,9 @@ def test_transferability_is_equation_2():
 
 def test_gradient_is_the_slope_of_the_answers_log_probability():
     loaded = load(TINY)
-    result = head_importance.gradient_map(loaded, "line", [256], samples=2)
+    result = head_importance.gradient_map(MapRun(loaded, "line", [256], samples=2))
     prompt = head_importance.probe_prompts(loaded, TASKS["line"], [256], 1, head_importance.PROBE_SEED)[0]
-    only = head_importance.gradient_map(loaded, "line", [256], samples=1)
+    only = head_importance.gradient_map(MapRun(loaded, "line", [256], samples=1))
     block = decoder_blocks(loaded.model)[1]
     values = []
     for value in (0.99, 1.01):
@@ -272,10 +273,10 @@ def test_gradient_is_the_slope_of_the_answers_log_probability():
 
 def test_removal_map_goes_on_where_it_was_and_quadrants_make_an_adapter(tmp_path):
     loaded, journal = load(TINY), tmp_path / "j"
-    complete = head_importance.ablation_map(loaded, "line", [200, 256], samples=2, journal=journal)
+    complete = head_importance.ablation_map(MapRun(loaded, "line", [200, 256], samples=2, journal=journal))
     rows = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(rows[: len(rows) // 2]) + rows[len(rows) // 2][:9])
-    again = head_importance.ablation_map(loaded, "line", [200, 256], samples=2, journal=journal)
+    again = head_importance.ablation_map(MapRun(loaded, "line", [200, 256], samples=2, journal=journal))
     assert complete["change"] == again["change"] and complete["base"] == again["base"]
     assert again["seconds"] > 0.5 * complete["seconds"]  # includes the interrupted run
     timed = lambda row: '"seconds"' in row  # noqa: E731

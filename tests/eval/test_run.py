@@ -27,12 +27,11 @@ from eval.__main__ import app
 from eval.confidence import wilson
 from eval.evaluate import evaluate
 from eval.harness import Harness, Responses
-from eval.metrics import METRICS
 from eval.report import labels
 from eval.result_cache import result_name
 from eval.results import from_json, read_results, to_json
 from eval.run import mean_scores, run
-from eval.spec import EvalSpec, default_lengths, resolve_tasks
+from eval.spec import METRICS, EvalSpec, default_lengths, resolve_tasks
 
 
 @pytest.mark.parametrize(
@@ -296,7 +295,7 @@ def test_a_recipes_model_config_holds_for_a_base_model(tmp_path):
 )
 def test_prompt_ids_are_the_first_of_the_training_ids(task, version):
     """Also where the prompt goes on into the assistant's turn."""
-    from eval.lm_eval_task import lm_eval_task
+    from eval.harness import lm_eval_task
 
     loaded = load(TINY)
     harness = Harness(pretrained=loaded.model, tokenizer=loaded.tokenizer, add_bos_token=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -125,18 +125,18 @@ def run(
     models, folders = model or [], parse_adapters(adapter or [])
     check_models(models, folders, backend, dtype, model_config)
     outputs = output_files(list(folders) or [result_name(name) for name in models], names, out, shots, model_config)
-    changes = read_model_config(model_config) if model_config else None
-    options = load_options(chat_template, chat_template_kwargs, trust_remote_code=trust_remote_code)
+    options = load_options(chat_template, chat_template_kwargs, trust_remote_code=trust_remote_code,
+                           model_config=read_model_config(model_config) if model_config else None)  # fmt: skip
     # With several models the first one's dtype is that of all.
-    key = (backend, changes, options, models[:1] if dtype == "auto" else dtype)
+    key = (backend, options, models[:1] if dtype == "auto" else dtype)
     results = stored_results(list(folders.values()) or models, tasks, spec, outputs.values(), key, print_result)
     if results:
         print("scored before; remove the result files to score again")
     else:
         drawn = spec.lengths if any(task.rows is None for task in tasks) else None
-        check_before_loading(models or folders.values(), drawn, outputs, model_config=changes, **options)
+        check_before_loading(models or folders.values(), drawn, outputs, **options)
         results = evaluate(
-            load_models(models, folders, changes, base_url if backend == "vllm" else None, dtype=dtype, **options),
+            load_models(models, folders, base_url if backend == "vllm" else None, dtype=dtype, **options),
             tasks, spec, outputs=outputs.values(), cache_key=key, on_start=print_start, on_result=print_result,
         )  # fmt: skip
     print_comparisons(results, names, list(outputs))
@@ -165,24 +165,18 @@ def check_models(
 def check_before_loading(
     names: Iterable[str], lengths: list[int] | None, outputs: dict[str, dict[str, Path]], **options: Any
 ) -> None:
-    """Check every model but its weights, and every output, before time is spent on any.
-
-    Args:
-        names: hub ids or folders.
-        lengths: of samples that are drawn.
-        outputs: see ``output_files``.
-        options: of ``load``.
+    """Check every model but its weights, by options of ``load``, and every output, before time is spent on any.
 
     Raises:
-        ValueError: a model is missing or cannot be loaded, its window is too short, or an output cannot be written.
+        ValueError: a model is missing or cannot be loaded, its window is shorter than the lengths of samples that are
+            drawn, or an output cannot be written.
     """
-    from axolotl_plugins.seal.model_loading import check_name, load
+    from axolotl_plugins.seal.model_loading import load
 
     for files in outputs.values():
         for file in files.values():
             check_output(file)
-    for name in list(map(str, names)):
-        check_name(name)
+    for name in names:
         load(name, weights=False, **options).check_lengths(lengths)
 
 
@@ -217,15 +211,13 @@ def output_files(
 
 
 def load_models(
-    models: list[str], folders: dict[str, str], changes: dict[str, Any] | None, server: str | None, *,
-    dtype: str = "auto", **options: Any,
-) -> Iterable[LoadedModel]:  # fmt: skip
+    models: list[str], folders: dict[str, str], server: str | None, *, dtype: str = "auto", **options: Any
+) -> Iterator[LoadedModel]:
     """Load models, or adapters of one base model, one after the other, all in one dtype.
 
     Args:
         models: hub ids or folders.
         folders: adapter folders by name, instead of models.
-        changes: of the models' config.
         server: URL of a vLLM server that answers for the models; None loads weights.
         dtype: of the weights; ``auto`` is the first base checkpoint's.
         options: of ``load``.
@@ -236,20 +228,16 @@ def load_models(
     from axolotl_plugins.seal.model_loading import load, load_each
 
     if folders:
-        return load_each(folders, dtype=dtype, **options)
-    if server is not None:
-        from eval.vllm_backend import connect
+        yield from load_each(folders, dtype=dtype, **options)
+    for name in models:
+        if server is not None:
+            from eval.vllm_backend import connect
 
-        return (connect(load(name, **options, model_config=changes, weights=False), server) for name in models)
-
-    def in_one_dtype() -> Iterable[LoadedModel]:
-        shared: str | None = dtype
-        for name in models:
-            loaded = load(name, **options, dtype=shared or "auto", model_config=changes)
-            shared = loaded.dtype
+            yield connect(load(name, weights=False, **options), server)
+        else:
+            loaded = load(name, dtype=dtype, **options)
+            dtype = str(loaded.dtype)
             yield loaded
-
-    return in_one_dtype()
 
 
 def print_start(task: str, options: dict[str, Any]) -> None:

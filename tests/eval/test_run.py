@@ -214,7 +214,7 @@ def test_base_adapter_and_merged_model_are_scored_in_one_dtype(tmp_path):
     assert next(load_each({"a": str(adapter)}, dtype="float32")).dtype == "float32"
 
     def dtypes(*names, dtype="auto"):
-        return [loaded.dtype for loaded in load_models([str(name) for name in names], {}, None, None, dtype=dtype)]
+        return [loaded.dtype for loaded in load_models([str(name) for name in names], {}, None, dtype=dtype)]
 
     assert dtypes(half, adapter, TINY) == ["bfloat16"] * 3 and dtypes(TINY, half) == ["float32"] * 2
     assert dtypes(half, adapter, dtype="float16") == ["float16"] * 2

@@ -10,8 +10,6 @@ from data_gen.tasks import Task, resolve_task
 from eval.generation import generate_answers, stop_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -44,7 +42,6 @@ def truncate_at(text: str, until: list[str]) -> str:
 def score_samples(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, task: str | Task,
     samples: list[dict[str, Any]], *, batch_size: int | None = None, shown: str = "",
-    on_answer: Callable[[int], object] = lambda index: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Answer samples greedily and score the answers.
 
@@ -55,7 +52,6 @@ def score_samples(
         samples: as ``data_gen.dataset`` draws them, with the nominal ``length``.
         batch_size: see ``generate_answers``.
         shown: see ``prompt_ids``.
-        on_answer: called with the index of each answered sample.
 
     Returns:
         For every sample ``length``, ``index``, ``tokens``, ``response`` and ``score`` (in [0, 1]).
@@ -78,7 +74,6 @@ def score_samples(
 
     answers = generate_answers(
         model, prompts, max_new_tokens=budget, stop=stop_ids(model, tokenizer), ends=ends, batch_size=batch_size,
-        on_answer=lambda index, _: on_answer(index),
     )  # fmt: skip
     responses = [truncate_at(text_of(answer), until) for answer in answers]
     return [

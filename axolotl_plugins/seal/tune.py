@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,8 @@ from axolotl_plugins.common.window import condensed, stated_window
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
+
+MAX_GRADIENT_NORM = 1.0  # to which gradients are clipped
 
 
 def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, int]:
@@ -62,16 +64,9 @@ def answer_loss(model: torch.nn.Module, ids: torch.Tensor, start: int) -> torch.
 
 
 def tune(
-    model: PeftModel,
-    chats: Sequence[Messages],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    lr: float,
-    epochs: int = 1,
+    model: PeftModel, chats: Sequence[Messages], tokenizer: PreTrainedTokenizerBase, *, lr: float, epochs: int = 1,
     seed: int = 0,
-    max_grad_norm: float = 1.0,
-    progress: Callable[[float], object] = lambda loss: loss,
-) -> list[float]:
+) -> list[float]:  # fmt: skip
     """Train on answers: AdamW, constant learning rate, batch size 1, no weight decay (paper sections 4.1, 5 and A).
 
     Args:
@@ -82,8 +77,6 @@ def tune(
         lr: learning rate, in the paper 1e-2 or 2e-2 for line retrieval.
         epochs: passes over the samples, in the paper 1.
         seed: seed of the samples' order.
-        max_grad_norm: maximum norm of the gradient, to which it is clipped.
-        progress: called with every loss.
 
     Returns:
         The loss of every step.
@@ -115,9 +108,8 @@ def tune(
                 raise FloatingPointError(f"the loss is {loss.item()} at step {len(losses) + 1}: lower lr ({lr:g})")
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
             optimizer.step()
             losses.append(loss.item())
-            progress(losses[-1])
     model.train(was_training)
     return losses

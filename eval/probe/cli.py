@@ -391,8 +391,8 @@ def inspect(
     finish(result, out)
 
 
-def print_extremes(model: str, values: Any, quantity: str, count: int = 5) -> None:
-    """Print the heads with the greatest and the least values, shape (layers, heads)."""
+def print_extremes(model: str, values: Any, quantity: str) -> None:
+    """Print the five heads with the greatest and the five with the least values, shape (layers, heads)."""
     from rich.console import Console
     from rich.table import Table
 
@@ -400,7 +400,7 @@ def print_extremes(model: str, values: Any, quantity: str, count: int = 5) -> No
     table = Table(title=f"{model}: {quantity}")
     for title in ("highest", "", "lowest", ""):
         table.add_column(title)
-    for (low_layer, low_head), (high_layer, high_head) in list(zip(order, order[::-1], strict=True))[:count]:
+    for (low_layer, low_head), (high_layer, high_head) in list(zip(order, order[::-1], strict=True))[:5]:
         table.add_row(f"L{high_layer}H{high_head}", f"{values[high_layer, high_head]:+.3f}", f"L{low_layer}H{low_head}",
                       f"{values[low_layer, low_head]:+.3f}")  # fmt: skip
     Console().print(table)

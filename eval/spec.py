@@ -90,9 +90,9 @@ class EvalSpec:
         }
 
 
-def default_lengths(window: int, answer: int = 128) -> list[int]:
-    """Return the paper's fractions of a window, in tokens, each with room for an answer."""
-    return sorted({min(int(window * fraction), window - answer) for fraction in PAPER_FRACTIONS})
+def default_lengths(window: int) -> list[int]:
+    """Return the paper's fractions of a window, in tokens, each with room for an answer of 128."""
+    return sorted({min(int(window * fraction), window - 128) for fraction in PAPER_FRACTIONS})
 
 
 def accepts(task: Task, option: str) -> bool:

@@ -99,7 +99,6 @@ class MapRun:
         task: see ``scored_task``.
         lengths: see ``samples_by_length``.
         samples: see ``samples_by_length``.
-        seed: of the samples, from the training split.
         journal: file that caches results, from which an interrupted run resumes.
 
     Raises:
@@ -108,13 +107,13 @@ class MapRun:
 
     def __init__(
         self, loaded: LoadedModel, task: str | Task, lengths: list[int] | None = None, *, samples: int | None = None,
-        seed: int = PROBE_SEED, journal: Path | None = None,
+        journal: Path | None = None,
     ) -> None:  # fmt: skip
         self.start = time.perf_counter()
-        self.loaded, self.task, self.seed = loaded, scored_task(task), seed
+        self.loaded, self.task = loaded, scored_task(task)
         self.model = wrap(loaded.model)
         self.blocks = decoder_blocks(self.model)
-        self.prompts = probe_prompts(loaded, self.task, lengths, samples, seed)
+        self.prompts = probe_prompts(loaded, self.task, lengths, samples, PROBE_SEED)
         self.lengths = list(dict.fromkeys(prompt.length for prompt in self.prompts))
         self.cache = Journal(journal)
         self.spent = self.cache.values.get("seconds", 0.0)
@@ -135,7 +134,7 @@ class MapRun:
         return {
             "kind": kind, "unit": unit, "model": loaded.name, "base_model": loaded.base, "method": loaded.method,
             "dtype": loaded.dtype, "task": self.task.key, "lengths": self.lengths, "samples": samples,
-            "seed": self.seed, "base": base, "change": change, "seconds": round(self.seconds(), 1),
+            "seed": PROBE_SEED, "base": base, "change": change, "seconds": round(self.seconds(), 1),
         }  # fmt: skip
 
 

@@ -90,44 +90,36 @@ def rotate(x: torch.Tensor, shift: torch.Tensor, frequencies: torch.Tensor) -> t
     return torch.cat((rotated.to(x.dtype), rest), dim=-1)
 
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
 def attend(
-    near_query: torch.Tensor,
-    far_query: torch.Tensor,
-    near_key: torch.Tensor,
-    far_key: torch.Tensor,
-    value: torch.Tensor,
-    query_position: torch.Tensor,
-    key_position: torch.Tensor,
-    window: int,
-    scaling: float,
-    far: int,
-    near: int,
-) -> torch.Tensor:
+    queries: Pair, keys: Pair, value: torch.Tensor, query_position: torch.Tensor, key_position: torch.Tensor,
+    window: int, scaling: float,
+) -> torch.Tensor:  # fmt: skip
     """Compute attention with one softmax over far keys at grouped distances and near keys at true distances.
 
     Args:
-        near_query: shape (B, H, Q, D), at true positions.
-        far_query: shape (B, H, Q, D), at grouped positions.
-        near_key: shape (B, G, T, D), at true positions; H is a multiple of G.
-        far_key: shape (B, G, T, D), at grouped positions.
+        queries: at true and at grouped positions, each of shape (B, H, Q, D), the last Q of T tokens.
+        keys: at true and at grouped positions, each of shape (B, G, T, D); H is a multiple of G.
         value: shape (B, G, T, D).
         query_position: shape (B, Q); negative for padding.
         key_position: shape (B, T); negative for padding.
         window: keys nearer than this are near.
         scaling: factor of the scores.
-        far: keys from this index on are far from none of these queries.
-        near: keys before this index are near to none of these queries.
 
     Returns:
         Shape (B, H, Q, D).
     """
-    batch, heads, queries, width = near_query.shape
-    groups = near_key.shape[1]
+    batch, heads, count, width = queries[0].shape
+    groups, tokens = value.shape[1:3]
+    far = max(0, tokens - window)  # keys from this index on are far from none of these queries
+    near = max(0, tokens - count - window + 1)  # keys before this index are near to none of these queries
 
     def scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         # Treat query heads that share a key head as further queries of it.
         grouped = query.reshape(batch, groups, -1, width)
-        return (grouped @ key.transpose(-1, -2)).view(batch, heads, queries, -1).float() * scaling
+        return (grouped @ key.transpose(-1, -2)).view(batch, heads, count, -1).float() * scaling
 
     distance = query_position[:, None, :, None] - key_position[:, None, None, :]
     is_token = key_position[:, None, None, :] >= 0
@@ -135,13 +127,13 @@ def attend(
     is_far = (distance >= window) & is_token
     is_near = (distance < window) & (distance >= 0) & is_token
     parts = [
-        scores(far_query, far_key[:, :, :far]).masked_fill(~is_far[..., :far], lowest),
-        scores(near_query, near_key[:, :, near:]).masked_fill(~is_near[..., near:], lowest),
+        scores(queries[1], keys[1][:, :, :far]).masked_fill(~is_far[..., :far], lowest),
+        scores(queries[0], keys[0][:, :, near:]).masked_fill(~is_near[..., near:], lowest),
     ]
     weights = torch.cat(parts, dim=-1).softmax(dim=-1).to(value.dtype)
     weights = weights.view(batch, groups, -1, weights.shape[-1])
     output = weights[..., :far] @ value[:, :, :far] + weights[..., far:] @ value[:, :, near:]
-    return output.view(batch, heads, queries, width)
+    return output.view(batch, heads, count, width)
 
 
 def self_extend_attention(
@@ -191,11 +183,10 @@ def self_extend_attention(
     chunks = []
     for start in range(0, queries, QUERIES):
         end = min(start + QUERIES, queries)
-        first, last = tokens - queries + start, tokens - queries + end
-        far, near = max(0, last - window), max(0, first - window + 1)
+        last = tokens - queries + end
         inputs = (
-            query[:, :, start:end], far_query[:, :, start:end], key[:, :, :last], far_key[:, :, :last],
-            value[:, :, :last], query_position[:, start:end], position[:, :last], window, scaling, far, near,
+            (query[:, :, start:end], far_query[:, :, start:end]), (key[:, :, :last], far_key[:, :, :last]),
+            value[:, :, :last], query_position[:, start:end], position[:, :last], window, scaling,
         )  # fmt: skip
         # Recompute in backward: the weights of all chunks would take T x T.
         recompute = torch.is_grad_enabled() and queries > QUERIES

@@ -381,7 +381,7 @@ def inspect(
     """Show an adapter's scales: heads raised and lowered most, standard deviation over channels, overlap with a map."""
     import numpy as np
 
-    from eval.probe.scale_map import scale_map
+    from eval.probe.quadrants import scale_map
 
     check_output(out)
     result = scale_map(adapter, against)

@@ -1,4 +1,4 @@
-"""Training-free SEAL: scales set by quadrant of a head importance map (paper section 3.2, Figure 2c)."""
+"""Scales by quadrant of a head importance map: set without training (section 3.2, Figure 2c), or an adapter's."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from axolotl_plugins.common.io import written_whole
+from axolotl_plugins.common.io import load_json, written_whole
 from axolotl_plugins.seal.model_loading import LoadedModel, load
+from axolotl_plugins.seal.scales import saved_scales
 from data_gen.tasks import Task
-from eval.probe.head_importance import head_quadrants
+from eval.probe.head_importance import head_quadrants, read_map
 from eval.probe.hooks import decoder_blocks, wrap
 from eval.result_cache import journal_file
 from eval.run import run
@@ -120,3 +121,42 @@ def score_quadrants(
         "down": down, "up": up, "samples": max(score.count for score in result.scores), "scores": scores,
         "adapters": {name: str(folder) for name, folder in folders.items()},
     }, list(journals.values())  # fmt: skip
+
+
+def scale_map(adapter: Path, map_file: Path | None = None) -> dict[str, Any]:
+    """Return the mean and standard deviation of each head's scales.
+
+    Args:
+        adapter: folder of a SEAL adapter.
+        map_file: of the base model, see ``head_importance.read_map``.
+
+    Returns:
+        ``mean`` and ``spread``, of shape (layers, heads); with a map also ``by_quadrant``: the number of ``heads``, how
+        many were ``lowered``, and their ``mean`` scale.
+
+    Raises:
+        ValueError: the folder is not a SEAL adapter, or the map is of another model.
+    """
+    values = saved_scales(adapter)
+    mean = values.mean(-1)
+    config = load_json(adapter / "adapter_config.json")
+    result: dict[str, Any] = {
+        "kind": "scales", "model": str(adapter), "method": f"SEAL-{config['granularity'][0].upper()}",
+        "mean": mean.tolist(), "spread": values.std(-1).tolist(),
+    }  # fmt: skip
+    if map_file is not None:
+        quadrants = head_quadrants(read_map(map_file, config["base_model_name_or_path"]))
+        if quadrants.shape != mean.shape:
+            raise ValueError(
+                f"{map_file}: of a model with {quadrants.shape} layers and heads, the adapter has {mean.shape}"
+            )
+        result["by_quadrant"] = {
+            str(number): {
+                "heads": int((quadrants == number).sum()),
+                "lowered": int((mean[quadrants == number] < 1).sum()),
+                "mean": float(np.mean(mean[quadrants == number])),
+            }
+            for number in (1, 2, 3, 4)
+            if (quadrants == number).any()
+        }
+    return result

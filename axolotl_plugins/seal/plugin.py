@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,15 @@ def quantise_for_seal() -> None:
     ModelLoader._set_quantization_config = set_quantization_config
 
 
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Make a decorated hook raise SystemExit with one line for an invalid recipe, adapter, model or file."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        stop(error)
+
+
 class SealPlugin(BasePlugin):
     """Train, evaluate, run and merge SEAL adapters with Axolotl's own commands."""
 
@@ -100,34 +111,29 @@ class SealPlugin(BasePlugin):
         """Register ``adapter: seal``."""
         return [AdapterCapabilities(name="seal")]
 
+    @in_one_line()
     def register(self, cfg: dict[str, Any]) -> None:
-        """Check the recipe and generate its data before Axolotl loads anything.
+        """Check the recipe and generate its data before Axolotl loads anything."""
+        check_keys(cfg)
+        block = check_recipe(cfg)
+        check_paths(cfg)
+        self.inference = bool(cfg.get("inference"))
+        quantise_for_seal()
+        sys.excepthook = print_one_line
+        datasets = cfg.get("datasets") or []
+        template = cfg.get("chat_template_jinja")
+        if block.data or any(dataset.get("type") == "chat_template" for dataset in datasets):
+            prepare_template(cfg)
+        prepare_window(cfg)
+        if not (cfg.get("inference") or cfg.get("merge_lora")):
+            check_targets(cfg, block)
+            generate_files(cfg, block, template)
+            check_files(cfg)
+            remove_incomplete(Path(cfg.get("dataset_prepared_path") or DEFAULT_DATASET_PREPARED_PATH))
+            self.training_data = provenance.record(datasets)
+            self.training_data["chat_template_kwargs"] = cfg.get("chat_template_kwargs")
 
-        Raises:
-            SystemExit: the recipe or its data is invalid; the message is one line.
-        """
-        try:
-            check_keys(cfg)
-            block = check_recipe(cfg)
-            check_paths(cfg)
-            self.inference = bool(cfg.get("inference"))
-            quantise_for_seal()
-            sys.excepthook = print_one_line
-            datasets = cfg.get("datasets") or []
-            template = cfg.get("chat_template_jinja")
-            if block.data or any(dataset.get("type") == "chat_template" for dataset in datasets):
-                prepare_template(cfg)
-            prepare_window(cfg)
-            if not (cfg.get("inference") or cfg.get("merge_lora")):
-                check_targets(cfg, block)
-                generate_files(cfg, block, template)
-                check_files(cfg)
-                remove_incomplete(Path(cfg.get("dataset_prepared_path") or DEFAULT_DATASET_PREPARED_PATH))
-                self.training_data = provenance.record(datasets)
-                self.training_data["chat_template_kwargs"] = cfg.get("chat_template_kwargs")
-        except (ValueError, OSError) as error:
-            stop(error)
-
+    @in_one_line()
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         """Correct the device map and batch size in the last hook before devices are assigned; load no dataset.
 
@@ -135,10 +141,7 @@ class SealPlugin(BasePlugin):
         as if processes that share samples had samples of their own.
         """
         size = parse_block(cfg.seal).context_parallel
-        try:
-            check_processes(size if preprocess else cfg.world_size, size)
-        except ValueError as error:
-            stop(error)
+        check_processes(size if preprocess else cfg.world_size, size)
         cfg.batch_size = max(1, cfg.batch_size // size)
         if cfg.world_size != 1 and not torch.accelerator.is_available():
             cfg.device_map = None
@@ -154,21 +157,14 @@ class SealPlugin(BasePlugin):
         """
         return {} if cfg.bf16 else {"bf16": False}
 
+    @in_one_line()
     def post_trainer_create(self, cfg: Any, trainer: AnswerTrainer) -> None:
-        """Pass the record of the training data to the trainer, and set up context parallelism.
-
-        Raises:
-            SystemExit: the model or the processes do not allow context parallelism, or Liger's kernels lack a GPU; the
-                message is one line.
-        """
+        """Pass the record of the training data to the trainer, and set up context parallelism."""
         trainer.training_data = self.training_data
-        try:
-            if not torch.accelerator.is_available():
-                check_liger_runs(cfg)
-            if (size := parse_block(cfg.seal).context_parallel) > 1:
-                trainer.share_samples(size)
-        except ValueError as error:
-            stop(error)
+        if not torch.accelerator.is_available():
+            check_liger_runs(cfg)
+        if (size := parse_block(cfg.seal).context_parallel) > 1:
+            trainer.share_samples(size)
 
     def post_model_build(self, cfg: Any, model: PreTrainedModel) -> None:
         """Store the base model's number of embeddings."""
@@ -184,22 +180,13 @@ class SealPlugin(BasePlugin):
 
             write_text(folder / "README.md", card(folder))
 
+    @in_one_line()
     def load_adapter(
         self, model: PreTrainedModel, cfg: Any, inference: bool = False, config_only: bool = False
     ) -> tuple[PeftModel | None, PeftConfig] | None:
-        """Wrap the model with new scales, or with the adapter in ``lora_model_dir``.
-
-        Raises:
-            SystemExit: the adapter or model does not match the recipe; the message is one line.
-        """
+        """Wrap the model with new scales, or with the adapter in ``lora_model_dir``."""
         if cfg.adapter != "seal":
             return None
-        try:
-            return self._load_adapter(model, cfg, config_only)
-        except (ValueError, OSError) as error:
-            stop(error)
-
-    def _load_adapter(self, model: PreTrainedModel, cfg: Any, config_only: bool) -> tuple[PeftModel | None, PeftConfig]:
         block = parse_block(cfg.seal)
         config = SealConfig(**block.adapter_settings(), task_type="CAUSAL_LM", base_model_name_or_path=cfg.base_model)
         if config_only:

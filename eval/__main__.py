@@ -213,14 +213,9 @@ def output_files(
 def load_models(
     models: list[str], folders: dict[str, str], server: str | None, *, dtype: str = "auto", **options: Any
 ) -> Iterator[LoadedModel]:
-    """Load models, or adapters of one base model, one after the other, all in one dtype.
+    """Load models, or adapters of one base model, one after the other, all in one dtype, by options of ``load``.
 
-    Args:
-        models: hub ids or folders.
-        folders: adapter folders by name, instead of models.
-        server: URL of a vLLM server that answers for the models; None loads weights.
-        dtype: of the weights; ``auto`` is the first base checkpoint's.
-        options: of ``load``.
+    The dtype ``auto`` is the first base checkpoint's. With the URL of a vLLM server no weights are loaded.
 
     Raises:
         ValueError: when its turn comes, see ``load`` and ``connect``.

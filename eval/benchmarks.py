@@ -72,15 +72,8 @@ def task_configs(group: str, data: str | None) -> list[dict[str, Any]]:
 def longbench_prompts(task: Any, loaded: LoadedModel, budget: int) -> list[int]:
     """Make a task render LongBench's prompts whatever the source, and truncate them in the middle as LongBench does.
 
-    The chat template is applied afterwards.
-
-    LongBench's own program leaves LongChat 31,500 tokens (``model2maxlen.json``); here whatever fits into the window
-    stays.
-
-    Args:
-        task: an lm-eval task, modified in place.
-        loaded: its tokenizer counts.
-        budget: most tokens of a prompt.
+    The chat template is applied afterwards. LongBench's own program leaves LongChat 31,500 tokens
+    (``model2maxlen.json``); here ``budget`` tokens stay.
 
     Returns:
         A list to which the full length of every truncated prompt will be appended.

@@ -22,11 +22,7 @@ def result_file(folder: Path, task: str, name: str) -> Path:
 
 
 def check_replaced(out: Path, options: dict[str, Any]) -> None:
-    """Check that writing a result loses none: an existing one must be of the same samples.
-
-    Args:
-        out: the result file.
-        options: what determines the samples; a result stores them under ``asked``.
+    """Check that writing a result loses none: an existing one must have the same options of its samples (``asked``).
 
     Raises:
         ValueError: ``out`` holds anything else.

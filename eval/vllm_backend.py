@@ -35,11 +35,7 @@ class Served(LoadedModel):
 
 
 def connect(loaded: LoadedModel, server: str) -> Served:
-    """Return the model as a server answers for it.
-
-    Args:
-        loaded: a plain model, without its weights, see ``load``.
-        server: URL of an OpenAI-compatible endpoint.
+    """Return a model, loaded without weights, as a server answers for it at the URL of an OpenAI-compatible endpoint.
 
     Raises:
         ValueError: the model is an adapter, the server does not respond, or it serves another model.

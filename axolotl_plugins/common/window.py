@@ -82,12 +82,7 @@ def stated_window(config: PreTrainedConfig) -> int | None:
 
 
 def context_window(config: PreTrainedConfig, name: str, default: int | None = None) -> int:
-    """Return a model's context window in tokens.
-
-    Args:
-        config: of the model.
-        name: of the model, for messages.
-        default: where the config states none.
+    """Return the context window of a named model in tokens, or a default where its config states none.
 
     Raises:
         ValueError: the config states none, and there is no default.

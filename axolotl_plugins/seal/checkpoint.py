@@ -235,12 +235,9 @@ def without_derived(config: Any) -> Any:
 
 
 def write_config(folder: Path, source: Path, out: Path) -> None:
-    """Write the config of a copy: the original's file, with the keys that another config of the model changes.
+    """Write the config of a copy: the original file, with the keys that the config in another folder changes.
 
-    Args:
-        folder: of the original model.
-        source: folder whose config.json holds for the copy, such as an adapter's with a stretched window.
-        out: folder of the copy.
+    The other folder (``source``) may be an adapter's with a stretched window.
 
     Raises:
         ValueError: the written config would not be read as the one in ``source``.

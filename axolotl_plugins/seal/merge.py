@@ -326,8 +326,8 @@ def merge(
     Args:
         adapter: folder of a SEAL adapter.
         out: folder to write; must not exist.
-        into: ``o_proj`` scales the columns of attention output projections; ``v_proj`` the value rows and biases;
-            ``auto`` takes ``v_proj``, as the paper does, where the architecture makes that equivalent, else ``o_proj``.
+        into: see ``scale_factors``; ``auto`` takes ``v_proj``, as the paper does, where the architecture makes that
+            equivalent, else ``o_proj``.
         report: called with lines that report progress.
 
     Returns:
@@ -373,12 +373,7 @@ def merge(
 
 
 def verify(folder: Path, adapter: Path | None = None, *, report: Callable[[str], object] = print) -> None:
-    """Verify a merged folder against its record, adapter and base model.
-
-    Args:
-        folder: folder that ``merge`` wrote.
-        adapter: new path of the adapter; None reads it from the record.
-        report: called with the result.
+    """Verify a folder that ``merge`` wrote against its record, its adapter (at a new path if named) and its base model.
 
     Raises:
         ValueError: the folder, the adapter or the base model changed, or the logits differ; the message is one line.

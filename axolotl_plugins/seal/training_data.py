@@ -93,12 +93,9 @@ def check_generated_path(out: Path) -> None:
 
 
 def generate_files(cfg: dict[str, Any], block: SealBlock, template: str | None) -> None:
-    """Generate the recipe's dataset files, or check that existing files match the recipe.
+    """Generate the dataset files of a recipe after ``prepare_template``, or check that existing files match the recipe.
 
-    Args:
-        cfg: the recipe, see ``prepare_template``.
-        block: its ``seal:`` block.
-        template: its ``chat_template_jinja``, for the command in the manifest.
+    The manifest's command has ``template``, the recipe's own ``chat_template_jinja``.
 
     Raises:
         ValueError: a file does not match the recipe, or the recipe's data cannot be generated.

@@ -35,12 +35,7 @@ def quadrant_scales(head_map: dict[str, Any], kind: str, down: float, up: float)
 
 
 def save_scales(loaded: LoadedModel, scales: np.ndarray, out: Path) -> None:
-    """Write scales as an ordinary SEAL-H adapter folder, with the tokenizer.
-
-    Args:
-        loaded: the base model.
-        scales: shape (layers, heads).
-        out: the folder, which must not exist; it is written atomically.
+    """Write scales of shape (layers, heads) as an ordinary SEAL-H adapter folder, atomically, with the tokenizer.
 
     Raises:
         ValueError: the folder exists, or the scales do not fit the model.
@@ -124,11 +119,7 @@ def score_quadrants(
 
 
 def scale_map(adapter: Path, map_file: Path | None = None) -> dict[str, Any]:
-    """Return the mean and standard deviation of each head's scales.
-
-    Args:
-        adapter: folder of a SEAL adapter.
-        map_file: of the base model, see ``head_importance.read_map``.
+    """Return the mean and standard deviation of each head's scales in an adapter, and where they lie in a map.
 
     Returns:
         ``mean`` and ``spread``, of shape (layers, heads); with a map also ``by_quadrant``: the number of ``heads``, how

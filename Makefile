@@ -82,7 +82,8 @@ test: setup ## lint, then run the tests (minutes; `pytest -m slow` has the rest)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadscope -m "not slow"
 
 train: setup $(if $(findstring recipes/smollm2,$(RECIPE)),model) ## tune with a recipe   [RECIPE=recipes/smollm2_line_sealc.yml]
-	AXOLOTL_DO_NOT_TRACK=1 $(BIN)/accelerate launch -m axolotl.cli.train $(RECIPE)
+	AXOLOTL_DO_NOT_TRACK=1 $(if $(findstring recipes/smollm2,$(RECIPE)),OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)}) \
+	  $(BIN)/accelerate launch -m axolotl.cli.train $(RECIPE)
 
 data: setup $(if $(findstring models/smollm2,$(MODEL)),model) ## write training samples   [TASK=line MODEL=models/smollm2-135m TOKENS=2048 SAMPLES=50]
 	$(SEAL) data $(TASK) --tokenizer $(MODEL) --tokens $(TOKENS) $(if $(SAMPLES),--samples $(SAMPLES)) --out data/$(TASK)_$(TOKENS).jsonl

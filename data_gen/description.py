@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import functools
 import hashlib
+import io
 import itertools
 import json
 import random
@@ -363,23 +364,26 @@ def unique(name: str, values: Values, only: bool) -> Values:
 
 
 def read_table(file: Path) -> list[dict[str, str]]:
-    """Read the rows of a table: CSV with a header, TSV, or JSON lines.
+    """Read the rows of a table: JSON lines, or a header and rows with commas, semicolons or tabs between columns.
 
     Raises:
-        ValueError: the file is missing, has no rows, or a row of another number of columns.
+        ValueError: the file is missing, is not UTF-8, has no rows, or a row of another number of columns.
     """
     check_file(file)
     if file.suffix == ".jsonl":
         rows = [{key: str(value) for key, value in row.items()} for _, row in read_rows(file)]
     else:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",")
-            rows = []
-            for row in reader:
-                if None in row or None in row.values():
-                    raise ValueError(f"{file}, line {reader.line_num}: expected {len(reader.fieldnames or ())} columns "
-                                     "as in the first line")  # fmt: skip
-                rows.append(row)
+        try:
+            text = file.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise ValueError(f"table: {file} is not UTF-8 text: export it as CSV in UTF-8") from None
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=text.partition("\n")[0].count))
+        rows = []
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(f"{file}, line {reader.line_num}: expected {len(reader.fieldnames or ())} columns "
+                                 "as in the first line")  # fmt: skip
+            rows.append(row)
     if not rows:
         raise ValueError(f"table: {file} has no rows")
     for number, row in enumerate(rows, 1):

@@ -133,13 +133,17 @@ def run(
     if results:
         print("scored before; remove the result files to score again")
     else:
+        if data:
+            from eval.benchmarks import task_configs
+
+            task_configs(names[0], data)
         drawn = spec.lengths if any(task.rows is None for task in tasks) else None
         check_before_loading(models or folders.values(), drawn, outputs, **options)
         results = evaluate(
             load_models(models, folders, base_url if backend == "vllm" else None, dtype=dtype, **options),
             tasks, spec, outputs=outputs.values(), cache_key=key, on_start=print_start, on_result=print_result,
         )  # fmt: skip
-    print_comparisons(results, names, list(outputs))
+    print_comparisons(results, names, list(outputs), out)
 
 
 def check_models(
@@ -256,8 +260,9 @@ def print_result(result: Result, path: Path | None) -> None:
         print(f"{path} and {path.with_suffix('.png')}{remark(result.responses)}")
 
 
-def print_comparisons(results: list[Result], tasks: list[str], names: list[str]) -> None:
-    """Print the scores of several models side by side, a table per task."""
+def print_comparisons(results: list[Result], tasks: list[str], names: list[str], folder: Path) -> None:
+    """Print and draw the scores of several models side by side, a table and a picture per task."""
+    from eval.plots import accuracy_by_length
     from eval.results import EvalResult
     from eval.table import print_scores
 
@@ -265,6 +270,8 @@ def print_comparisons(results: list[Result], tasks: list[str], names: list[str])
         rows = [result for result in results if isinstance(result, EvalResult) and result.task == task]
         if len(rows) > 1:
             print_scores(rows, names)
+            accuracy_by_length(rows, picture := result_file(folder, task, "models").with_suffix(".png"))
+            print(picture)
 
 
 @app.command(epilog="Example: seal report --results results --out results/report.html")

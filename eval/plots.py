@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from axolotl_plugins.common.io import written_whole
-from eval.results import TITLES, EvalResult, to_json
+from eval.results import EvalResult, title_of, to_json
 
 COLOURS = {
     "base": "#555555", "SEAL-H": "#e08214", "SEAL-C": "#2166ac", "shuffled": "#9467bd", "wrong facts": "#2ca02c",
@@ -102,9 +102,30 @@ def draw_grid(
     figure.colorbar(image, ax=axes, fraction=0.046, label="score")
 
 
+def name_of(result: EvalResult, results: Sequence[EvalResult]) -> str:
+    """Return a result's method, with its shots, and its dtype if results beside it have another."""
+    shots = f", {result.shots}-shot" if result.shots else ""
+    return result.method + shots + (f", {result.dtype}" if len({row.dtype for row in results}) > 1 else "")
+
+
+def labels(results: Sequence[EvalResult]) -> list[str]:
+    """Return a name for each result on one plot: its method, with shots and model where methods are equal."""
+    names = ["one-shot" if result.method == "base" and result.shots == 1 else name_of(result, results)
+             for result in results]  # fmt: skip
+    return [
+        name if names.count(name) == 1 else f"{name}, {result.model}"
+        for name, result in zip(names, results, strict=True)
+    ]
+
+
+def draw_results(axes: Axes, results: Sequence[EvalResult]) -> None:
+    """Draw results of one task over lengths, a line for each."""
+    draw_accuracy(axes, [to_json(row) | {"method": name} for row, name in zip(results, labels(results), strict=True)])
+
+
 def accuracy_by_length(results: Sequence[EvalResult], out: Path) -> None:
     """Write a plot of results of one task."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    draw_accuracy(axes, [to_json(result) for result in results])
-    axes.set_title(f"{TITLES.get(results[0].task, results[0].task)}, {results[0].scores[0].count} samples per length")
+    draw_results(axes, results)
+    axes.set_title(f"{title_of(vars(results[0]))}, {results[0].scores[0].count} samples per length")
     save_figure(figure, out)

@@ -15,8 +15,8 @@ from jinja2 import Environment, FileSystemLoader
 
 from axolotl_plugins.common.io import check_output, write_text
 from eval.paper import LONGCHAT, paper_value, read_paper
-from eval.plots import draw_accuracy, draw_grid, draw_scales
-from eval.results import TITLES, BenchmarkResult, EvalResult, Result, read_objects, read_results, to_json
+from eval.plots import draw_accuracy, draw_grid, draw_results, draw_scales, name_of
+from eval.results import TITLES, BenchmarkResult, EvalResult, Result, read_objects, read_results, title_of
 
 WRONG_SHOWN = 5
 
@@ -87,12 +87,6 @@ def embed(figure: plt.Figure) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def name_of(result: EvalResult, results: Sequence[EvalResult]) -> str:
-    """Return a result's method, with its shots, and its dtype if results beside it have another."""
-    shots = f", {result.shots}-shot" if result.shots else ""
-    return result.method + shots + (f", {result.dtype}" if len({row.dtype for row in results}) > 1 else "")
-
-
 def score_table(results: Sequence[EvalResult]) -> dict[str, Any]:
     """Return a table with a row per method and a column per length."""
     lengths = sorted({score.length for result in results for score in result.scores if score.length is not None})
@@ -118,23 +112,13 @@ def grid(result: EvalResult) -> tuple[np.ndarray, list[int], list[int]]:
     return values, depths, lengths
 
 
-def labels(results: Sequence[EvalResult]) -> list[str]:
-    """Return a name for each result on one plot: its method, with shots and model where methods are equal."""
-    names = ["one-shot" if result.method == "base" and result.shots == 1 else name_of(result, results)
-             for result in results]  # fmt: skip
-    return [
-        name if names.count(name) == 1 else f"{name}, {result.model}"
-        for name, result in zip(names, results, strict=True)
-    ]
-
-
-def task_section(task: str, results: Sequence[EvalResult]) -> dict[str, Any]:
+def task_section(results: Sequence[EvalResult]) -> dict[str, Any]:
     """Return the page's section on one task of one base model."""
     figures = []
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    draw_accuracy(axes, [to_json(row) | {"method": name} for row, name in zip(results, labels(results), strict=True)])
+    draw_results(axes, results)
     figures.append(embed(figure))
-    if task == "niah":
+    if results[0].task == "niah":
         size = (1 + 4.2 * len(results), 3.6)
         figure, panels = plt.subplots(1, len(results), figsize=size, layout="constrained", squeeze=False)
         for axes, result in zip(panels[0], results, strict=True):
@@ -145,7 +129,7 @@ def task_section(task: str, results: Sequence[EvalResult]) -> dict[str, Any]:
         for result in results
         for row in [row for row in result.responses if row["score"] < 1][:WRONG_SHOWN]
     ]
-    return {"title": TITLES.get(task, task), "figures": figures, "tables": [score_table(results)], "wrong": wrong}
+    return {"title": title_of(vars(results[0])), "figures": figures, "tables": [score_table(results)], "wrong": wrong}
 
 
 def scale_figures(results: Sequence[Result]) -> list[str]:
@@ -177,7 +161,7 @@ def base_section(base: str, results: Sequence[Result]) -> dict[str, Any]:
             scored[result.task].append(result)
         else:
             benchmarks[result.task].append(result)
-    sections = [task_section(task, rows) for task, rows in scored.items()]
+    sections = [task_section(rows) for rows in scored.values()]
     sections += [benchmark_section(task, rows) for task, rows in benchmarks.items()]
     return {"name": base, "sections": sections, "scales": scale_figures(results)}
 
@@ -217,10 +201,10 @@ def study_section(file: Path, values: dict[str, Any]) -> dict[str, Any]:
     for run in study_runs(values):
         by_task[run["task"]].append(run)
     sections = []
-    for task, runs in by_task.items():
+    for runs in by_task.values():
         figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
         draw_accuracy(axes, runs, at="length")
-        sections.append({"title": TITLES.get(task, task), "figures": [embed(figure)], "tables": [study_table(runs)]})
+        sections.append({"title": title_of(runs[0]), "figures": [embed(figure)], "tables": [study_table(runs)]})
     maps = []
     for method, scales in values.get("scales", {}).items():
         figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")

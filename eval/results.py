@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,18 @@ from axolotl_plugins.common.io import load_json, write_text
 from axolotl_plugins.common.schema import first_error
 from data_gen.tasks import TaskAttribute
 
-TITLES = TaskAttribute("title", mmlu="MMLU")  # a user's own task has its name as title, wherever a result is read
-OMITTED = ("length", "depth", "asked", "fingerprint")  # fields that are left out of a file where they are None
+TITLES = TaskAttribute("title", mmlu="MMLU")
+OMITTED = ("length", "depth", "title", "asked", "fingerprint")  # fields that are left out of a file where they are None
+
+
+def title_of(result: Mapping[str, Any]) -> str:
+    """Return the title of a result's task: the stored one, as a description may be gone, else the registered one's."""
+    return result.get("title") or TITLES.get(result["task"], result["task"])
+
+
+def same_model(name: str, other: str) -> bool:
+    """Return whether two names are of the same folder, or of the same repository on the hub."""
+    return Path(name).resolve() == Path(other).resolve()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +81,7 @@ class EvalResult:
         base: hub id or folder of its base model.
         method: ``base``, ``SEAL-H``, ``SEAL-C``, ``LoRA``, ``DoRA`` or another PEFT type.
         task: its name.
+        title: of the task; None in results of earlier versions.
         window: the model's context window, tokens.
         dtype: of the model's weights, such as ``bfloat16``; None where it is unknown.
         seed: of the samples.
@@ -87,6 +99,7 @@ class EvalResult:
     base: str
     method: str
     task: str
+    title: str | None = None
     window: int
     dtype: str | None = None
     seed: int = 0

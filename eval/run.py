@@ -87,8 +87,8 @@ def run(
     ]
     seen = sum(is_contaminated(row["doc"], trained_on) for row in answered)
     return EvalResult(
-        model=loaded.name, base=loaded.base, method=loaded.method, task=task.name, window=loaded.window,
-        dtype=loaded.dtype, seed=drawing.get("seed", 0), shots=shots,
+        model=loaded.name, base=loaded.base, method=loaded.method, task=task.name, title=task.title,
+        window=loaded.window, dtype=loaded.dtype, seed=drawing.get("seed", 0), shots=shots,
         contaminated=None if loaded.trained_on is None else seen,
         scores=mean_scores(responses, "length"),
         depths=mean_scores(responses, "length", "depth") if task.name == "niah" else [],

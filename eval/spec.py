@@ -135,7 +135,7 @@ def resolve_tasks(
     """Return the tasks that a task's or group's name stands for.
 
     Args:
-        name: of a group, or see ``find_task``.
+        name: of a group, or see ``find_task``, several with commas between.
         spec: its options are checked.
         metric: see ``find_task``.
         max_new_tokens: see ``find_task``.
@@ -145,7 +145,8 @@ def resolve_tasks(
     Raises:
         ValueError: the name is unknown, or an option applies to none of the tasks.
     """
-    tasks = tuple(find_task(part, metric, max_new_tokens) for part in TASK_GROUPS.get(name, (name,)))
+    parts = TASK_GROUPS.get(name) or name.split(",")
+    tasks = tuple(find_task(part, metric, max_new_tokens) for part in parts)
     if cases:
         if name != "line":
             raise ValueError(f"cases: {name} has no such option, only line")

@@ -55,7 +55,10 @@ def new(
     base: Annotated[str, typer.Argument(help="Model to tune: hub id or folder.")],
     task: Annotated[
         str | None,
-        typer.Option(help=f"Format to tune for: {', '.join(TASKS)}, or a description (.yml); default: line."),
+        typer.Option(
+            help=f"Format to tune for: {', '.join(TASKS)}, or a description (.yml); several with commas between "
+            "are mixed, an equal share each; default: line."
+        ),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Train on this JSON lines file of chats instead of generated samples.")

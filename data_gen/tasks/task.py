@@ -132,6 +132,8 @@ def resolve_task(spec: str | Task, metric: str | None = None, max_new_tokens: in
         from data_gen.description import load_description
 
         return replace(load_description(Path(spec)), spec=spec)
+    if suffix in (".csv", ".tsv"):
+        raise ValueError(f"task: {spec} is a table: name it by `table:` in a description (docs/own-task.md)")
     if ":" not in spec:
         raise ValueError(
             f"task: found {spec!r}, expected one of {', '.join(TASKS)}, a file of samples (.jsonl), a description "

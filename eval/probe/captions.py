@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from eval.probe.head_importance import changes, head_quadrants
+from eval.results import title_of
 
 
 def by_length(scores: dict[str, float]) -> str:
@@ -24,7 +25,7 @@ def extreme(result: dict[str, Any]) -> str:
 
 def ablation(result: dict[str, Any]) -> str:
     """Describe the effect of ablating heads or channels."""
-    setting = f"{result['model']}, {result['task']}, {result['samples']} samples per length"
+    setting = f"{result['model']}, {title_of(result)}, {result['samples']} samples per length"
     if result["unit"] == "channel":
         length = str(result["lengths"][-1])
         rows = {name: np.array(values) for name, values in result["change"]["logprob"][length].items()}
@@ -45,7 +46,7 @@ def ablation(result: dict[str, Any]) -> str:
 
 def gradient(result: dict[str, Any]) -> str:
     """Describe how well gradients predict an exact map, if they were compared."""
-    text = f"{result['model']}, {result['task']}, {result['samples']} samples per length, {result['seconds']:.0f} s. "
+    text = f"{result['model']}, {title_of(result)}, {result['samples']} samples per length, {result['seconds']:.0f} s. "
     if "spearman" in result:
         parts = "; ".join(
             f"{predicted} with the exact {exact} {by_length(rows)}"
@@ -59,7 +60,7 @@ def quadrant_scaling(result: dict[str, Any]) -> str:
     """Describe scores with heads scaled by quadrant."""
     parts = "; ".join(f"{name}: {by_length(scores)}" for name, scores in result["scores"].items())
     return (
-        f"{result['model']}, {result['task']}, {result['samples']} test samples per length, scales "
+        f"{result['model']}, {title_of(result)}, {result['samples']} test samples per length, scales "
         f"{result['down']:g} and {result['up']:g}, nothing trained. {parts}."
     )
 
@@ -71,8 +72,8 @@ def direct(result: dict[str, Any]) -> str:
         f"{model['method']}: {model['logits'][0]:.1f} against {model['logits'][1]:.1f}" for model in result["models"]
     )
     return (
-        f"{result['task']}, {result['length']} tokens, sample {result['sample']}: the base model writes {mistaken!r}, "
-        f"right is {right!r}. Logits of right and wrong: {parts}."
+        f"{title_of(result)}, {result['length']} tokens, sample {result['sample']}: the base model writes "
+        f"{mistaken!r}, right is {right!r}. Logits of right and wrong: {parts}."
     )
 
 
@@ -86,7 +87,7 @@ def sweep(result: dict[str, Any]) -> str:
     """Describe the best setting."""
     best = result["best"]
     return (
-        f"{result['model']}, {result['method']}, {result['task']}, {result['validation_samples']} validation samples "
+        f"{result['model']}, {result['method']}, {title_of(result)}, {result['validation_samples']} validation samples "
         f"per length. Best: rate {best['rate']:g}, {best['samples']} samples, {best['epochs']} epochs: "
         f"{best['mean']:.3f}." + unsound_scales(result)
     )
@@ -111,7 +112,7 @@ def controls(result: dict[str, Any]) -> str:
         for name, runs in result["scores"].items()
     )
     return (
-        f"{result['model']}, {result['task']}, {result['validation_samples']} validation samples, "
+        f"{result['model']}, {title_of(result)}, {result['validation_samples']} validation samples, "
         f"{len(result['seeds'])} seeds. At {length} tokens: {parts}."
     )
 

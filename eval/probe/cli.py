@@ -12,7 +12,7 @@ import typer
 
 from axolotl_plugins.common.io import check_output, write_text
 from axolotl_plugins.common.provenance import provenance
-from data_gen.tasks import Task
+from data_gen.tasks import Request, Task
 from eval.cli_options import (
     OWN_TASK,
     BatchSize,
@@ -27,6 +27,7 @@ from eval.cli_options import (
     parse_numbers,
 )
 from eval.result_cache import journal_file
+from eval.results import title_of
 from eval.spec import METRICS as SCORED
 from eval.spec import scored_task
 
@@ -47,12 +48,14 @@ TestLengths = Annotated[
     str, typer.Option(help="Longest test samples in tokens; default: the paper's fractions of the window.")
 ]
 ValidationLengths = Annotated[
-    str, typer.Option(help="Longest validation samples, in tokens; default, for a file only: as for `seal eval`.")
-]
+    str,
+    typer.Option(help="Longest validation samples, in tokens; default: shortest and longest of the recipe's `tokens`, "
+                 "and for a file as for `seal eval`."),
+]  # fmt: skip
 ValidationSamples = Annotated[
     str,
-    typer.Option("--validation", help="Validation samples per length, disjoint from the test split, or a file of them "
-                 "(.jsonl)."),
+    typer.Option("--validation", help="Validation samples per length and task, disjoint from the test split, or a file "
+                 "of them (.jsonl)."),
 ]  # fmt: skip
 Samples = Annotated[
     int | None,
@@ -299,7 +302,7 @@ def sweep(
         "epochs": parse_numbers(epochs, "epochs"), "seeds": parse_numbers(seeds, "seeds"),
     }  # fmt: skip
     settings = read_recipe(recipe) | {"dtype": dtype}
-    held_out, token_lengths = read_validation(validation, metric, max_new_tokens, lengths)
+    held_out, token_lengths = read_validation(validation, metric, max_new_tokens, lengths, settings["requests"])
     journal = sweep_journal(out, "sweep", settings, recipe, held_out, token_lengths)
     result = run_sweep(settings, **grid, lengths=token_lengths, validation=held_out, batch_size=batch_size,
                        journal=journal)  # fmt: skip
@@ -309,19 +312,23 @@ def sweep(
 
 
 def read_validation(
-    validation: str, metric: str | None, max_new_tokens: int | None, lengths: str
+    validation: str, metric: str | None, max_new_tokens: int | None, lengths: str, requests: list[Request]
 ) -> tuple[int | Task, list[int] | None]:
     """Return a number of validation samples, or the task of a file of them, and their lengths.
 
     Raises:
-        ValueError: it is neither; or no lengths are given for samples that are drawn.
+        ValueError: it is neither; or no lengths are given for samples that are drawn, and none are in the requests.
     """
     if not validation.isdecimal():
         return read_task(validation, metric, max_new_tokens, lengths)
-    if not lengths:
-        raise ValueError("lengths: missing: name the longest validation samples, in tokens, as 512,2048")
     (count,) = parse_numbers(validation, "validation")
-    return count, parse_numbers(lengths, "lengths")
+    if lengths:
+        return count, parse_numbers(lengths, "lengths")
+    ranges = [request.token_range() for request in requests if request.tokens]
+    if len(ranges) < len(requests):
+        raise ValueError("lengths: missing: name the longest validation samples, in tokens, as 512,2048")
+    # Of a mixture, lengths that all its tasks are trained at, if there are any.
+    return count, sorted({max(low for low, _ in ranges), min(high for _, high in ranges)}) if ranges else None
 
 
 def sweep_journal(
@@ -338,7 +345,7 @@ def print_sweep(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("rate", "samples", "epochs", "seed", title=f"{result['task']}: mean validation score")
+    table = Table("rate", "samples", "epochs", "seed", title=f"{title_of(result)}: mean validation score")
     for length in (*result["lengths"], "mean"):
         table.add_column(str(length), justify="right")
     table.add_column("scales")
@@ -365,7 +372,7 @@ def controls(
     from eval.probe.sweep import read_recipe
 
     settings = read_recipe(recipe) | {"dtype": dtype}
-    held_out, token_lengths = read_validation(validation, metric, max_new_tokens, lengths)
+    held_out, token_lengths = read_validation(validation, metric, max_new_tokens, lengths, settings["requests"])
     journal = sweep_journal(out, "controls", settings, recipe, held_out, token_lengths)
     result = run_controls(settings, seeds=parse_numbers(seeds, "seeds"), lengths=token_lengths,
                           validation=held_out, batch_size=batch_size, journal=journal)  # fmt: skip

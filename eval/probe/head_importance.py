@@ -28,6 +28,7 @@ from eval.generation import stop_ids
 from eval.probe.ablation import Answer, HeadAblator
 from eval.probe.hooks import Block, decoder_blocks, scaled_input, wrap
 from eval.result_cache import Journal
+from eval.results import same_model
 from eval.spec import scored_task
 
 # Probes read samples of the training split under a seed that nothing is trained on: test samples stay unseen.
@@ -133,8 +134,9 @@ class MapRun:
         samples = max(Counter(prompt.length for prompt in self.prompts).values())
         return {
             "kind": kind, "unit": unit, "model": loaded.name, "base_model": loaded.base, "method": loaded.method,
-            "dtype": loaded.dtype, "task": self.task.key, "lengths": self.lengths, "samples": samples,
-            "seed": PROBE_SEED, "base": base, "change": change, "seconds": round(self.seconds(), 1),
+            "dtype": loaded.dtype, "task": self.task.key, "title": self.task.title, "lengths": self.lengths,
+            "samples": samples, "seed": PROBE_SEED, "base": base, "change": change,
+            "seconds": round(self.seconds(), 1),
         }  # fmt: skip
 
 
@@ -276,11 +278,6 @@ def read_map(file: Path, model: str) -> dict[str, Any]:
         raise ValueError(f"{file}: a map of {head_map.get('model')}, expected one of {model}: make it with "
                          f"`seal probe heads --model {model}`")  # fmt: skip
     return head_map
-
-
-def same_model(name: str, other: str) -> bool:
-    """Return whether two names are of the same folder, or of the same repository on the hub."""
-    return Path(name).resolve() == Path(other).resolve()
 
 
 def changes(head_map: dict[str, Any], length: int, measure: str | None = None) -> np.ndarray:

@@ -247,8 +247,8 @@ def compare_models(
     decompositions = [decompose(loaded.model, ids) for loaded in models]
     candidates = sorted({int(token) for terms in decompositions for token in terms.logits.topk(5).indices})
     return {
-        "kind": "direct", "model": base.name, "base_model": base.base, "task": task.name, "length": sample["length"],
-        "sample": sample["index"], "normalised": normalised,
+        "kind": "direct", "model": base.name, "base_model": base.base, "task": task.name, "title": task.title,
+        "length": sample["length"], "sample": sample["index"], "normalised": normalised,
         "tokens": [tokenizer.decode([token]) for token in (right, mistaken)],
         "candidates": [tokenizer.decode([token]) for token in candidates],
         "models": [

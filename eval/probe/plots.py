@@ -13,6 +13,7 @@ from matplotlib.transforms import Bbox
 
 from eval.plots import draw_curve, draw_scales, finish_accuracy, set_integer_ticks
 from eval.probe.head_importance import changes
+from eval.results import title_of
 
 LABELLED = 12  # heads that are named in a scatter plot
 
@@ -44,7 +45,7 @@ def scatter(result: dict[str, Any]) -> Figure:
     quantity = "score" if measure == "score" else "log-probability of the answer"
     method = "one head ablated" + ("" if result["kind"] == "removal" else " (by its gradient)")
     axes.set(xlabel=f"change of {quantity} at {first} tokens", ylabel=f"at {last} tokens",
-             title=f"{result['task']}, {result['samples']} samples: {method}")  # fmt: skip
+             title=f"{title_of(result)}, {result['samples']} samples: {method}")  # fmt: skip
     return figure
 
 
@@ -89,13 +90,13 @@ def bars(result: dict[str, Any]) -> Figure:
 def quadrants(result: dict[str, Any]) -> Figure:
     """Plot scores over lengths with heads scaled by quadrant (Figure 2c)."""
     runs = {name: [scores] for name, scores in result["scores"].items()}
-    return score_curves(runs, f"{result['task']}: scales from a map, nothing trained")
+    return score_curves(runs, f"{title_of(result)}: scales from a map, nothing trained")
 
 
 def controls(result: dict[str, Any]) -> Figure:
     """Plot scores over lengths of a tuned model beside its controls."""
     runs = {result["method"] if name == "tuned" else name: scores for name, scores in result["scores"].items()}
-    return score_curves(runs, f"{result['task']}: {result['method']} and controls, {len(result['seeds'])} seeds")
+    return score_curves(runs, f"{title_of(result)}: {result['method']} and controls, {len(result['seeds'])} seeds")
 
 
 def score_curves(runs: dict[str, list[dict[str, float]]], title: str) -> Figure:
@@ -167,7 +168,7 @@ def sweep(result: dict[str, Any]) -> Figure:
         xscale="log",
         xlabel="learning rate",
         ylabel="mean validation score",
-        title=f"{result['method']}: {result['task']}",
+        title=f"{result['method']}: {title_of(result)}",
     )
     axes.grid(alpha=0.3)
     axes.legend()

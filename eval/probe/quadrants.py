@@ -113,6 +113,7 @@ def score_quadrants(
         scores[name] = {str(length): score for length, score in result.by_length().items()}
     return {
         "kind": "quadrants", "model": model, "base_model": loaded.base, "dtype": loaded.dtype, "task": task.name,
+        "title": task.title,
         "down": down, "up": up, "samples": max(score.count for score in result.scores), "scores": scores,
         "adapters": {name: str(folder) for name, folder in folders.items()},
     }, list(journals.values())  # fmt: skip

@@ -38,17 +38,15 @@ def read_recipe(file: Path) -> dict[str, Any]:
 
     Returns:
         ``base_model``, ``model_config``, ``chat_template`` (file or None), ``template_arguments`` (of it, or None),
-        ``dtype`` (``auto``, the checkpoint's), ``scales`` (settings of ``SealConfig``),
-        ``request`` (of its data; None if it names a file of the user's), ``rows`` (of that file), ``rate``, ``epochs``.
+        ``dtype`` (``auto``, the checkpoint's), ``scales`` (settings of ``SealConfig``), ``requests`` (of its data; none
+        for a file of the user's), ``rows`` (of that file), ``rate``, ``epochs``.
 
     Raises:
-        ValueError: the file is not a SEAL recipe of one data file, or a row of that file is not a chat.
+        ValueError: the file is not a SEAL recipe of data to generate or of one file, or a row of that is not a chat.
     """
     try:
         recipe = load_yaml(file)
         block = parse_block(recipe["seal"])
-        if block.data is not None and len(block.data) != 1:
-            raise ValueError(f"{file}: seal.data: found {len(block.data)} descriptions, expected one")
         rows = training_rows(file, recipe["datasets"]) if block.data is None else []
         if not 0 < float(recipe["learning_rate"]) < math.inf:
             raise ValueError(f"{file}: learning_rate: found {recipe['learning_rate']}, expected a number above 0")
@@ -59,7 +57,7 @@ def read_recipe(file: Path) -> dict[str, Any]:
             "template_arguments": recipe.get("chat_template_kwargs"),
             "dtype": "auto",
             "scales": block.adapter_settings(),
-            "request": Request(**block.data[0].model_dump()) if block.data else None,
+            "requests": [Request(**part.model_dump()) for part in block.data or ()],
             "rows": rows,
             "rate": float(recipe["learning_rate"]),
             "epochs": int(recipe["num_epochs"]),
@@ -99,10 +97,15 @@ def reset_scales(model: nn.Module) -> None:
         layer.seal_scale["default"].fill_(1)
 
 
+def sample_count(recipe: dict[str, Any]) -> int:
+    """Return how many samples a recipe trains on."""
+    return sum(request.samples for request in recipe["requests"]) or len(recipe["rows"])
+
+
 def training_data(
     recipe: dict[str, Any], tokenizer: Any, samples: int | None, seed: int
 ) -> tuple[list[Messages], list[str]]:
-    """Return the first chats of a recipe's data, and the key fact of each answer.
+    """Return the first chats of a recipe's data, of each part in proportion, and the key fact of each answer.
 
     Args:
         recipe: see ``read_recipe``.
@@ -113,13 +116,14 @@ def training_data(
     Raises:
         ValueError: a file has fewer samples.
     """
-    request, rows = recipe["request"], recipe["rows"]
-    if request is not None:
-        changes = {"samples": samples or request.samples, "seed": request.seed + seed}
-        rows = list(generate(replace(request, **changes), tokenizer))
-    elif samples and samples > len(rows):
-        raise ValueError(f"samples: the recipe's file has {len(rows)}, {samples} are asked for: name fewer")
+    requests, rows, total = recipe["requests"], recipe["rows"], sample_count(recipe)
+    samples = samples or total
+    if rows and samples > total:
+        raise ValueError(f"samples: the recipe's file has {total}, {samples} are asked for: name fewer")
     rows = rows[:samples]
+    for request in requests:
+        changes = {"samples": max(1, samples * request.samples // total), "seed": request.seed + seed}
+        rows += generate(replace(request, **changes), tokenizer)
     return [row["messages"] for row in rows], [row["references"][0] for row in rows]
 
 
@@ -139,27 +143,32 @@ def sweep(
         epochs: passes over the samples.
         seeds: of data and order.
         lengths: longest validation samples, in tokens; None only for a file's samples.
-        validation: samples per length, or a file's samples.
+        validation: samples per length and task of the recipe, or a file's samples.
         batch_size: prompts decoded together; None uses what memory allows.
         journal: file that caches scores, from which an interrupted run resumes.
 
     Returns:
-        ``base``, scores by length with all scales 1; ``cells``, each with ``rate``, ``samples``, ``epochs``, ``seed``,
-        ``scores`` (by length), ``mean``, ``scales`` (least and greatest) and ``unsound`` (scales leave
-        ``SOUND_SCALES``); ``over_seeds``, means over seeds by rate, samples and epochs, ``unsound`` if any seed is;
-        ``best``, the greatest of these (of equals the smallest rate); and the swept values.
+        ``base``, scores by length (means over tasks) with all scales 1; ``cells``, each with ``rate``, ``samples``,
+        ``epochs``, ``seed``, ``scores`` (by length), ``mean``, ``scales`` (least and greatest) and ``unsound`` (scales
+        leave ``SOUND_SCALES``); ``over_seeds``, means over seeds by rate, samples and epochs, ``unsound`` if any seed
+        is; ``best``, the greatest of these (of equals the smallest rate); and the swept values.
 
     Raises:
         ValueError: see ``training_data`` and ``Validation.score``.
     """
     cache = Journal(journal)
-    loaded = load_untuned(recipe)
     held_out = Validation.of(recipe, lengths, validation, batch_size)
+    loaded = load_untuned(recipe)
     if "base" not in cache:
         cache.add("base", held_out.score(loaded, []))
     cells = []
-    samples = samples or [recipe["request"].samples if recipe["request"] else len(recipe["rows"])]
-    grid = [(rate, count, passes, seed) for count in samples for passes in epochs for rate in rates for seed in seeds]
+    grid = [
+        (rate, count, passes, seed)
+        for count in samples or [sample_count(recipe)]
+        for passes in epochs
+        for rate in rates
+        for seed in seeds
+    ]
     for rate, count, passes, seed in tqdm(grid, desc="tuning and scoring"):
         key = f"{rate}/{count}/{passes}/{seed}"
         if key not in cache:
@@ -176,7 +185,7 @@ def sweep(
     base = cache.values["base"]
     return {
         "kind": "sweep", "model": loaded.name, "base_model": loaded.base, "method": loaded.method,
-        "dtype": loaded.dtype, "task": held_out.task.name, "lengths": [int(length) for length in base["scores"]],
+        "dtype": loaded.dtype, **held_out.labels, "lengths": [int(length) for length in base["scores"]],
         "validation_samples": base["count"], "base": base["scores"], "cells": cells, "seeds": seeds,
         "over_seeds": over_seeds, "best": max(over_seeds, key=lambda row: (row["mean"], -row["rate"])),
     }  # fmt: skip
@@ -205,12 +214,17 @@ class Validation:
     """Samples that scales are chosen by.
 
     Attributes:
-        task: draws them from the training split under a seed that nothing is trained on, or has them all.
-        options: of ``eval.run.run``.
+        parts: tasks that draw them from the training split under a seed that nothing is trained on, or one that has
+            them all; each with its options of ``eval.run.run``.
     """
 
-    task: Task
-    options: dict[str, Any]
+    parts: list[tuple[Task, dict[str, Any]]]
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Return ``task`` and ``title`` of a result."""
+        return {key: " + ".join(getattr(task, name) for task, _ in self.parts)
+                for key, name in (("task", "name"), ("title", "title"))}  # fmt: skip
 
     @classmethod
     def of(
@@ -222,18 +236,19 @@ class Validation:
             ValueError: the recipe's data is a file, from whose task no samples are drawn.
         """
         options: dict[str, Any] = {"lengths": lengths, "batch_size": batch_size}
-        request = recipe["request"]
-        if isinstance(validation, int):
-            if request is None:
-                raise ValueError("validation: missing: name a file of samples that the recipe's own data does not have")
-            options |= {"samples": validation, "haystack": request.haystack}
-            validation = scored_task(request.task)
-        if validation.rows is None:
-            options |= {"seed": PROBE_SEED, "split": "train"}
-        return cls(validation, options)
+        drawn = options | {"seed": PROBE_SEED, "split": "train"}
+        if not isinstance(validation, int):
+            return cls([(validation, options if validation.rows else drawn)])
+        if not recipe["requests"]:
+            raise ValueError("validation: missing: name a file of samples that the recipe's own data does not have")
+        return cls([
+            (scored_task(request.task), {**drawn, "samples": validation, "haystack": request.haystack,
+                                         "ruler_version": request.ruler_version})
+            for request in recipe["requests"]
+        ])  # fmt: skip
 
     def score(self, loaded: LoadedModel, chats: list[Messages]) -> dict[str, Any]:
-        """Return ``scores`` by length and ``count`` (greatest number of samples of a length).
+        """Return ``scores`` by length, means over tasks, and ``count`` (most samples of a length, of each task).
 
         Args:
             loaded: the model.
@@ -243,11 +258,13 @@ class Validation:
             ValueError: see ``run``; or a sample is among the chats.
         """
         tuned_on = frozenset(text_hash(turn["content"]) for chat in chats for turn in chat)
-        if self.task.rows and any(is_contaminated(row, tuned_on) for row in self.task.rows(loaded.tokenizer)):
-            raise ValueError(f"validation: {self.task.name} has a sample of the training data: name a file of others")
-        result = run(loaded, self.task, **self.options)
-        return {"scores": {str(length): score for length, score in result.by_length().items()},
-                "count": max(score.count for score in result.scores)}  # fmt: skip
+        for task, _ in self.parts:
+            if task.rows and any(is_contaminated(row, tuned_on) for row in task.rows(loaded.tokenizer)):
+                raise ValueError(f"validation: {task.name} has a sample of the training data: name a file of others")
+        results = [run(loaded, task, **options) for task, options in self.parts]
+        scores = [result.by_length() for result in results]
+        return {"scores": {str(length): sum(part[length] for part in scores) / len(scores) for length in scores[0]},
+                "count": max(score.count for score in results[0].scores)}  # fmt: skip
 
 
 def controls(
@@ -272,8 +289,8 @@ def controls(
         length, one entry per seed (one for base).
     """
     cache = Journal(journal)
-    loaded = load_untuned(recipe)
     held_out = Validation.of(recipe, lengths, validation, batch_size)
+    loaded = load_untuned(recipe)
     chats: list[Messages] = []
 
     def score(key: str) -> dict[str, float]:
@@ -301,6 +318,6 @@ def controls(
             scores.setdefault(name, []).append(cache.values[f"{seed}/{name}"]["scores"])
     return {
         "kind": "controls", "model": loaded.name, "base_model": loaded.base, "method": loaded.method,
-        "dtype": loaded.dtype, "task": held_out.task.name, "lengths": [int(length) for length in scores["base"][0]],
+        "dtype": loaded.dtype, **held_out.labels, "lengths": [int(length) for length in scores["base"][0]],
         "validation_samples": cache.values["base"]["count"], "seeds": seeds, "scores": scores,
     }  # fmt: skip

@@ -9,8 +9,8 @@ from typing import Any
 from axolotl_plugins.seal.model_loading import LoadedModel, load_each
 from axolotl_plugins.seal.provenance import seen_texts
 from data_gen.tasks import Task
-from eval.probe.head_importance import same_model
 from eval.result_cache import journal_file
+from eval.results import same_model
 from eval.run import run
 
 Scores = dict[str, dict[int, float]]  # by task, then by length

@@ -29,7 +29,7 @@ def recipe_for(
 
     Args:
         base: hub id or folder of the model.
-        task: see ``resolve_task``; of no matter with ``data``.
+        task: see ``resolve_task``; several with commas between are mixed; of no matter with ``data``.
         method: a key of ``METHODS``.
         tokens: longest training sample, as ``"31000"``, or a range, as ``"8000:31000"``.
         chat_template: name of a chat template in recipes/templates.
@@ -52,7 +52,8 @@ def recipe_for(
     for option, value, expected in (("method", method, METHODS), ("card", card, CARDS)):
         if value not in expected:
             raise ValueError(f"{option}: found {value!r}, expected one of {', '.join(map(str, expected))}")
-    name = data.stem if data else resolve_task(task).name
+    parts = task.split(",")
+    name = data.stem if data else "_".join(resolve_task(part).name for part in parts)
     out = out or FOLDER.relative_to(FOLDER.parent) / f"{Path(base).name.lower().replace('.', '_')}_{name}_{method}.yml"
     if not re.fullmatch(r"\w[\w.+-]*\.ya?ml", out.name):  # it is part of names in the recipe as well
         raise ValueError(f"out: found the name {out.name!r}, expected letters, digits and any of . _ + -, then .yml")
@@ -66,12 +67,13 @@ def recipe_for(
         "gpu": torch.cuda.is_available() if gpu is None else gpu, "template": chat_template, "model_config": changes,
         "template_arguments": template_arguments,
     }  # fmt: skip
-    entry["tokens"] = None if own else sample_lengths(entry["window"], task, tokens)
+    entry["tokens"] = None if own else sample_lengths(entry["window"], parts[0], tokens)
     rates = read_matrix()["rates"]
     known = not own and task in rates
     recipe = Recipe(
         out, entry, task, method, rate=rate(rates, "", task if known else "line", method), shape=shape_of(model),
-        shows=shows(own, known), card=card, own=own, samples=len(own.lengths) if own else 50,
+        shows=shows(own, known), card=card, own=own,
+        samples=len(own.lengths) if own else 50 // len(parts) * len(parts),
     )  # fmt: skip
     if not own:
         check_shortest(recipe, tokenizer)

@@ -61,7 +61,7 @@ class Recipe:
     Attributes:
         file: path of the recipe.
         model: an entry of ``models`` in ``matrix.yml``.
-        task: see ``resolve_task``, or a key of ``MIXTURES``.
+        task: see ``resolve_task``, several with commas between, or a key of ``MIXTURES``.
         method: a key of ``METHODS``.
         rate: learning rate.
         shows: the purpose, such as the table of the paper that it reproduces.
@@ -98,7 +98,7 @@ class Recipe:
     @property
     def tasks(self) -> tuple[str, ...]:
         """Tasks that samples are drawn from."""
-        return MIXTURES.get(self.task, (self.task,))
+        return MIXTURES.get(self.task) or tuple(self.task.split(","))
 
     @property
     def gpu(self) -> bool:
@@ -172,7 +172,7 @@ class Recipe:
                 "tokens": sample_tokens(self.model, self.task, part),
                 "samples": self.samples // len(self.tasks),
                 "ruler_version": self.ruler_version if part in RULER else None,
-                "path": f"data/{key}.jsonl" if len(self.tasks) == 1 else f"data/{key}_{part}.jsonl",
+                "path": f"data/{key}.jsonl" if len(self.tasks) == 1 else f"data/{key}_{resolve_task(part).name}.jsonl",
             }
             for part in self.tasks
         ]
@@ -215,9 +215,10 @@ def expectation(recipe: Recipe) -> str:
     if not recipe.gpu:
         minutes = "a minute" if cost.cpu_minutes == 1 else f"{cost.cpu_minutes} minutes"
         return (
-            f"Takes about {cost.cpu_gib:.0f} GiB, and {minutes} on two CPU cores: computed from shapes "
-            f"(`seal recipe cost`), at the {CPU_FLOPS / 1e9:.0f} GFLOP/s in float32 that tuning SmolLM2-135M "
-            "with 1,024 tokens reached on two idle cores with AVX-512; others may take several times as long."
+            f"Takes about {cost.cpu_gib:.0f} GiB, and {minutes} on two CPU cores (with OMP_NUM_THREADS=2, or "
+            "accelerate takes one): computed from shapes (`seal recipe cost`), at the "
+            f"{CPU_FLOPS / 1e9:.0f} GFLOP/s in float32 that tuning SmolLM2-135M with 1,024 tokens reached on two idle "
+            "cores with AVX-512; others may take several times as long."
         )
     devices, gpu = recipe.context_parallel_size, CARDS[recipe.card]
     seconds = cost.seconds(gpu)

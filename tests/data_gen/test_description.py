@@ -153,11 +153,13 @@ def test_a_tables_rows_and_columns(tmp_path, describe, tokenizer):
     """Columns of any name are read from any kind of table; those that samples have themselves stay theirs."""
     rows = [{"index": f"n-{number}", "length": number * 3} for number in range(60)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "rows.tsv").write_text("index\tlength\n" + "".join(f"n-{n}\t{n * 3}\n" for n in range(60)))
+    for name, mark in (("rows.tsv", "\t"), ("semicolons.csv", ";")):
+        (tmp_path / name).write_text(f"index{mark}length\n" + "".join(f"n-{n}{mark}{n * 3}\n" for n in range(60)))
     templates = {"record": "{index} is {length} long\n", "question": "How long is {index}?", "references": ["{length}"],
                  "answer": "{index} is {length} long.", "fields": None}  # fmt: skip
-    drawn = [prompts(describe(table=table, **templates), tokenizer, tokens=200) for table in ("rows.jsonl", "rows.tsv")]
-    assert drawn[0] == drawn[1]
+    tables = ("rows.jsonl", "rows.tsv", "semicolons.csv")
+    drawn = [prompts(describe(table=table, **templates), tokenizer, tokens=200) for table in tables]
+    assert drawn[0] == drawn[1] == drawn[2]
     for index, row in enumerate(drawn[0]):
         assert row["index"] == index and "length" not in row
         assert f"n-{int(row['references'][0]) // 3} is {row['references'][0]} long" in row["messages"][0]["content"]
@@ -167,6 +169,11 @@ def test_a_tables_rows_and_columns(tmp_path, describe, tokenizer):
     (tmp_path / "rows.csv").write_text("index,length\na,1,2\n")
     with pytest.raises(ValueError, match=r"rows\.csv, line 2: expected 2 columns"):
         resolve_task(describe(table="rows.csv", **templates))
+    (tmp_path / "rows.csv").write_text("index,length\né,1\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"table: .*rows\.csv is not UTF-8 text: export it"):
+        resolve_task(describe(table="rows.csv", source="c", **templates))
+    with pytest.raises(ValueError, match=r"rows\.csv is a table: name it by `table:` in a description"):
+        resolve_task(str(tmp_path / "rows.csv"))
     both = templates | {"fields": {"length": {"type": "integer", "range": [1, 2]}}}
     with pytest.raises(ValueError, match=r"fields\.length: rows\.tsv has a column of that name"):
         resolve_task(describe(table="rows.tsv", **both))

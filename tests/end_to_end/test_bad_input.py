@@ -300,7 +300,6 @@ CASES = [
     ("eval", TRANSFER + "a={adapter}/good --tasks line,lines", "task: found 'lines'"),
     ("eval", SWEEP + "{file}/rate_nan.yml", "rate_nan.yml: learning_rate: found nan"),
     ("eval", SWEEP + "{file}/typo.yml", "seal.granularty: no such setting"),
-    ("eval", SWEEP + "{file}/two.yml", "two.yml: seal.data: found 2 descriptions, expected one"),
     ("eval", SWEEP + "{file}/two.yml --rates inf", "rates: found 'inf', expected numbers above 0"),
     # merge, verify, export
     ("axolotl_plugins.seal", "merge {tiny} {tmp}/m", "tiny: not an adapter folder"),

@@ -171,9 +171,10 @@ def test_the_own_task_page_shows_the_description_and_every_setting():
 
 def toy(text: str, model: str = str(TINY)) -> str:
     """Commands or code of a page at toy size, with its files relative to the root."""
-    for old, new in {"models/smollm2-135m": model, "512:1024": "900:1000", "256:512": "200:300",
-                     "256,512,1024": "200,300",
-                     "256, 512, 1024": "200, 300", "--samples 20": "--samples 2",
+    for old, new in {"models/smollm2-135m": model, "512:1024": "900:1000", "256:512": "260:300",
+                     "256,512,1024": "260,300", "256,512": "260,300", "0.01,0.02,0.05": "0.01", "--validation 10":
+                     "--validation 1",
+                     "256, 512, 1024": "260, 300", "--samples 20": "--samples 2",
                      "--samples 12": "--samples 2", "samples=20": "samples=2", "--tokens 1024": "--tokens 900",
                      "samples=50": "samples=3", "data_gen/examples": f"{ROOT}/data_gen/examples"}.items():  # fmt: skip
         text = text.replace(old, new)
@@ -183,7 +184,7 @@ def toy(text: str, model: str = str(TINY)) -> str:
 def test_the_own_task_pages_python_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(toy(DOCS["own-task.md"].split("```python\n")[1].split("```")[0]), {})
-    assert "outputs/sensors_python_merged {200: " in capsys.readouterr().out
+    assert "outputs/sensors_python_merged {260: " in capsys.readouterr().out
     assert (tmp_path / "outputs/sensors_python_merged/model.safetensors").is_file()
 
 
@@ -193,11 +194,16 @@ def test_the_own_task_pages_commands_work_as_a_new_user_types_them(tmp_path):
     binaries = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
                    "OMP_NUM_THREADS": "1", "AXOLOTL_DO_NOT_TRACK": "1"}  # fmt: skip
+    card = ""
     for line in "".join(blocks).splitlines():
         command = toy(line).replace("seal ", f"{sys.executable} -m recipes.cli ", 1) if line[:5] == "seal " else line
         done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, line + done.stdout[-2000:] + done.stderr[-3000:]
-    assert len(list((tmp_path / "results/sensors").glob("*.png"))) >= 1
+        card = done.stdout if "seal push" in line else card
+    made = {file.name for file in (tmp_path / "results/sensors").rglob("*")}
+    assert {"sensors_models.png", "sweep.png", "gradient.png", "report.html"} <= made
+    assert "| base model |" in card and "### Sensor log" in card
+    assert len(list((tmp_path / "results/both").glob("*.json"))) == 4
     assert json.loads((tmp_path / "results/tickets.json").read_text())["scores"]
     assert yaml.safe_load((tmp_path / "recipes/tickets.yml").read_text())["sequence_len"] <= 1000
 

@@ -7,9 +7,11 @@ import json
 import pytest
 from datasets import Dataset
 from paths import FIXTURES, TINY
+from typer.testing import CliRunner
 
 from axolotl_plugins.seal.model_loading import load
 from eval import generation
+from eval.__main__ import app
 from eval.benchmarks import LONGBENCH, run_benchmark
 from eval.harness import Harness
 
@@ -124,3 +126,12 @@ def test_mmlu_is_scored_by_the_likelihood_of_letters_with_five_examples(tmp_path
     assert result.mean == pytest.approx(sum(row.score for row in result.sets) / 2)
     with pytest.raises(ValueError, match="no subject of MMLU in"):
         run_benchmark(load(TINY), "mmlu", data=str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(("task", "message"), [("mmlu", "data: no subject of MMLU in"),
+                                               ("longbench", "multifieldqa_en.jsonl is missing")])  # fmt: skip
+def test_a_folder_without_a_benchmarks_files_is_refused_before_a_model_is_loaded(task, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("axolotl_plugins.seal.model_loading.load", lambda *a, **k: pytest.fail("loaded"))
+    command = ["run", "--model", str(TINY), "--task", task, "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, command)
+    assert message in str(result.exception)

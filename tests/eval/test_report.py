@@ -21,7 +21,8 @@ from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.model_loading import load
 from axolotl_plugins.seal.scales import saved_scales, scale_matrix
 from eval.paper import LONGCHAT, paper_value
-from eval.report import grid, labels, rate_table, study_table, write_report
+from eval.plots import labels
+from eval.report import grid, rate_table, study_table, write_report
 from eval.results import EvalResult, from_json
 
 PAPER = yaml.safe_load((ROOT / "eval" / "paper.yml").read_text())

@@ -27,7 +27,7 @@ from eval.__main__ import app
 from eval.confidence import wilson
 from eval.evaluate import evaluate
 from eval.harness import Harness, Responses
-from eval.report import labels
+from eval.plots import labels
 from eval.result_cache import result_name
 from eval.results import from_json, read_results, to_json
 from eval.run import mean_scores, run
@@ -137,7 +137,7 @@ def test_the_small_model_and_an_adapter_of_it_are_scored_by_the_command(tmp_path
     assert done.returncode == 0, done.stderr[-3000:]
     files = [f"line_{result_name(str(TINY))}", "line_tenth"]
     made = {f"{file}.{kind}" for file in files for kind in ("json", "png")}
-    assert {file.name for file in (tmp_path / "scores").iterdir()} == made
+    assert {file.name for file in (tmp_path / "scores").iterdir()} == {*made, "line_models.png"}
     result, other = (json.loads((tmp_path / "scores" / f"{file}.json").read_text()) for file in files)
     assert (tmp_path / "scores" / "line_tenth.png").read_bytes().startswith(b"\x89PNG")
     assert other["method"] == "SEAL-H" and other["mean"]["score"] < result["mean"]["score"]

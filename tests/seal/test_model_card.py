@@ -64,13 +64,19 @@ def test_a_card_shows_own_data_with_an_example_and_scores_by_length(adapter, tmp
     data = record([{"path": str(file), "type": "chat_template"}])
     (adapter / "training_data.json").write_text(json.dumps({**data, "tokens": [210, 1512]}))
     (tmp_path / "results").mkdir()
-    scored = {**result(adapter, [256, 512]), "task": "data/test.jsonl"}
-    (tmp_path / "results/own.json").write_text(json.dumps(scored))
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged/seal_merge.json").write_text(json.dumps({"adapter": str(adapter)}))
+    scored = {**result(adapter, [256, 512]), "task": "data/test.jsonl", "title": "My test"}
+    for name, row in {"own": scored, "merged": {**scored, "model": str(tmp_path / "merged")},
+                      "before": {**scored, "model": LONGCHAT, "method": "base"}}.items():  # fmt: skip
+        (tmp_path / f"results/{name}.json").write_text(json.dumps(row))
     text = card(adapter, score_tables(tmp_path / "results", str(adapter)))
     assert "- train.jsonl, samples 2 (SHA-256 " in text and "The samples have 210 to 1,512 tokens." in text
     assert "````text\na ```b``` xxx" in text and "x How warm?\n````\n\n```text\n57.5\n```" in text
     assert "\n[... 3,120 characters left out ...]\n" in text and "second" not in text
-    assert "### data/test.jsonl" in text and "| 256 | 0.90" in text and "| 512 | 0.90" in text
+    assert "| longest prompt (tokens) | score (95 % interval) | base model | samples |\n| ---: |" in text
+    for row in ("### My test", "| 256 | 0.90 (0.80-0.95) | 0.90 | 50 |", "| 512 | 0.90 (0.80-0.95) | 0.90 | 50 |"):
+        assert text.count(row) == 1  # adapter and merged model have the same scores
 
 
 def test_a_dry_run_prints_the_card_and_the_files_and_writes_nothing(adapter):

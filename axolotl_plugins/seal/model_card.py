@@ -83,17 +83,28 @@ def uploaded_files(adapter: Path) -> list[Path]:
     return [adapter / name for name in filter_repo_objects(names, allow_patterns=UPLOADED)]
 
 
+def check_base(adapter: Path) -> None:
+    """Raise ValueError if the base model of an adapter is a folder, which those who download the adapter lack."""
+    base = SealConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    if Path(str(base)).is_dir():
+        raise ValueError(
+            f"{adapter}: names its base model by the folder {base}, which others lack: set `base_model_name_or_path` "
+            "in adapter_config.json to its hub id before you upload it"
+        )
+
+
 def push(adapter: Path, repository: str, scores: Sequence[str] = (), *, private: bool) -> str:
     """Write the ``card`` into an adapter's folder, upload adapter, tokenizer and card, and return the repository's URL.
 
     A repository (a hub id) that is new is made ``private`` on demand.
 
     Raises:
-        ValueError: see ``card``; or the upload failed.
+        ValueError: see ``card`` and ``check_base``; or the upload failed.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+    check_base(adapter)
     write_text(adapter / "README.md", card(adapter, scores))
     try:
         hub = HfApi()

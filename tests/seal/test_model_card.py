@@ -97,6 +97,14 @@ def test_pushing_without_a_hub_is_one_line(adapter, tmp_path, monkeypatch):
         push(adapter, "someone/adapter", private=True)
 
 
+def test_an_adapter_of_a_local_base_model_is_not_uploaded(adapter, tmp_path):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(tmp_path)}))
+    with pytest.raises(ValueError, match=r"names its base model by the folder .* set `base_model_name_or_path`"):
+        push(adapter, "someone/adapter", private=True)
+    assert "learned scales" not in (adapter / "README.md").read_text()  # PEFT's own
+
+
 def test_the_command_writes_the_card_alone(adapter):
     command = [sys.executable, "-m", "eval", "push", str(adapter), "--results", "nowhere"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -223,7 +223,7 @@ class MergeResult:
 
 
 def fold(loaded: LoadedModel, into: Into, report: Callable[[str], object]) -> MergeResult:
-    """Merge a model from ``load_adapter`` in memory, which spends it, and compare the logits on the prompts.
+    """Merge a model from ``load_adapter`` in place, and compare the logits on the prompts with those before.
 
     Raises:
         ValueError: see ``choose``; or a logit changes by more than ``MAX_LOGIT_DIFFERENCE`` in float32 and, to rule

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +128,81 @@ def training_data(
     return [row["messages"] for row in rows], [row["references"][0] for row in rows]
 
 
+class TuningRun:
+    """Tuning of a recipe's scales in progress: its model, its validation samples, and cached scores on them.
+
+    Args:
+        recipe: see ``read_recipe``.
+        lengths: longest validation samples, in tokens; None only for a file's samples.
+        validation: samples per length and task of the recipe, or a file's samples.
+        batch_size: prompts decoded together; None uses what memory allows.
+        journal: file that caches scores, from which an interrupted run resumes.
+
+    Attributes:
+        parts: tasks that draw validation samples from the training split under a seed that nothing is trained on, or
+            one that has them all; each with its options of ``eval.run.run``.
+
+    Raises:
+        ValueError: the recipe's data is a file, from whose task no samples are drawn.
+    """
+
+    def __init__(
+        self, recipe: dict[str, Any], lengths: list[int] | None, validation: int | Task = 50,
+        batch_size: int | None = None, journal: Path | None = None,
+    ) -> None:  # fmt: skip
+        options: dict[str, Any] = {"lengths": lengths, "batch_size": batch_size}
+        drawn = options | {"seed": PROBE_SEED, "split": "train"}
+        self.parts: list[tuple[Task, dict[str, Any]]] = []
+        if not isinstance(validation, int):
+            self.parts.append((validation, options if validation.rows else drawn))
+        elif not recipe["requests"]:
+            raise ValueError("validation: missing: name a file of samples that the recipe's own data does not have")
+        else:
+            for request in recipe["requests"]:
+                own = {"samples": validation, "haystack": request.haystack, "ruler_version": request.ruler_version}
+                self.parts.append((scored_task(request.task), drawn | own))
+        self.cache = Journal(journal)
+        self.loaded = load_untuned(recipe)
+
+    def tune(self, chats: list[Messages], rate: float, epochs: int, seed: int) -> None:
+        """Tune the scales from 1 on."""
+        reset_scales(self.loaded.model)
+        tune(self.loaded.model, chats, self.loaded.tokenizer, lr=rate, epochs=epochs, seed=seed)
+
+    def score(self, key: str, chats: list[Messages]) -> None:
+        """Cache ``scores`` by length, means over tasks, of scales tuned on chats, and the ``count`` of a length's samples.
+
+        Raises:
+            ValueError: see ``run``; or a sample is among the chats.
+        """
+        if key in self.cache:
+            return
+        tuned_on = frozenset(text_hash(turn["content"]) for chat in chats for turn in chat)
+        for task, _ in self.parts:
+            if task.rows and any(is_contaminated(row, tuned_on) for row in task.rows(self.loaded.tokenizer)):
+                raise ValueError(f"validation: {task.name} has a sample of the training data: name a file of others")
+        results = [run(self.loaded, task, **options) for task, options in self.parts]
+        scores = [result.by_length() for result in results]
+        self.cache.add(key, {
+            "scores": {str(length): sum(part[length] for part in scores) / len(scores) for length in scores[0]},
+            "count": max(score.count for score in results[0].scores),
+            "scales": scale_range(self.loaded.model),
+        })  # fmt: skip
+
+    def result(self, kind: str, **values: Any) -> dict[str, Any]:
+        """Return a result as it is stored, with the values of its kind."""
+        loaded, base = self.loaded, self.cache.values["base"]
+        return {
+            "kind": kind, "model": loaded.name, "base_model": loaded.base, "method": loaded.method,
+            "dtype": loaded.dtype, "task": " + ".join(task.name for task, _ in self.parts),
+            "title": " + ".join(task.title for task, _ in self.parts),
+            "lengths": [int(length) for length in base["scores"]], "validation_samples": base["count"], **values,
+        }  # fmt: skip
+
+
 def sweep(
     recipe: dict[str, Any], *, rates: list[float], samples: list[int] | None, epochs: list[int], seeds: list[int],
-    lengths: list[int] | None, validation: int | Task = 50, batch_size: int | None = None, journal: Path | None = None,
+    **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Tune with every combination and score each on validation samples, which are disjoint from the test split.
 
@@ -142,10 +215,7 @@ def sweep(
         samples: numbers of samples, fewer are the first of more; None uses the recipe's.
         epochs: passes over the samples.
         seeds: of data and order.
-        lengths: longest validation samples, in tokens; None only for a file's samples.
-        validation: samples per length and task of the recipe, or a file's samples.
-        batch_size: prompts decoded together; None uses what memory allows.
-        journal: file that caches scores, from which an interrupted run resumes.
+        options: of ``TuningRun``.
 
     Returns:
         ``base``, scores by length (means over tasks) with all scales 1; ``cells``, each with ``rate``, ``samples``,
@@ -154,41 +224,27 @@ def sweep(
         is; ``best``, the greatest of these (of equals the smallest rate); and the swept values.
 
     Raises:
-        ValueError: see ``training_data`` and ``Validation.score``.
+        ValueError: see ``training_data`` and ``TuningRun``.
     """
-    cache = Journal(journal)
-    held_out = Validation.of(recipe, lengths, validation, batch_size)
-    loaded = load_untuned(recipe)
-    if "base" not in cache:
-        cache.add("base", held_out.score(loaded, []))
+    probe = TuningRun(recipe, **options)
+    probe.score("base", [])
     cells = []
-    grid = [
-        (rate, count, passes, seed)
-        for count in samples or [sample_count(recipe)]
-        for passes in epochs
-        for rate in rates
-        for seed in seeds
-    ]
-    for rate, count, passes, seed in tqdm(grid, desc="tuning and scoring"):
+    counts = samples or [sample_count(recipe)]
+    for count, passes, rate, seed in tqdm([*product(counts, epochs, rates, seeds)], desc="tuning and scoring"):
         key = f"{rate}/{count}/{passes}/{seed}"
-        if key not in cache:
-            chats, _ = training_data(recipe, loaded.tokenizer, count, seed)
-            reset_scales(loaded.model)
-            tune(loaded.model, chats, loaded.tokenizer, lr=rate, epochs=passes, seed=seed)
-            cache.add(key, {**held_out.score(loaded, chats), "scales": scale_range(loaded.model)})
-        low, high = cache.values[key]["scales"]
-        scores = cache.values[key]["scores"]
+        if key not in probe.cache:
+            chats, _ = training_data(recipe, probe.loaded.tokenizer, count, seed)
+            probe.tune(chats, rate, passes, seed)
+            probe.score(key, chats)
+        cached = probe.cache.values[key]
+        scores, (low, high) = cached["scores"], cached["scales"]
         cells.append({"rate": rate, "samples": count, "epochs": passes, "seed": seed, "scores": scores,
                       "mean": sum(scores.values()) / len(scores), "scales": [low, high],
                       "unsound": not SOUND_SCALES[0] <= low <= high <= SOUND_SCALES[1]})  # fmt: skip
     over_seeds = means_over_seeds(cells)
-    base = cache.values["base"]
-    return {
-        "kind": "sweep", "model": loaded.name, "base_model": loaded.base, "method": loaded.method,
-        "dtype": loaded.dtype, **held_out.labels, "lengths": [int(length) for length in base["scores"]],
-        "validation_samples": base["count"], "base": base["scores"], "cells": cells, "seeds": seeds,
-        "over_seeds": over_seeds, "best": max(over_seeds, key=lambda row: (row["mean"], -row["rate"])),
-    }  # fmt: skip
+    best = max(over_seeds, key=lambda row: (row["mean"], -row["rate"]))
+    base = probe.cache.values["base"]["scores"]
+    return probe.result("sweep", base=base, cells=cells, seeds=seeds, over_seeds=over_seeds, best=best)
 
 
 def means_over_seeds(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -209,68 +265,7 @@ def scale_range(model: nn.Module) -> list[float]:
     return [scales.min().item(), scales.max().item()]
 
 
-@dataclass(frozen=True)
-class Validation:
-    """Samples that scales are chosen by.
-
-    Attributes:
-        parts: tasks that draw them from the training split under a seed that nothing is trained on, or one that has
-            them all; each with its options of ``eval.run.run``.
-    """
-
-    parts: list[tuple[Task, dict[str, Any]]]
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """Return ``task`` and ``title`` of a result."""
-        return {key: " + ".join(getattr(task, name) for task, _ in self.parts)
-                for key, name in (("task", "name"), ("title", "title"))}  # fmt: skip
-
-    @classmethod
-    def of(
-        cls, recipe: dict[str, Any], lengths: list[int] | None, validation: int | Task, batch_size: int | None
-    ) -> Validation:
-        """Return a recipe's validation samples, see ``sweep``.
-
-        Raises:
-            ValueError: the recipe's data is a file, from whose task no samples are drawn.
-        """
-        options: dict[str, Any] = {"lengths": lengths, "batch_size": batch_size}
-        drawn = options | {"seed": PROBE_SEED, "split": "train"}
-        if not isinstance(validation, int):
-            return cls([(validation, options if validation.rows else drawn)])
-        if not recipe["requests"]:
-            raise ValueError("validation: missing: name a file of samples that the recipe's own data does not have")
-        return cls([
-            (scored_task(request.task), {**drawn, "samples": validation, "haystack": request.haystack,
-                                         "ruler_version": request.ruler_version})
-            for request in recipe["requests"]
-        ])  # fmt: skip
-
-    def score(self, loaded: LoadedModel, chats: list[Messages]) -> dict[str, Any]:
-        """Return ``scores`` by length, means over tasks, and ``count`` (most samples of a length, of each task).
-
-        Args:
-            loaded: the model.
-            chats: that it was tuned on.
-
-        Raises:
-            ValueError: see ``run``; or a sample is among the chats.
-        """
-        tuned_on = frozenset(text_hash(turn["content"]) for chat in chats for turn in chat)
-        for task, _ in self.parts:
-            if task.rows and any(is_contaminated(row, tuned_on) for row in task.rows(loaded.tokenizer)):
-                raise ValueError(f"validation: {task.name} has a sample of the training data: name a file of others")
-        results = [run(loaded, task, **options) for task, options in self.parts]
-        scores = [result.by_length() for result in results]
-        return {"scores": {str(length): sum(part[length] for part in scores) / len(scores) for length in scores[0]},
-                "count": max(score.count for score in results[0].scores)}  # fmt: skip
-
-
-def controls(
-    recipe: dict[str, Any], *, seeds: list[int], lengths: list[int] | None, validation: int | Task = 50,
-    batch_size: int | None = None, journal: Path | None = None,
-) -> dict[str, Any]:  # fmt: skip
+def controls(recipe: dict[str, Any], *, seeds: list[int], **options: Any) -> dict[str, Any]:
     """Score the base and the tuned model beside three controls, on validation samples.
 
     Controls: the tuned scales shuffled over heads, and scales tuned with the key fact, or the whole answer, of another
@@ -279,45 +274,27 @@ def controls(
     Args:
         recipe: see ``read_recipe``.
         seeds: of data, order and shuffling.
-        lengths: see ``sweep``.
-        validation: see ``sweep``.
-        batch_size: prompts decoded together; None uses what memory allows.
-        journal: file that caches scores, from which an interrupted run resumes.
+        options: of ``TuningRun``.
 
     Returns:
         ``scores``: by name (``base``, ``tuned``, ``shuffled``, ``wrong facts``, ``wrong answers``) a list of scores by
         length, one entry per seed (one for base).
     """
-    cache = Journal(journal)
-    held_out = Validation.of(recipe, lengths, validation, batch_size)
-    loaded = load_untuned(recipe)
-    chats: list[Messages] = []
-
-    def score(key: str) -> dict[str, float]:
-        if key not in cache:
-            cache.add(key, held_out.score(loaded, chats))
-        return cache.values[key]["scores"]
-
-    def tune_on(chats: list[Messages], seed: int) -> None:
-        reset_scales(loaded.model)
-        tune(loaded.model, chats, loaded.tokenizer, lr=recipe["rate"], epochs=recipe["epochs"], seed=seed)
-
-    scores: dict[str, list[dict[str, float]]] = {"base": [score("base")]}
+    probe = TuningRun(recipe, **options)
+    names = ("tuned", "shuffled", "wrong facts", "wrong answers")
+    setting = recipe["rate"], recipe["epochs"]
+    probe.score("base", [])
     for seed in tqdm(seeds, desc="controls"):
-        if f"{seed}/wrong answers" not in cache:
-            chats, facts = training_data(recipe, loaded.tokenizer, None, seed)
-            tune_on(chats, seed)
-            score(f"{seed}/tuned")
-            shuffle_heads(loaded.model, random.Random(seed))
-            score(f"{seed}/shuffled")
-            tune_on(wrong_facts(chats, facts, random.Random(seed)), seed)
-            score(f"{seed}/wrong facts")
-            tune_on(wrong_answers(chats, random.Random(seed)), seed)
-            score(f"{seed}/wrong answers")
-        for name in ("tuned", "shuffled", "wrong facts", "wrong answers"):
-            scores.setdefault(name, []).append(cache.values[f"{seed}/{name}"]["scores"])
-    return {
-        "kind": "controls", "model": loaded.name, "base_model": loaded.base, "method": loaded.method,
-        "dtype": loaded.dtype, **held_out.labels, "lengths": [int(length) for length in scores["base"][0]],
-        "validation_samples": cache.values["base"]["count"], "seeds": seeds, "scores": scores,
-    }  # fmt: skip
+        if all(f"{seed}/{name}" in probe.cache for name in names):
+            continue
+        chats, facts = training_data(recipe, probe.loaded.tokenizer, None, seed)
+        probe.tune(chats, *setting, seed)
+        probe.score(f"{seed}/tuned", chats)
+        shuffle_heads(probe.loaded.model, random.Random(seed))
+        probe.score(f"{seed}/shuffled", chats)
+        probe.tune(wrong_facts(chats, facts, random.Random(seed)), *setting, seed)
+        probe.score(f"{seed}/wrong facts", chats)
+        probe.tune(wrong_answers(chats, random.Random(seed)), *setting, seed)
+        probe.score(f"{seed}/wrong answers", chats)
+    scores = {name: [probe.cache.values[f"{seed}/{name}"]["scores"] for seed in seeds] for name in names}
+    return probe.result("controls", seeds=seeds, scores={"base": [probe.cache.values["base"]["scores"]], **scores})

@@ -170,7 +170,7 @@ class TuningRun:
         tune(self.loaded.model, chats, self.loaded.tokenizer, lr=rate, epochs=epochs, seed=seed)
 
     def score(self, key: str, chats: list[Messages]) -> None:
-        """Cache ``scores`` by length, means over tasks, of scales tuned on chats, and the ``count`` of a length's samples.
+        """Cache ``scores`` by length (means over tasks), ``count`` of samples and the range of ``scales`` after tuning.
 
         Raises:
             ValueError: see ``run``; or a sample is among the chats.

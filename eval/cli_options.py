@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 import typer
@@ -64,18 +65,31 @@ def parse_adapters(values: list[str]) -> dict[str, str]:
     return folders
 
 
-def parse_numbers(text: str, option: str, kind: type = int) -> list[Any]:
+def parse_names(text: str, names: Collection[str], option: str) -> list[str]:
+    """Return those of ``names`` in a list such as ``line,vt``, in its order; all of them if it is empty.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    chosen = [part.strip() for part in text.split(",") if part.strip()]
+    if unknown := [name for name in chosen if name not in names]:
+        raise ValueError(f"{option}: found {unknown[0]!r}, expected some of {', '.join(names)}")
+    return chosen or list(names)
+
+
+def parse_numbers(text: str, option: str, kind: type = int, zero: bool = False) -> list[Any]:
     """Return the numbers in a list such as ``512,1024``.
 
     Raises:
-        ValueError: the text has another form, or a number is not positive and finite.
+        ValueError: the text has another form, or a number is not finite and positive (or ``zero``, if that is valid).
     """
     try:
         numbers = [kind(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"{option}: found {text!r}, expected numbers with commas between") from None
-    if not all(0 < number < math.inf for number in numbers):
-        raise ValueError(f"{option}: found {text!r}, expected numbers above 0 (16000, not 16,000)")
+    if not all(0 < number < math.inf or (zero and number == 0) for number in numbers):
+        least = "from 0" if zero else "above 0"
+        raise ValueError(f"{option}: found {text!r}, expected numbers {least} (16000, not 16,000)")
     return numbers
 
 

@@ -7,7 +7,6 @@ affects all; on a GPU one model at a time is loaded, so that the peak memory is 
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import statistics
@@ -15,26 +14,28 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import typer
 from peft import IA3Config, get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from axolotl_plugins.common.console import first_line, out_of_memory, quiet_libraries, stop
+from axolotl_plugins.common.console import first_line, out_of_memory
+from axolotl_plugins.common.console import run as run_app
 from axolotl_plugins.common.io import load_json, write_text
 from axolotl_plugins.common.provenance import machine
 from axolotl_plugins.seal.tune import answer_loss
-from eval.cli_options import parse_numbers
-from recipes.tools.estimate import Shape, training_flop
+from eval.cli_options import parse_names, parse_numbers
+from recipes.tools.estimate import BACKENDS, Shape, StepConfig, training_flop
 from recipes.tools.methods import peft_config
 from recipes.tools.render import read_matrix
 
@@ -47,72 +48,11 @@ METHODS = {
     "IA3": lambda: IA3Config(target_modules=["o_proj"], feedforward_modules=["o_proj"]),
     "LoRA": lambda: peft_config("seall"),
 }
-OFFLOAD = {"offload": "inputs", "offload_all": "all"}
-BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 # Forward kernels of scaled dot-product attention, whose outputs `selective_checkpointing: true` stores.
 ATTENTION = {getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default for kernel in (
     "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")}  # fmt: skip
 OUT_OF_MEMORY = "out of memory"
 DEFAULT_SHARE = 0.5  # of the matrix products' rate, to predict a step before any was measured
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a step recomputes, and the kernels it uses.
-
-    Attributes:
-        recompute: whether activations are recomputed (``gradient_checkpointing: true``, non-reentrant).
-        selective: whether attention outputs are stored nevertheless (``selective_checkpointing: true``).
-        every: only every N-th layer is recomputed (``gradient_checkpointing_kwargs: every_n_layers``).
-        liger: whether Liger's RMSNorm, RoPE and SwiGLU are used.
-        offload: what recomputed layers store in host memory, see ``StepConfig``; Axolotl's own code does it.
-        backend: of scaled dot-product attention, one of ``BACKENDS``; None leaves the choice to PyTorch.
-    """
-
-    recompute: bool = True
-    selective: bool = False
-    every: int = 1
-    liger: bool = False
-    offload: str = ""
-    backend: str | None = None
-
-    @classmethod
-    def of(cls, name: str) -> Setting:
-        """Parse a name: parts joined by ``+``, such as ``selective+liger+every2``.
-
-        Raises:
-            ValueError: a part is unknown, or parts exclude each other.
-        """
-        parts = set(name.split("+"))
-        every = {int(part[5:]) for part in parts if part.startswith("every") and part[5:].isdecimal()}
-        valid = {"full", "none", "selective", "liger", *OFFLOAD, *BACKENDS, *(f"every{n}" for n in every)}
-        if unknown := parts - valid:
-            raise ValueError(f"settings: found {min(unknown)!r}, expected full, none, selective, everyN, liger, "
-                             f"{', '.join([*OFFLOAD, *BACKENDS])} or several joined by +")  # fmt: skip
-        backend, offload = ([part for part in names if part in parts] for names in (BACKENDS, OFFLOAD))
-        recomputed = bool(parts & {"full", "selective"} or every or offload)
-        several = max(len(every), len(backend), len(offload)) > 1
-        if several or ("none" in parts and recomputed) or ("full" in parts and every):
-            raise ValueError(f"settings: the parts of {name!r} exclude each other")
-        if "offload_all" in parts and "selective" not in parts:
-            raise ValueError("settings: offload_all stores attention outputs: add +selective, or take offload")
-        if 0 in every:
-            raise ValueError("settings: found 'every0', expected every1 or more")
-        return cls("none" not in parts, "selective" in parts, max(every, default=1), "liger" in parts,
-                   OFFLOAD[offload[0]] if offload else "", backend[0] if backend else None)  # fmt: skip
-
-    def check(self, device: str) -> None:
-        """Check that its kernels can run.
-
-        Raises:
-            ValueError: Liger is not installed, or a kernel needs a GPU.
-        """
-        if self.liger and find_spec("liger_kernel") is None:
-            raise ValueError("settings: liger: liger_kernel is not installed: pip install liger-kernel")
-        if self.offload and find_spec("axolotl") is None:
-            raise ValueError("settings: offload: axolotl is not installed: pip install --no-deps axolotl==0.19.0")
-        if device != "cuda" and (self.liger or self.backend):
-            raise ValueError(f"settings: {'liger' if self.liger else self.backend} needs a GPU")
 
 
 def keep_attention(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -140,7 +80,7 @@ def liger_kernels(base: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def applied(model: Any, setting: Setting) -> Iterator[None]:
+def applied(model: Any, setting: StepConfig) -> Iterator[None]:
     """Apply a setting to a model wrapped by PEFT, by the calls that Axolotl makes, and undo it."""
     base = model.get_base_model()
     with ExitStack() as undo:
@@ -162,7 +102,7 @@ def applied(model: Any, setting: Setting) -> Iterator[None]:
         if setting.liger:
             undo.enter_context(liger_kernels(base))
         if setting.backend:
-            undo.enter_context(sdpa_kernel(BACKENDS[setting.backend]))
+            undo.enter_context(sdpa_kernel(SDPBackend[f"{setting.backend.upper()}_ATTENTION"]))
         yield
 
 
@@ -232,123 +172,117 @@ def attention_kernel(device: str) -> str:
     return node.name().removeprefix("ScaledDotProduct").removesuffix("Backward0") if node else "none"
 
 
-class Clock:
-    """A deadline."""
+class Timing(NamedTuple):
+    """How steps are timed.
 
-    def __init__(self, minutes: float | None) -> None:
-        """Start the clock; None means no deadline."""
-        self.end = time.perf_counter() + 60 * minutes if minutes is not None else float("inf")
+    Attributes:
+        warmup: tokens of the warm-up step at most; None takes the sample's.
+        repeats: timed steps.
+        deadline: of ``time.perf_counter``; what would end after it is skipped.
+    """
+
+    warmup: int | None
+    repeats: int
+    deadline: float
 
     def left(self) -> float:
         """Return the seconds until the deadline."""
-        return self.end - time.perf_counter()
+        return self.deadline - time.perf_counter()
 
 
-def time_steps(
-    runs: list[Run], setting: Setting, ids: torch.Tensor, warmup: int | None, repeats: int, clock: Clock
-) -> dict[str, Any]:
-    """Time interleaved steps of models after one warm-up step each; at least one round, more while the clock allows.
+def time_steps(runs: list[Run], setting: StepConfig, ids: torch.Tensor, timing: Timing) -> list[list[float]]:
+    """Return the seconds of each model's steps, interleaved after one warm-up step each; at least one round.
 
     Args:
         runs: the models.
         setting: applied to all of them.
         ids: the sample, of shape (1, T).
-        warmup: tokens of the warm-up step at most.
-        repeats: rounds.
-        clock: rounds that would end after its deadline are skipped.
-
-    Returns:
-        ``steps``, the seconds of each model's steps, and ``attention``, the kernel; or ``error``, one line.
+        timing: of the steps.
     """
-    try:
-        with ExitStack() as undo:
-            for run in runs:
-                undo.enter_context(applied(run.model, setting))
-                run.step(ids[:, -min(warmup or ids.shape[1], ids.shape[1]) :])
-            rounds = [[run.step(ids) for run in runs]]
-            while len(rounds) < repeats and sum(rounds[-1]) < clock.left():
-                rounds.append([run.step(ids) for run in runs])
-            steps = [list(seconds) for seconds in zip(*rounds, strict=True)]
-            return {"steps": steps, "attention": attention_kernel(runs[0].device)}
-    except Exception as error:  # one setting's failure must not lose the others; the command still fails
-        return {"error": OUT_OF_MEMORY if out_of_memory(error) else first_line(error)}
+    with ExitStack() as undo:
+        for run in runs:
+            undo.enter_context(applied(run.model, setting))
+            run.step(ids[:, -min(timing.warmup or ids.shape[1], ids.shape[1]) :])
+        rounds = [[run.step(ids) for run in runs]]
+        while len(rounds) < timing.repeats and sum(rounds[-1]) < timing.left():
+            rounds.append([run.step(ids) for run in runs])
+    return [list(seconds) for seconds in zip(*rounds, strict=True)]
 
 
-def measure(
-    runs: dict[str, Run], name: str, ids: torch.Tensor, useful: float, args: argparse.Namespace, clock: Clock
-) -> list[dict[str, Any]]:
-    """Measure one row per method, without the fields that all rows share.
+def measure(runs: dict[str, Run], name: str, ids: torch.Tensor, timing: Timing) -> list[dict[str, Any]]:
+    """Measure one row per method: ``peak_gib`` with ``steps``, ``seconds`` and ``attention``, or ``error``, one line.
 
     Args:
         runs: the models by method.
         name: of the setting.
         ids: the sample, of shape (1, T).
-        useful: FLOP of a step, without recomputation.
-        args: of the command line.
-        clock: deadline of the command.
+        timing: of the steps.
     """
-    gpu = args.device == "cuda"
+    device, attention, error = ids.device.type, "", ""
+    steps: list[list[float]] = [[] for _ in runs]
     gc.collect()  # frees the graph of a step that ran out of memory
-    if gpu:
+    if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    times = time_steps(list(runs.values()), Setting.of(name), ids, args.warmup, args.repeats, clock)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else None
-    rows = []
-    for index, method in enumerate(runs):
-        row = {"method": method, "setting": name, "tokens": ids.shape[1], "peak_gib": peak, "date": str(date.today())}
-        if "error" in times:
-            row["error"] = times["error"]
-        else:
-            steps = times["steps"][index]
-            median = statistics.median(steps)
-            row |= {"seconds": median, "steps": steps, "tflop_per_second": useful / median / 1e12,
-                    "attention": times["attention"]}  # fmt: skip
-        rows.append(row)
-    return rows
+    try:
+        steps = time_steps(list(runs.values()), StepConfig.named(name), ids, timing)
+        attention = attention_kernel(device)
+    except Exception as failure:  # one setting's failure must not lose the others; the command still fails
+        error = OUT_OF_MEMORY if out_of_memory(failure) else first_line(failure)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+    shared = {"setting": name, "tokens": ids.shape[1], "peak_gib": peak, "date": str(date.today())}
+    return [
+        {"method": method, **shared}
+        | ({"error": error} if error else {"seconds": statistics.median(own), "steps": own, "attention": attention})
+        for method, own in zip(runs, steps, strict=True)
+    ]
 
 
 KEY = ("device", "torch", "shape", "layers", "method", "setting", "tokens")
 
 
 def fill(
-    rows: list[dict[str, Any]], shape: dict[str, Any], shared: dict[str, Any], args: argparse.Namespace, clock: Clock
-) -> None:
+    rows: list[dict[str, Any]], shape: dict[str, Any], shared: dict[str, Any], device: str, methods: list[str],
+    lengths: list[int], settings: list[str], timing: Timing, out: Path,
+) -> None:  # fmt: skip
     """Measure the missing rows, in the order of the command line; write each as soon as it is measured.
 
     Args:
         rows: existing rows, of any command; new ones are appended.
         shape: of the model.
         shared: fields of all new rows, such as the ``rate`` of matrix products.
-        args: of the command line.
-        clock: deadline of the command; rows that would end after it are skipped.
+        device: ``cpu`` or ``cuda``.
+        methods: keys of ``METHODS``.
+        lengths: tokens of samples.
+        settings: see ``StepConfig.named``.
+        timing: of the steps.
+        out: file of rows.
     """
     done = {tuple(row.get(key) for key in KEY) for row in rows}
     # On a GPU one model at a time is loaded.
-    groups = [args.methods] if args.device == "cpu" else [[method] for method in args.methods]
+    groups = [methods] if device == "cpu" else [[method] for method in methods]
     shares = [row["share"] for row in rows if "share" in row and row["device"] == shared["device"]]
     share = shares[-1] if shares else DEFAULT_SHARE
     for group in groups:
         runs: dict[str, Run] = {}
-        for tokens in args.tokens:
-            ids = sample(tokens, shape["vocab_size"], args.device)
+        for tokens, name in product(lengths, settings):
+            missing = [{**shared, "method": method, "setting": name, "tokens": tokens} for method in group]
+            if all(tuple(row[key] for key in KEY) in done for row in missing):
+                continue
             useful = training_flop(Shape.of(shape), tokens, answer=ANSWER)
-            for name in args.settings:
-                missing = [{**shared, "method": method, "setting": name, "tokens": tokens} for method in group]
-                if all(tuple(row[key] for key in KEY) in done for row in missing):
-                    continue
-                steps = 1 + min(args.warmup or tokens, tokens) / tokens
-                expected = steps * len(group) * useful / (share * shared["rate"])
-                if expected > clock.left():
-                    print(f"{name}, {tokens} tokens: skipped, it would take about {expected:.0f} s", file=sys.stderr)
-                    continue
-                runs = runs or {method: Run(shape, method, args.device) for method in group}
-                for row in measure(runs, name, ids, useful, args, clock):
-                    if "error" not in row:
-                        share = row["share"] = row["tflop_per_second"] * 1e12 / shared["rate"]
-                    rows.append({**shared, **row})
-                    print(f"{row['method']}, {name}, {tokens} tokens:", row.get("error") or f"{row['seconds']:.3f} s")
-                write_text(args.out, json.dumps({"rows": rows}, indent=1) + "\n")
+            steps = 1 + min(timing.warmup or tokens, tokens) / tokens
+            expected = steps * len(group) * useful / (share * shared["rate"])
+            if expected > timing.left():
+                print(f"{name}, {tokens} tokens: skipped, it would take about {expected:.0f} s", file=sys.stderr)
+                continue
+            runs = runs or {method: Run(shape, method, device) for method in group}
+            for row in measure(runs, name, sample(tokens, shape["vocab_size"], device), timing):
+                if "error" not in row:
+                    row["tflop_per_second"] = useful / row["seconds"] / 1e12
+                    share = row["share"] = row["tflop_per_second"] * 1e12 / shared["rate"]
+                rows.append({**shared, **row})
+                print(f"{row['method']}, {name}, {tokens} tokens:", row.get("error") or f"{row['seconds']:.3f} s")
+            write_text(out, json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
@@ -373,76 +307,84 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     Console(width=140).print(table)
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
-    names = lambda text: text.split(",")  # noqa: E731
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.bench", description=__doc__.splitlines()[0],
-        epilog="Example: python -m recipes.bench --methods SEAL-C,LoRA --tokens 2048,4096 --settings full,selective",
-    )  # fmt: skip
-    parser.add_argument("--shape", default="small", help="small, or a shape in recipes/matrix.yml such as llama2_7b")
-    parser.add_argument("--layers", type=int, help="default: the shape's own")
-    parser.add_argument("--tokens", default="2048,4096", help="lengths of samples")
-    parser.add_argument("--methods", type=names, default=list(METHODS), help=f"some of {','.join(METHODS)}")
-    parser.add_argument("--settings", type=names, default=["none"],
-                        help="the most important first: full, none, selective, everyN, liger, cudnn, flash, or several "
-                        "joined by +, such as selective+liger+every2")  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps")
-    parser.add_argument("--warmup", type=int, help="tokens of the warm-up step, at most (default: the sample's)")
-    parser.add_argument("--minutes", type=float, help="skip rows that would end later")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("results/bench.json"),
-                        help="file of rows; existing rows are not measured again")  # fmt: skip
-    return parser.parse_args(argv)
-
-
-def check(args: argparse.Namespace, shapes: dict[str, Any]) -> None:
-    """Check the command line, and parse its lengths.
+def check_settings(settings: list[str], device: str, model_type: str) -> None:
+    """Check that the kernels of settings can run.
 
     Raises:
-        ValueError: an option is invalid.
+        ValueError: a setting is unknown, a package is not installed, or a kernel needs a GPU or a Llama.
     """
-    args.tokens = parse_numbers(args.tokens, "tokens")
-    if unknown := [name for name in args.methods if name not in METHODS]:
-        raise ValueError(f"methods: found {unknown[0]!r}, expected some of {', '.join(METHODS)}")
-    if args.shape not in shapes:
-        raise ValueError(f"shape: found {args.shape!r}, expected one of {', '.join(shapes)}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: no GPU found: use --device cpu")
-    if (shortest := min([*args.tokens, args.warmup or args.tokens[0]])) <= ANSWER:
-        raise ValueError(f"tokens: found {shortest}, expected more than the answer's {ANSWER}")
-    for name in args.settings:
-        setting = Setting.of(name)
-        setting.check(args.device)
-        if setting.liger and shapes[args.shape]["model_type"] != "llama":
-            raise ValueError(f"settings: liger: {args.shape} is not a Llama")
+    for setting in map(StepConfig.named, settings):
+        if setting.liger and find_spec("liger_kernel") is None:
+            raise ValueError("settings: liger: liger_kernel is not installed: pip install liger-kernel")
+        if setting.offload and find_spec("axolotl") is None:
+            raise ValueError("settings: offload: axolotl is not installed: pip install --no-deps axolotl==0.19.0")
+        if device != "cuda" and (setting.liger or setting.backend):
+            raise ValueError(f"settings: {'liger' if setting.liger else setting.backend} needs a GPU")
+        if setting.liger and model_type != "llama":
+            raise ValueError("settings: liger: the shape is not a Llama's")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure the rows of the command line, and print them."""
-    args = arguments(argv)
-    clock = Clock(args.minutes)
-    quiet_libraries()
+app = typer.Typer(add_completion=False)
+
+
+@app.command(
+    epilog="Example: python -m recipes.bench --methods SEAL-C,LoRA --tokens 2048,4096 --settings full,selective"
+)
+def bench(
+    shape: Annotated[str, typer.Option(help="small, or a shape in recipes/matrix.yml such as llama2_7b.")] = "small",
+    layers: Annotated[int | None, typer.Option(help="Number of layers; default: the shape's own.")] = None,
+    tokens: Annotated[str, typer.Option(help="Lengths of samples.")] = "2048,4096",
+    methods: Annotated[str, typer.Option(help=f"Some of {','.join(METHODS)}; default: all.")] = "",
+    settings: Annotated[
+        str,
+        typer.Option(
+            help="The most important first: full, none, selective, everyN, liger, offload, offload_all, "
+            f"{', '.join(BACKENDS)}, or several joined by +, such as selective+liger+every2."
+        ),
+    ] = "none",
+    repeats: Annotated[int, typer.Option(help="Timed steps.")] = 5,
+    warmup: Annotated[
+        int | None, typer.Option(help="Tokens of the warm-up step, at most; default: the sample's.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Skip rows that would end later.")] = float("inf"),
+    device: Annotated[Literal["cpu", "cuda", "auto"], typer.Option(help="Where to run.")] = "auto",
+    out: Annotated[Path, typer.Option(help="File of rows; existing rows are not measured again.")] = Path(
+        "results/bench.json"
+    ),
+) -> None:
+    """Time one tuning step by method, and by how much of its activations a step recomputes."""
+    timing = Timing(warmup, repeats, time.perf_counter() + 60 * minutes)
+    lengths, chosen = parse_numbers(tokens, "tokens"), parse_names(methods, METHODS, "methods")
     shapes = {"small": SMALL, **read_matrix()["shapes"]}
-    try:
-        check(args, shapes)
-        rows = load_json(args.out)["rows"] if args.out.exists() else []
-    except ValueError as error:
-        stop(error)
-    shape = dict(shapes[args.shape]) | ({"num_hidden_layers": args.layers} if args.layers else {})
-    device = torch.cuda.get_device_name() if args.device == "cuda" else machine()
-    shared = {"device": device, "torch": torch.__version__, "shape": args.shape, "layers": shape["num_hidden_layers"],
-            "rate": matmul_rate(args.device)}  # fmt: skip
-    print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads, sdpa; matrix products "
+    if shape not in shapes:
+        raise ValueError(f"shape: found {shape!r}, expected one of {', '.join(shapes)}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: no GPU found: use --device cpu")
+    if (shortest := min([*lengths, warmup or lengths[0]])) <= ANSWER:
+        raise ValueError(f"tokens: found {shortest}, expected more than the answer's {ANSWER}")
+    sizes = shapes[shape] | ({"num_hidden_layers": layers} if layers else {})
+    check_settings(settings.split(","), device, sizes["model_type"])
+    rows = load_json(out)["rows"] if out.exists() else []
+    name = torch.cuda.get_device_name() if device == "cuda" else machine()
+    shared = {"device": name, "torch": torch.__version__, "shape": shape, "layers": sizes["num_hidden_layers"],
+              "rate": matmul_rate(device)}  # fmt: skip
+    print(f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads, sdpa; matrix products "
           f"{shared['rate'] / 1e12:.2f} TFLOP/s")  # fmt: skip
-    fill(rows, shape, shared, args, clock)
+    fill(rows, sizes, shared, device, chosen, lengths, settings.split(","), timing, out)
     device_rows = [row for row in rows if all(row[key] == shared[key] for key in KEY[:4])]
     if all("error" in row for row in device_rows):
-        sys.exit("seal: nothing was measured: ask for fewer --tokens or more --minutes")
+        raise ValueError("nothing was measured: ask for fewer --tokens or more --minutes")
     print_rows(device_rows)
-    print(args.out)
+    print(out)
     if failed := [row["setting"] for row in device_rows if row.get("error", OUT_OF_MEMORY) != OUT_OF_MEMORY]:
-        sys.exit(f"seal: failed: {', '.join(failed)}; remove these rows from {args.out} to measure them again")
+        raise ValueError(f"failed: {', '.join(failed)}; remove these rows from {out} to measure them again")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line of this process, or another."""
+    run_app(app, "python -m recipes.bench", arguments)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ docs/performance.md derives the formulas and compares them with measurements.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -49,6 +50,8 @@ CPU_FLOPS = 8.9e10
 # fragmented heap takes per byte of tensors. SmolLM2-135M took 3.6, 6.1 and 11.0 GiB with 2,048, 4,096 and 7,680 tokens
 # where `training_bytes` has 2.2, 3.9 and 7.0; with MALLOC_MMAP_THRESHOLD_=200000, 2.8 and 4.6 with the first two.
 CPU_GIB, CPU_LIBRARIES, CPU_HEAP = 16, 0.6, 1.5
+# Parts of a setting's name: what recomputed layers store in host memory, and kernels of attention.
+OFFLOAD, BACKENDS = {"offload": "inputs", "offload_all": "all"}, ("cudnn", "flash")
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ class StepConfig:
         low_rank: whether LoRA is trained instead of scales.
         devices: that weights are sharded across (ZeRO-3 or FSDP2).
         context_parallel_size: devices that a sample's tokens are sharded across (``seal: context_parallel``).
+        backend: kernel of scaled dot-product attention, one of ``BACKENDS``; None leaves the choice to PyTorch.
     """
 
     element: int = 2
@@ -149,6 +153,31 @@ class StepConfig:
     low_rank: bool = False
     devices: int = 1
     context_parallel_size: int = 1
+    backend: str | None = None
+
+    @classmethod
+    def named(cls, name: str) -> StepConfig:
+        """Parse a name: parts joined by ``+``, such as ``selective+liger+every2``; the inverse of ``name``.
+
+        Raises:
+            ValueError: a part is unknown, or parts exclude each other.
+        """
+        parts = set(name.split("+"))
+        every = {int(part[5:]) for part in parts if re.fullmatch(r"every[1-9]\d*", part)}
+        valid = {"full", "none", "selective", "liger", *OFFLOAD, *BACKENDS, *(f"every{n}" for n in every)}
+        if unknown := parts - valid:
+            raise ValueError(f"settings: found {min(unknown)!r}, expected full, none, selective, everyN, liger, "
+                             f"{', '.join([*OFFLOAD, *BACKENDS])} or several joined by +")  # fmt: skip
+        offload, backend = ([part for part in names if part in parts] for names in (OFFLOAD, BACKENDS))
+        recomputed = bool(parts & {"full", "selective"} or every or offload)
+        several = max(len(every), len(backend), len(offload)) > 1
+        if several or ("none" in parts and recomputed) or ("full" in parts and every):
+            raise ValueError(f"settings: the parts of {name!r} exclude each other")
+        if "offload_all" in parts and "selective" not in parts:
+            raise ValueError("settings: offload_all stores attention outputs: add +selective, or take offload")
+        return cls(recompute="none" not in parts, selective="selective" in parts, every=max(every, default=1),
+                   liger="liger" in parts, offload="".join(OFFLOAD[part] for part in offload),
+                   backend=next(iter(backend), None))  # fmt: skip
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> StepConfig:
@@ -174,8 +203,8 @@ class StepConfig:
     def name(self) -> str:
         """Name of what is recomputed, as ``recipes.bench --settings`` has it."""
         parts = {"none": not self.recompute, "selective": self.selective, "liger": self.liger,
-                 f"every{self.every}": self.every > 1, "offload": self.offload == "inputs",
-                 "offload_all": self.offload == "all"}  # fmt: skip
+                 f"every{self.every}": self.every > 1, **{part: self.offload == kept for part, kept in OFFLOAD.items()},
+                 f"{self.backend}": self.backend is not None}  # fmt: skip
         return "+".join(part for part, used in parts.items() if used) or "full"
 
     def recomputed(self, layers: int) -> list[bool]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,9 +79,7 @@ def test_memory_grows_linearly():
 
 
 def step_of(row: dict) -> StepConfig:
-    setting = bench.Setting.of(row["setting"])
-    return StepConfig(recompute=setting.recompute, selective=setting.selective, every=setting.every,
-                      liger=setting.liger, offload=setting.offload, low_rank=row["method"] == "LoRA")  # fmt: skip
+    return replace(StepConfig.named(row["setting"]), low_rank=row["method"] == "LoRA")
 
 
 @pytest.mark.parametrize("row", measured_steps(), ids=lambda row: f"{row['method']}-{row['setting']}-{row['tokens']}")
@@ -130,7 +129,7 @@ def test_settings_of_a_recipe_are_read():
     assert StepConfig.of(settings) == step and step.name == "selective+liger+every3+offload_all"
     assert StepConfig.of(settings | {"selective_checkpointing": True}).offload == "inputs"
     assert host_bytes(shape("llama2_7b"), 1000, step) == 1000 * 2 * 2 * 4096 * 11  # layers 0, 3, ... 30
-    assert bench.Setting.of(step.name) == bench.Setting(selective=True, every=3, liger=True, offload="all")
+    assert StepConfig.named(step.name) == StepConfig(selective=True, every=3, liger=True, offload="all")
 
 
 MEASURE = """
@@ -140,7 +139,7 @@ torch.set_num_threads(1)
 tokens, checkpointing = int(sys.argv[1]), sys.argv[2] == "True"
 run = bench.Run(bench.SMALL, "SEAL-C", "cpu")
 ids = bench.sample(tokens, 32_000, "cpu")
-setting = bench.applied(run.model, bench.Setting(recompute=checkpointing))
+setting = bench.applied(run.model, bench.StepConfig(recompute=checkpointing))
 setting.__enter__()
 run.step(ids[:, :256])
 read = lambda key: int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
@@ -222,13 +221,13 @@ def gradients(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, torch.Tens
 def test_every_setting_gives_the_same_gradients(method):
     """Those of ``full`` to the bit, and nothing of a setting is left when the next is applied."""
     model, ids = bench.build(SHAPE, method, "cpu"), bench.sample(96, 300, "cpu")
-    with bench.applied(model, bench.Setting.of("full")):
+    with bench.applied(model, StepConfig.named("full")):
         expected = gradients(model, ids)
     assert len(expected) == sum(p.requires_grad for p in model.parameters())
     assert all(g.any() for key, g in expected.items() if "lora_A" not in key)  # those are 0 at first, as B is
     for name in ("selective", "every2", "selective+every2", "every4", "offload", "selective+every2+offload_all", "none",
                  "flash", "full"):  # fmt: skip
-        with bench.applied(model, bench.Setting.of(name)):
+        with bench.applied(model, StepConfig.named(name)):
             assert all(torch.equal(g, expected[key]) for key, g in gradients(model, ids).items()), name
         assert not model.get_base_model().is_gradient_checkpointing
 
@@ -241,9 +240,9 @@ def test_ligers_kernels_give_the_same_gradients(name):
     if "offload" in name:
         pytest.importorskip("axolotl")
     model, ids = bench.build(SHAPE, "SEAL-C", "cuda"), bench.sample(96, 300, "cuda")
-    with bench.applied(model, bench.Setting.of("full")):
+    with bench.applied(model, StepConfig.named("full")):
         expected = torch.cat([g.flatten() for g in gradients(model, ids).values()])
-    with bench.applied(model, bench.Setting.of(name)):
+    with bench.applied(model, StepConfig.named(name)):
         result = torch.cat([g.flatten() for g in gradients(model, ids).values()])
     assert (result - expected).norm() < 0.05 * expected.norm()
 
@@ -266,7 +265,7 @@ def test_settings_recompute_what_they_say():
     model, ids = bench.build(SHAPE, "SEAL-C", "cpu"), bench.sample(96, 300, "cpu")
     counts = {}
     for name in ("none", "full", "every2", "every4", "selective", "selective+every2"):
-        with bench.applied(model, bench.Setting.of(name)), Count() as count:
+        with bench.applied(model, StepConfig.named(name)), Count() as count:
             gradients(model, ids)
         counts[name] = (count.attention, count.products)
     attention, products = counts["none"]
@@ -281,16 +280,16 @@ def test_embeddings_have_no_gradients_under_recomputing():
     seen = []
     model.get_input_embeddings().register_forward_hook(lambda _, __, output: seen.append(output.requires_grad))
     for name in ("full", "selective", "none"):
-        with bench.applied(model, bench.Setting.of(name)):
+        with bench.applied(model, StepConfig.named(name)):
             gradients(model, bench.sample(96, 300, "cpu"))
     assert seen == [False] * 3
 
 
 def test_names_of_settings():
-    assert bench.Setting.of("liger") == bench.Setting.of("full+liger") == bench.Setting(liger=True)
-    assert bench.Setting.of("selective+liger+every2") == bench.Setting(selective=True, liger=True, every=2)
-    assert bench.Setting.of("none+liger") == bench.Setting(recompute=False, liger=True)
-    assert bench.Setting.of("full+cudnn") == bench.Setting(backend="cudnn")
+    assert StepConfig.named("liger") == StepConfig.named("full+liger") == StepConfig(liger=True)
+    assert StepConfig.named("selective+liger+every2") == StepConfig(selective=True, liger=True, every=2)
+    assert StepConfig.named("none+liger") == StepConfig(recompute=False, liger=True)
+    assert StepConfig.named("full+cudnn") == StepConfig(backend="cudnn")
 
 
 def bench_rows(out, *options: str) -> list[dict]:

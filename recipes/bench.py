@@ -190,8 +190,10 @@ class Timing(NamedTuple):
         return self.deadline - time.perf_counter()
 
 
-def time_steps(runs: list[Run], setting: StepConfig, ids: torch.Tensor, timing: Timing) -> list[list[float]]:
-    """Return the seconds of each model's steps, interleaved after one warm-up step each; at least one round.
+def time_steps(
+    runs: list[Run], setting: StepConfig, ids: torch.Tensor, timing: Timing
+) -> tuple[list[list[float]], str]:
+    """Return the seconds of each model's steps, interleaved after one warm-up step each, and the attention kernel.
 
     Args:
         runs: the models.
@@ -206,7 +208,7 @@ def time_steps(runs: list[Run], setting: StepConfig, ids: torch.Tensor, timing: 
         rounds = [[run.step(ids) for run in runs]]
         while len(rounds) < timing.repeats and sum(rounds[-1]) < timing.left():
             rounds.append([run.step(ids) for run in runs])
-    return [list(seconds) for seconds in zip(*rounds, strict=True)]
+        return [list(seconds) for seconds in zip(*rounds, strict=True)], attention_kernel(ids.device.type)
 
 
 def measure(runs: dict[str, Run], name: str, ids: torch.Tensor, timing: Timing) -> list[dict[str, Any]]:
@@ -225,8 +227,7 @@ def measure(runs: dict[str, Run], name: str, ids: torch.Tensor, timing: Timing) 
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        steps = time_steps(list(runs.values()), StepConfig.named(name), ids, timing)
-        attention = attention_kernel(device)
+        steps, attention = time_steps(list(runs.values()), StepConfig.named(name), ids, timing)
     except Exception as failure:  # one setting's failure must not lose the others; the command still fails
         error = OUT_OF_MEMORY if out_of_memory(failure) else first_line(failure)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None

@@ -102,7 +102,7 @@ def applied(model: Any, setting: StepConfig) -> Iterator[None]:
         if setting.liger:
             undo.enter_context(liger_kernels(base))
         if setting.backend:
-            undo.enter_context(sdpa_kernel(SDPBackend[f"{setting.backend.upper()}_ATTENTION"]))
+            undo.enter_context(sdpa_kernel(getattr(SDPBackend, f"{setting.backend.upper()}_ATTENTION")))
         yield
 
 

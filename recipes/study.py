@@ -18,18 +18,18 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from filelock import FileLock, Timeout
 
-from axolotl_plugins.common.console import first_line, quiet_libraries, stop
+from axolotl_plugins.common.console import first_line, quiet_libraries
 from axolotl_plugins.common.console import run as run_app
 from axolotl_plugins.common.io import file_hash
 from axolotl_plugins.common.provenance import current_commit
-from axolotl_plugins.common.tokenizer import load_tokenizer
 from axolotl_plugins.common.window import context_window, read_config
 from data_gen.dataset import Request
+from eval.cli_options import parse_names, parse_numbers
 from recipes.tools.study_cells import (
     METHODS,
     TASKS,
@@ -39,7 +39,6 @@ from recipes.tools.study_cells import (
     choose_rate,
     data_file,
     data_requests,
-    is_done,
     plan,
     read_cell,
     store_settings,
@@ -72,7 +71,7 @@ def rated(folder: Path, cell: Cell) -> Cell | None:
 def open_cells(folder: Path, cells: list[Cell]) -> list[Cell]:
     """Return the cells without a result; those whose validation is done with their learning rate."""
     with_rates = [rated(folder, cell) or cell for cell in cells]
-    return [cell for cell in with_rates if not is_done(folder, cell)]
+    return [cell for cell in with_rates if not cell.file(folder).exists()]
 
 
 @contextmanager
@@ -113,7 +112,7 @@ def work(
                 continue
             with claimed(folder, cell) as mine:
                 others_run |= not mine
-                if not mine or is_done(folder, cell):
+                if not mine or cell.file(folder).exists():
                     continue
                 try:
                     result = bench.run(cell)
@@ -156,11 +155,6 @@ def run_cells(deadline: float, jobs: int, *arguments: Any) -> None:
             worker.kill()
 
 
-def draw_sample_file(wanted: Request, model: Path, file: Path) -> None:
-    """Draw the samples of one file."""
-    write_samples(wanted, load_tokenizer(str(model)), file)
-
-
 def draw_missing(requests: list[Request], model: Path, folder: Path, jobs: int) -> int:
     """Draw the missing sample files, and return their number."""
     missing = [wanted for wanted in requests if not data_file(folder, wanted).exists()]
@@ -170,7 +164,7 @@ def draw_missing(requests: list[Request], model: Path, folder: Path, jobs: int) 
 
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(jobs, len(missing)), mp_context=context, initializer=quiet_libraries) as pool:
-        futures = [pool.submit(draw_sample_file, wanted, model, data_file(folder, wanted)) for wanted in missing]
+        futures = [pool.submit(write_samples, wanted, model, data_file(folder, wanted)) for wanted in missing]
         try:
             for future in tqdm(as_completed(futures), total=len(futures), desc="drawing samples", disable=None):
                 future.result()
@@ -181,43 +175,6 @@ def draw_missing(requests: list[Request], model: Path, folder: Path, jobs: int) 
 
 
 # --- command line ----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn errors of the user's input into one line and exit status 1."""
-    quiet_libraries()
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        stop(error)
-
-
-def names(text: str, valid: tuple[str, ...], option: str) -> list[str]:
-    """Return the names in a comma-separated list, all of them if it is empty.
-
-    Raises:
-        ValueError: a name is unknown.
-    """
-    chosen = [part.strip() for part in text.split(",") if part.strip()]
-    if unknown := [name for name in chosen if name not in valid]:
-        raise ValueError(f"{option}: found {unknown[0]!r}, expected some of {', '.join(valid)}")
-    return [name for name in valid if name in chosen] if chosen else list(valid)
-
-
-def numbers(text: str, option: str) -> list[int]:
-    """Return the distinct numbers of a comma-separated list, in their order.
-
-    Raises:
-        ValueError: the list is empty, or has something else than non-negative integers.
-    """
-    try:
-        values = list(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
-    except ValueError:
-        values = []
-    if not values or min(values) < 0:
-        raise ValueError(f"{option}: found {text!r}, expected integers such as 0,1,2")
-    return values
 
 
 def pairs(text: str, option: str) -> dict[str, str]:
@@ -234,11 +191,8 @@ def pairs(text: str, option: str) -> dict[str, str]:
     return values
 
 
-def make_settings(
-    model: Path, dtype: str, longest: int | None, lengths: str, train_tokens: str, samples: int,
-    validation_samples: int, tune_samples: int, shot_tokens: int, haystack: str,
-) -> Settings:  # fmt: skip
-    """Return the settings of a study.
+def make_settings(model: Path, longest: int | None, lengths: str, train_tokens: str, **others: Any) -> Settings:
+    """Return the settings of a study; ``others`` are settings as they are.
 
     Raises:
         ValueError: the model is missing, or a length exceeds its window.
@@ -251,33 +205,14 @@ def make_settings(
     window = context_window(read_config(str(model)), str(model))
     train, tested = capped(longest, pairs(train_tokens, "train-tokens"))
     if lengths:
-        tested = {task: sorted(numbers(lengths, "lengths")) for task in tested}
+        tested = {task: sorted(set(parse_numbers(lengths, "lengths"))) for task in tested}
     if (longest_test := max(map(max, tested.values()))) > window:
         raise ValueError(f"lengths: {longest_test} tokens do not fit into the window of {window}: see --longest")
-    return Settings(
-        model=file_hash(weights[0]), window=window, dtype=dtype, samples=samples,
-        validation_samples=validation_samples, tune_samples=tune_samples, shot_tokens=shot_tokens, haystack=haystack,
-        train=train, lengths=tested,
-    )  # fmt: skip
+    return Settings(model=file_hash(weights[0]), window=window, train=train, lengths=tested, **others)
 
 
 Model = Annotated[Path, typer.Option(help="Folder of the model.")]
 Out = Annotated[Path, typer.Option(help="Folder of the study: data, cells, settings.json.")]
-Tasks = Annotated[str, typer.Option(help=f"Some of {','.join(TASKS)}; default: all.")]
-Methods = Annotated[str, typer.Option(help=f"Some of {','.join(METHODS)}; default: all.")]
-Seeds = Annotated[str, typer.Option(help="Seeds of tuned cells; learning rates are chosen under seed 0.")]
-Longest = Annotated[int | None, typer.Option(help="Cap of all training and test lengths, in tokens.")]
-Lengths = Annotated[str, typer.Option(help="Test lengths of all tasks instead of the built-in ones, as 512,1024.")]
-TrainTokens = Annotated[str, typer.Option(help="Training lengths of tasks, as line=512:2048,vt=1024.")]
-Samples = Annotated[int, typer.Option(min=1, help="Test samples per length.")]
-ValidationSamples = Annotated[int, typer.Option(min=1, help="Validation samples per length.")]
-TuneSamples = Annotated[int, typer.Option(min=2, help="Training samples of a cell.")]
-ShotTokens = Annotated[int, typer.Option(min=1, help="Longest worked example of one-shot prompts.")]
-HaystackOption = Annotated[str, typer.Option(help="Of needles: a folder of text files, essays or prose.")]
-Jobs = Annotated[int, typer.Option(min=1, help="Processes; several share one GPU.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
-Minutes = Annotated[float, typer.Option(min=0, max=30_000, help="Stop after this time; running cells are terminated.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or auto: bfloat16 on a GPU.")]
 
 
 @app.callback()
@@ -285,65 +220,70 @@ def main() -> None:
     """Reproduce the paper's tables on a small model, on a CPU or a GPU."""
 
 
-@app.command(epilog="Example: seal study data --model models/smollm2-135m --out outputs/study --jobs 2")
-def data(
-    model: Model = Path("models/smollm2-135m"), out: Out = Path("outputs/study"), tasks: Tasks = "",
-    methods: Methods = "", seeds: Seeds = "0,1,2", longest: Longest = None, lengths: Lengths = "",
-    train_tokens: TrainTokens = "", samples: Samples = 100, validation_samples: ValidationSamples = 30,
-    tune_samples: TuneSamples = 50, shot_tokens: ShotTokens = 1000, haystack: HaystackOption = "prose",
-    jobs: Jobs = 1,
-) -> None:  # fmt: skip
-    """Draw all samples into OUT/data, so that `run` needs no word lists; options as of `run`."""
-    with one_line_errors():
-        settings = make_settings(
-            model, "any", longest, lengths, train_tokens, samples, validation_samples, tune_samples, shot_tokens,
-            haystack,
-        )  # fmt: skip
-        cells = plan(names(tasks, TASKS, "tasks"), names(methods, METHODS, "methods"), numbers(seeds, "seeds"))
-        requests = data_requests(settings, cells)
+@app.command(
+    "data", help="Draw all samples into OUT/data, so that `run` needs no word lists; options as of `run`.",
+    epilog="Example: seal study data --model models/smollm2-135m --out outputs/study --jobs 2",
+)  # fmt: skip
+@app.command(
+    "run", help="Tune and score all open cells; the same command resumes.",
+    epilog="Example: seal study run --model models/smollm2-135m --device cuda --minutes 10 --jobs 6",
+)  # fmt: skip
+def run(
+    context: typer.Context,
+    model: Model = Path("models/smollm2-135m"),
+    out: Out = Path("outputs/study"),
+    tasks: Annotated[str, typer.Option(help=f"Some of {','.join(TASKS)}; default: all.")] = "",
+    methods: Annotated[str, typer.Option(help=f"Some of {','.join(METHODS)}; default: all.")] = "",
+    seeds: Annotated[str, typer.Option(help="Of tuned cells; learning rates are chosen under seed 0.")] = "0,1,2",
+    longest: Annotated[int | None, typer.Option(help="Cap of all training and test lengths, in tokens.")] = None,
+    lengths: Annotated[
+        str, typer.Option(help="Test lengths of all tasks instead of the built-in ones, as 512,1024.")
+    ] = "",
+    train_tokens: Annotated[str, typer.Option(help="Training lengths of tasks, as line=512:2048,vt=1024.")] = "",
+    samples: Annotated[int, typer.Option(min=1, help="Test samples per length.")] = 100,
+    validation_samples: Annotated[int, typer.Option(min=1, help="Validation samples per length.")] = 30,
+    tune_samples: Annotated[int, typer.Option(min=2, help="Training samples of a cell.")] = 50,
+    shot_tokens: Annotated[int, typer.Option(min=1, help="Longest worked example of one-shot prompts.")] = 1000,
+    haystack: Annotated[str, typer.Option(help="Of needles: a folder of text files, essays or prose.")] = "prose",
+    jobs: Annotated[int, typer.Option(min=1, help="Processes; several share one GPU.")] = 1,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run.")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"], typer.Option(help="Of weights; auto: bfloat16 on a GPU.")
+    ] = "auto",
+    minutes: Annotated[
+        float, typer.Option(min=0, max=30_000, help="Stop after this time; running cells are terminated.")
+    ] = 30_000,
+) -> None:
+    """Draw the samples of the cells; unless called as ``data``, tune and score them."""
+    deadline = time.monotonic() + 60 * minutes
+    settings = make_settings(
+        model, longest, lengths, train_tokens, dtype=dtype, samples=samples, validation_samples=validation_samples,
+        tune_samples=tune_samples, shot_tokens=shot_tokens, haystack=haystack,
+    )  # fmt: skip
+    chosen = parse_names(tasks, TASKS, "tasks"), parse_names(methods, METHODS, "methods")
+    cells = plan(*chosen, parse_numbers(seeds, "seeds", zero=True))
+    requests = data_requests(settings, cells)
+    if context.info_name == "data":
         count = draw_missing(requests, model, out / "data", jobs)
         size = sum(data_file(out / "data", wanted).stat().st_size for wanted in requests)
         print(f"{len(requests)} files in {out / 'data'}, {size / 1e6:.1f} MB, {count} of them new")
+        return
+    import torch
 
-
-@app.command(epilog="Example: seal study run --model models/smollm2-135m --device cuda --minutes 10 --jobs 6")
-def run(
-    model: Model = Path("models/smollm2-135m"), out: Out = Path("outputs/study"), tasks: Tasks = "",
-    methods: Methods = "", seeds: Seeds = "0,1,2", longest: Longest = None, lengths: Lengths = "",
-    train_tokens: TrainTokens = "", samples: Samples = 100, validation_samples: ValidationSamples = 30,
-    tune_samples: TuneSamples = 50, shot_tokens: ShotTokens = 1000, haystack: HaystackOption = "prose",
-    jobs: Jobs = 1, device: Device = "auto", dtype: Dtype = "auto",
-    minutes: Minutes = 30_000,
-) -> None:  # fmt: skip
-    """Tune and score all open cells; the same command resumes."""
-    deadline = time.monotonic() + 60 * minutes
-    with one_line_errors():
-        import torch
-
-        if device not in ("auto", "cpu", "cuda") or dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(
-                f"device, dtype: found {device!r} and {dtype!r}, expected cpu, cuda or auto, and "
-                "float32, bfloat16 or auto"
-            )
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        dtype = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
-        settings = make_settings(
-            model, dtype, longest, lengths, train_tokens, samples, validation_samples, tune_samples, shot_tokens,
-            haystack,
-        )  # fmt: skip
-        store_settings(out, settings)
-        cells = plan(names(tasks, TASKS, "tasks"), names(methods, METHODS, "methods"), numbers(seeds, "seeds"))
-        draw_missing(data_requests(settings, cells), model, out / "data", jobs)
-        before = open_cells(out, cells)
-        run_cells(
-            deadline, min(jobs, max(1, len(before))), model, device, settings, out, before, current_commit()
-        )  # fmt: skip
-        remaining = open_cells(out, before)
-        timely = time.monotonic() < deadline
-        more = ", more are open: run the same command again" if remaining and not timely else ""
-        print(f"{len(before) - len(remaining)} cells done now{more}")
-        if remaining and timely:
-            raise ValueError(f"{len(remaining)} cells failed, the first is {remaining[0]}: see above")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        settings = replace(settings, dtype="bfloat16" if device == "cuda" else "float32")
+    store_settings(out, settings)
+    draw_missing(requests, model, out / "data", jobs)
+    before = open_cells(out, cells)
+    run_cells(deadline, min(jobs, max(1, len(before))), model, device, settings, out, before, current_commit())
+    remaining = open_cells(out, before)
+    timely = time.monotonic() < deadline
+    more = ", more are open: run the same command again" if remaining and not timely else ""
+    print(f"{len(before) - len(remaining)} cells done now{more}")
+    if remaining and timely:
+        raise ValueError(f"{len(remaining)} cells failed, the first is {remaining[0]}: see above")
 
 
 @app.command(epilog="Example: seal study collect --out outputs/study --result results/smollm2.json")
@@ -352,12 +292,11 @@ def collect(
     result: Annotated[Path, typer.Option(help="Result file; its plots go beside it.")] = Path("results/smollm2.json"),
 ) -> None:
     """Collect the finished cells into one result with plots, and print its tables."""
-    with one_line_errors():
-        from recipes.tools.study_results import gather, save, tables
+    from recipes.tools.study_results import gather, save, tables
 
-        gathered = gather(out, current_commit())
-        save(gathered, result)
-        print(tables(gathered))
+    gathered = gather(out, current_commit())
+    save(gathered, result)
+    print(tables(gathered))
 
 
 @app.command(epilog="Example: seal study adapters --out outputs/study --to results/adapters/smollm2-135m")
@@ -366,12 +305,10 @@ def adapters(
     to: Annotated[Path, typer.Option(help="Gets one folder per task and method.")] = Path("outputs/adapters"),
 ) -> None:  # fmt: skip
     """Write the tested SEAL adapters, each with its model card and the record of its training data."""
-    with one_line_errors():
-        from recipes.tools.adapters import share
-        from recipes.tools.study_results import gather
+    from recipes.tools.adapters import share
+    from recipes.tools.study_results import gather
 
-        for folder in share(out, gather(out, current_commit()), model, to):
-            print(folder)
+    print(*share(out, gather(out, current_commit()), model, to), sep="\n")
 
 
 if __name__ == "__main__":

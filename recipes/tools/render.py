@@ -147,17 +147,17 @@ class Recipe:
     @cached_property
     def cost(self) -> Cost | None:
         """Estimate of memory and time from the model's shape; None if that is unknown."""
-        return self.cost_of({}, self.shape) if self.shape else None
+        return self.cost_with({})
 
-    def cost_of(self, changes: dict[str, Any], shape: Shape) -> Cost:
+    def cost_with(self, changes: dict[str, Any]) -> Cost | None:
         """Estimate the cost with some settings changed."""
-        lengths = self.own.lengths if self.own else ()
-        return recipe_cost(yaml.safe_load(self.render("")) | changes, shape, lengths)
+        settings, lengths = yaml.safe_load(self.render(None)) | changes, self.own.lengths if self.own else ()
+        return recipe_cost(settings, self.shape, lengths) if self.shape else None
 
     @cached_property
     def text(self) -> str:
         """Content of the file: YAML under a header of comments."""
-        return self.render(expectation(self))
+        return self.render(self.cost)
 
     def data_parts(self) -> list[dict[str, Any]]:
         """Return the data file of every part of the training data, and its task, tokens and samples."""
@@ -177,14 +177,13 @@ class Recipe:
             for part in self.tasks
         ]
 
-    def render(self, expectation: str) -> str:
-        """Render the template with a text on memory and time in its header."""
-        data = self.own.path if self.own else " + ".join(resolve_task(part).description for part in self.tasks)
-        title = f"{METHODS[self.method]} on {self.model['name']}, {data}"
+    def render(self, cost: Cost | None) -> str:
+        """Render the template, with memory and time in its header unless ``cost`` is None."""
         return environment().get_template("recipe.yml.jinja").render(
             recipe=self, model=self.model, parts=self.data_parts(), launch_path=shlex.quote(str(self.file)),
-            title=f"{title}: {self.shows}.", expectation=expectation, granularity=GRANULARITY.get(self.method),
-            rank=RANK, projections=PROJECTIONS, step=self.step,
+            method=METHODS[self.method], granularity=GRANULARITY.get(self.method), rank=RANK, projections=PROJECTIONS,
+            tasks=[resolve_task(part).description for part in self.tasks] if not self.own else [self.own.path],
+            step=self.step, cost=cost, card=CARDS[self.card].upper(), measured=cost and measurement(self),
         )  # fmt: skip
 
 
@@ -195,7 +194,9 @@ def environment() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
         undefined=jinja2.ChainableUndefined,
     )  # fmt: skip
-    jinja.filters["comment"] = comment
+    jinja.globals |= {"CPU_FLOPS": CPU_FLOPS, "CARD_SHARE": CARD_SHARE, "FULL": FULL, "CARDS": CARDS}
+    jinja.globals |= {"device_name": device_name, "host_bytes": host_bytes}
+    jinja.filters |= {"comment": comment, "minutes": in_minutes, "small": round_small}
     # Quoted where it must be.
     jinja.filters["yaml_text"] = lambda text: yaml.safe_dump(text, width=1000).removesuffix("\n...\n").rstrip()
     jinja.filters["yaml"] = lambda value: yaml.safe_dump(value, sort_keys=False).rstrip()
@@ -204,46 +205,8 @@ def environment() -> jinja2.Environment:
 
 def comment(text: str) -> str:
     """Wrap a text into comment lines, without the last line's end."""
+    text = " ".join(text.split())
     return fill(text, 118, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
-
-
-def expectation(recipe: Recipe) -> str:
-    """Describe a recipe's memory and time and how they are known; empty if the model's shape is unknown."""
-    cost, shape = recipe.cost, recipe.shape
-    if cost is None or shape is None:
-        return ""
-    if not recipe.gpu:
-        minutes = "a minute" if cost.cpu_minutes == 1 else f"{cost.cpu_minutes} minutes"
-        return (
-            f"Takes about {cost.cpu_gib:.0f} GiB, and {minutes} on two CPU cores (with OMP_NUM_THREADS=2, or "
-            "accelerate takes one): computed from shapes (`seal recipe cost`), at the "
-            f"{CPU_FLOPS / 1e9:.0f} GFLOP/s in float32 that tuning SmolLM2-135M with 1,024 tokens reached on two idle "
-            "cores with AVX-512; others may take several times as long."
-        )
-    devices, gpu = recipe.context_parallel_size, CARDS[recipe.card]
-    seconds = cost.seconds(gpu)
-    each, cards = (" of each", f"{devices} {gpu.upper()}") if devices > 1 else ("", f"one {gpu.upper()}")
-    text = (
-        f"Takes about {round_small(cost.gib, 0)} GiB{each} and {in_minutes(seconds)} on {cards}, "
-        f"{per_sample(recipe, seconds)}, computed from shapes (`seal recipe cost`)."
-    )
-    if recipe.chooses:
-        text += choice(recipe)
-    if row := measurement(recipe):
-        text += (
-            f" Measured with random weights of these shapes on one {device_name(row)} (docs/performance.md): "
-            f"{row['seconds']:.1f} s a sample and {row['peak_gib']:.1f} GiB, so "
-            f"{in_minutes(row['seconds'] * recipe.samples * recipe.epochs)}."
-        )
-    if devices > 1:
-        text += f" Start {devices} processes, which share every sample."
-    if recipe.sharding:
-        weights = cost.step.element * shape.parameters / 2**30
-        text += (
-            f" Of that, {weights:.0f} GiB are weights, which several devices shard; each takes samples of its own: "
-            "`--num-epochs=N` makes as many steps on N devices as one makes."
-        )
-    return text
 
 
 def in_minutes(seconds: float) -> str:
@@ -253,40 +216,9 @@ def in_minutes(seconds: float) -> str:
     return f"{seconds / 60:.1f} minutes" if seconds < 570 else f"{seconds / 60:.0f} minutes"
 
 
-def per_sample(recipe: Recipe, seconds: float) -> str:
-    """Return the mean seconds of a sample in words."""
-    return f"{round_small(seconds / recipe.samples / recipe.epochs, 1)} s a sample"
-
-
 def round_small(value: float, places: int) -> str:
     """Return a number with so many decimal places, or one digit if that would be 0."""
     return f"{value:.{places}f}" if value >= 10**-places else f"{value:.1g}"
-
-
-def choice(recipe: Recipe) -> str:
-    """Describe what a step recomputes on the recipe's card, and why."""
-    step, shape = recipe.step, recipe.shape
-    assert shape is not None
-    layers = "recomputes every layer" if step.every == 1 else f"recomputes one layer in {step.every}"
-    parts = [layers if step.recompute else "recomputes nothing"]
-    parts += ["stores attention outputs"] * step.selective + ["uses Liger's norms, RoPE and SwiGLU"] * step.liger
-    if step.offload:
-        what = "layer inputs" if step.offload == "inputs" else "layer inputs and attention outputs"
-        host = host_bytes(shape, recipe.longest, step) / 2**30
-        parts.append(f"keeps {what} in host memory ({host:.0f} GiB)")
-    if step.quantised:
-        parts.append("has its base in 8 bits")
-    full = recipe.cost_of(FULL, shape)
-    text = (
-        f" A step {', '.join(parts)}: the fastest setting that fits {CARD_SHARE:.0%} of {recipe.card} GiB (`--card` of "
-        "`seal recipe new` takes another)"
-    )
-    if step.recompute and not step.selective and step.every == 1:
-        return f"{text}."
-    return (
-        f"{text}; recomputing every layer takes {full.gib:.0f} GiB and "
-        f"{per_sample(recipe, full.seconds(CARDS[recipe.card]))}."
-    )
 
 
 # Settings of a recipe that recomputes everything.

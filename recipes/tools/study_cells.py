@@ -138,6 +138,10 @@ class Cell:
         rate = "" if self.rate is None else f"_{self.rate:g}"
         return f"{self.task}_{self.method.replace(' ', '-')}_{self.purpose}_{self.seed}{rate}.json"
 
+    def file(self, study: Path) -> Path:
+        """Return the file of the result in the folder of a study."""
+        return study / "cells" / self.file_name
+
     def __str__(self) -> str:
         """Return the cell's name for progress lines."""
         rate = "" if self.rate is None else f" rate {self.rate:g}"
@@ -277,9 +281,10 @@ def data_file(folder: Path, request: Request) -> Path:
     return folder / f"{request.task}_{request.split}_{tokens}_{request.samples}_{request.seed}{haystack}.jsonl.gz"
 
 
-def write_samples(wanted: Request, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Draw the samples of a request into a compressed file; equal requests give equal bytes."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in generate(wanted, tokenizer))
+def write_samples(wanted: Request, model: Path, out: Path) -> None:
+    """Draw the samples of a request, sized in a model's tokens, into a compressed file; equal requests, equal bytes."""
+    rows = generate(wanted, load_tokenizer(str(model)))
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with written_whole(out) as partial:
         partial.write_bytes(gzip.compress(text.encode(), mtime=0))
 
@@ -498,14 +503,9 @@ def general(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, f
 # --- files of a study ------------------------------------------------------------------------------------------------
 
 
-def is_done(folder: Path, cell: Cell) -> bool:
-    """Return whether a cell has a result."""
-    return (folder / "cells" / cell.file_name).exists()
-
-
 def read_cell(folder: Path, cell: Cell) -> dict[str, Any] | None:
     """Read a cell's result; None if it is not done."""
-    return load_json(folder / "cells" / cell.file_name) if is_done(folder, cell) else None
+    return load_json(cell.file(folder)) if cell.file(folder).exists() else None
 
 
 def adapter_folder(folder: Path, cell: Cell) -> Path:
@@ -515,7 +515,7 @@ def adapter_folder(folder: Path, cell: Cell) -> Path:
 
 def write_cell(folder: Path, cell: Cell, result: dict[str, Any]) -> None:
     """Write a cell's result."""
-    write_text(folder / "cells" / cell.file_name, json.dumps(result, ensure_ascii=False) + "\n")
+    write_text(cell.file(folder), json.dumps(result, ensure_ascii=False) + "\n")
 
 
 def store_settings(folder: Path, settings: Settings) -> None:

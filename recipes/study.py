@@ -14,9 +14,10 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -164,13 +165,8 @@ def draw_missing(requests: list[Request], model: Path, folder: Path, jobs: int) 
 
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(jobs, len(missing)), mp_context=context, initializer=quiet_libraries) as pool:
-        futures = [pool.submit(write_samples, wanted, model, data_file(folder, wanted)) for wanted in missing]
-        try:
-            for future in tqdm(as_completed(futures), total=len(futures), desc="drawing samples", disable=None):
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        drawn = pool.map(write_samples, missing, repeat(model), [data_file(folder, wanted) for wanted in missing])
+        list(tqdm(drawn, total=len(missing), desc="drawing samples", disable=None))  # an error cancels what is left
     return len(missing)
 
 

@@ -12,11 +12,10 @@ from axolotl_plugins.common.io import load_json, write_text
 from axolotl_plugins.common.tokenizer import load_tokenizer
 from axolotl_plugins.seal import provenance
 from axolotl_plugins.seal.model_card import card
-from recipes.tools.methods import METHODS
+from recipes.tools.methods import KEYS
 from recipes.tools.study_cells import Cell, Settings, adapter_folder, data_file, read_samples, training_requests
 
 SHARED = ("SEAL-H", "SEAL-C")
-SUFFIX = {name: suffix for suffix, name in METHODS.items()}
 
 
 def share(study: Path, gathered: dict[str, Any], model: Path, out: Path) -> list[Path]:
@@ -39,7 +38,7 @@ def share(study: Path, gathered: dict[str, Any], model: Path, out: Path) -> list
     written: dict[str, Path] = {}
     for row in gathered["rows"]:
         cell = Cell(row["task"], row["method"], "test", row["seed"], row["rate"])
-        name = f"{cell.task}_{SUFFIX.get(cell.method)}"
+        name = f"{cell.task}_{KEYS.get(cell.method)}"
         source = adapter_folder(study, cell)
         if cell.method not in SHARED or name in written or not source.is_dir():
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 METHODS = {"sealh": "SEAL-H", "sealc": "SEAL-C", "seall": "LoRA", "seald": "DoRA"}
+KEYS = {name: key for key, name in METHODS.items()}
 GRANULARITY: dict[str, Literal["head", "channel"]] = {"sealh": "head", "sealc": "channel"}
 RANK, PROJECTIONS = 4, ("q_proj", "k_proj", "v_proj", "o_proj")  # of the paper's low-rank baselines (section 9)
 

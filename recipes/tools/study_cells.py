@@ -171,7 +171,7 @@ def validation_cells(task: str, method: str) -> list[Cell]:
 
 
 def plan(tasks: list[str], methods: list[str], seeds: list[int]) -> list[Cell]:
-    """Return all cells in order of priority; the learning rates of test cells are open.
+    """Return all cells in order of priority, those of validation before the tests that use their rates.
 
     Args:
         tasks: keys of ``TEST_LENGTHS``.
@@ -179,31 +179,23 @@ def plan(tasks: list[str], methods: list[str], seeds: list[int]) -> list[Cell]:
         seeds: of tuned cells.
     """
     first, others = seeds[:1], seeds[1:]
-    seal, low_rank = ("SEAL-H", "SEAL-C"), ("LoRA",)
-    stages: list[tuple[tuple[str, ...], Purpose, list[int]]] = [
-        (("base",), "test", first),
-        (seal, "validation", [0]), (seal, "test", first),
-        (low_rank, "validation", [0]), (low_rank, "test", first),
-        (PLACEMENTS[:1], "validation", [0]), (PLACEMENTS[:1], "test", first),
-        (("one-shot", "DoRA"), "test", first),
-        (TRANSFERS[-1:], "test", first),
-        *(((*seal, *low_rank, *PLACEMENTS[:1]), "test", [seed]) for seed in others),
-        (TRANSFERS, "test", first),
-        (PLACEMENTS[1:], "validation", [0]), (PLACEMENTS[1:], "test", first),
-        (CONTROLS, "test", first),
-        (BASELINES, "validation", [0]), (BASELINES, "test", first),
-        (("DoRA", *PLACEMENTS[1:], *BASELINES, *CONTROLS, *TRANSFERS), "test", others),
+    seal = ("SEAL-H", "SEAL-C")
+    stages: list[tuple[tuple[str, ...], list[int]]] = [
+        (("base",), first), (seal, first), (("LoRA",), first), (PLACEMENTS[:1], first), (("one-shot", "DoRA"), first),
+        (TRANSFERS[-1:], first), *(((*seal, "LoRA", *PLACEMENTS[:1]), [seed]) for seed in others), (TRANSFERS, first),
+        (PLACEMENTS[1:], first), (CONTROLS, first), (BASELINES, first),
+        (("DoRA", *PLACEMENTS[1:], *BASELINES, *CONTROLS, *TRANSFERS), others),
     ]  # fmt: skip
-    tested = [Cell(task, method, "test") for task in tasks for method in methods]
-    needed = {(source, cell.rated_as) for cell in tested for source in cell.sources}
     cells: list[Cell] = []
-    for stage, purpose, of_seeds in stages:
-        for task in TASKS:
-            for method in stage:
-                if purpose == "validation" and (task, method) in needed:
-                    cells += validation_cells(task, method)
-                elif purpose == "test" and task in tasks and method in methods and not method.endswith(f" from {task}"):
-                    cells += [Cell(task, method, "test", seed) for seed in of_seeds]
+    for stage, of_seeds in stages:
+        tested = [
+            Cell(task, method, "test") for task in TASKS if task in tasks for method in stage
+            if method in methods and not method.endswith(f" from {task}")
+        ]  # fmt: skip
+        for cell in tested:
+            for source in cell.sources if cell.rated_as else ():
+                cells += validation_cells(source, str(cell.rated_as))
+        cells += [replace(cell, seed=seed) for cell in tested for seed in of_seeds]
     return list(dict.fromkeys(cells))
 
 
@@ -316,7 +308,7 @@ def adapter_config(method: str) -> Any:
     """Return the PEFT configuration of a tuned method."""
     from peft import IA3Config, LNTuningConfig, VeraConfig
 
-    from recipes.tools.methods import PROJECTIONS, peft_config
+    from recipes.tools.methods import KEYS, PROJECTIONS, peft_config
 
     if method in PLACEMENTS:  # IA3 scales the output of a module, and the input of a feed-forward one
         output = ["o_proj"] if method == "query+output" else []
@@ -327,8 +319,7 @@ def adapter_config(method: str) -> Any:
         return LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm", "norm"])
     if method == "VeRA":
         return VeraConfig(r=64, target_modules=list(PROJECTIONS))
-    names = {"SEAL-H": "sealh", "SEAL-C": "sealc", "LoRA": "seall", "DoRA": "seald"}
-    return peft_config(names[method])
+    return peft_config(KEYS[method])
 
 
 class Workbench:
@@ -494,9 +485,7 @@ def general(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, f
     """Measure how tuning changes perplexity and predictions on texts and chats unrelated to the tasks."""
     from eval.general import TEXTS, general_ability
 
-    rows = [row for _, row in read_rows(TEXTS)]
-    texts = [row["text"] for row in rows if "text" in row]
-    chats = [row["messages"] for row in rows if "messages" in row]
+    texts, chats = ([row[key] for _, row in read_rows(TEXTS) if key in row] for key in ("text", "messages"))
     return general_ability(model, tokenizer, texts, chats)
 
 

@@ -8,6 +8,7 @@ docs/own-task.md explains the settings; ``data_gen/tasks/line.yml`` and ``data_g
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import hashlib
@@ -26,7 +27,7 @@ from pydantic import AfterValidator, Field, StrictInt, StrictStr, ValidationErro
 
 from axolotl_plugins.common.io import check_file, load_yaml, read_rows
 from axolotl_plugins.common.schema import Strict, first_error, nearest
-from data_gen.fit_length import LengthBudget, largest
+from data_gen.fit_length import LengthBudget
 from data_gen.metrics import resolve_metric
 
 if TYPE_CHECKING:  # at run time this would be a circle: importing the tasks reads the built-in description
@@ -341,6 +342,11 @@ class Records:
             lines.insert(int(place * (size + 1)) + number, template.format(**record))
         return "".join(lines), records
 
+    def sample(self, size: int) -> dict[str, Any]:
+        """Return a sample of so many records or filler lines."""
+        text, records = self.text(size)
+        return render(self.description, text, records, int(self.position * len(records)))
+
 
 def unique(name: str, values: Values, only: bool) -> Values:
     """Yield values, without repetition if ``only``.
@@ -415,12 +421,6 @@ def render(description: Description, text: str, records: list[dict[str, int | st
     }
 
 
-def sample_of(description: Description, records: Records, size: int) -> dict[str, Any]:
-    """Return a sample of so many records or filler lines."""
-    text, drawn = records.text(size)
-    return render(description, text, drawn, int(records.position * len(drawn)))
-
-
 def check_answers(description: Description, records: Records, metric: Callable[[str, list[str]], float]) -> None:
     """Check that answers are right by the metric, and differ enough to be split into training and test samples.
 
@@ -428,7 +428,9 @@ def check_answers(description: Description, records: Records, metric: Callable[[
         ValueError: they are not.
     """
     answers = set()
-    for record in available(records):
+    with contextlib.suppress(ValueError):  # there may be fewer
+        records.first(CHECKED)
+    for record in records.drawn:
         answer = description.answer.format(**record)
         references = [reference.format(**record) for reference in description.references]
         if not metric(answer, references) > 0:
@@ -442,15 +444,6 @@ def check_answers(description: Description, records: Records, metric: Callable[[
         raise ValueError(f"answer: there are only {len(answers)} different ones, expected {FEWEST_ANSWERS} or more, as "
                          "training and test samples share none: name a unique field in it, as in 'The temp of {sensor} "
                          "is {temp}.', or let fields have more values")  # fmt: skip
-
-
-def available(records: Records) -> Iterator[dict[str, int | str]]:
-    """Yield ``CHECKED`` records, or fewer if there are no more."""
-    for _ in range(CHECKED):
-        try:
-            yield records.draw()
-        except ValueError:
-            return
 
 
 def check_questions(description: Description, rows: list[dict[str, str]]) -> None:
@@ -513,7 +506,7 @@ def check_description(path: Path, content: bytes) -> Task:
     metric = resolve_metric(description.metric)
     records = lambda: Records(description, path.parent, rows, random.Random(0), lambda answer: True)  # noqa: E731
     check_answers(description, records(), metric)
-    smallest = sample_of(description, records(), 1)
+    smallest = records().sample(1)
     shortest = len(smallest["prompt"] + smallest["answer"]) // 2
     return task_of(description, path.parent, rows, metric, shortest)
 
@@ -533,14 +526,7 @@ def task_of(
 
     def sample(request: Request, rng: random.Random, index: int, budget: LengthBudget) -> dict[str, Any]:
         records = Records(description, folder, rows, rng, budget.accept)
-        if request.lines is not None:
-            return sample_of(description, records, request.lines)
-
-        def length(size: int) -> int:
-            candidate = sample_of(description, records, size)
-            return budget.count(candidate["prompt"], candidate["answer"])
-
-        return sample_of(description, records, largest(length, budget.tokens, what=title.lower()))
+        return records.sample(request.lines) if request.lines else budget.fill(records.sample, title.lower())
 
     def digest(without: set[str]) -> dict[str, str]:
         texts = [part.folder for part in (*description.fields.values(), description.filler)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 # Interpolation finds the size of near-linear text in a few trials; after so many, bisection bounds their number.
 INTERPOLATIONS = 12
@@ -28,6 +29,21 @@ class LengthBudget:
     accept: Callable[[str], bool]
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
+
+    def length(self, sample: dict[str, Any]) -> int:
+        """Return the tokens of a sample with its answer, or with its response ``budget`` if that is longer (RULER)."""
+        prompt, example = sample["prompt"], sample.get("example")
+        full = self.count(prompt, sample["answer"], example)
+        if "budget" not in sample:
+            return full
+        return max(full, self.count(prompt, sample["prefix"], example) + sample["budget"])
+
+    def fill(
+        self, of_size: Callable[[int], dict[str, Any]], what: str, first: int = 1, step: int = 1
+    ) -> dict[str, Any]:
+        """Return the largest sample that fits; for arguments and errors see ``largest``."""
+        size = largest(lambda size: self.length(of_size(size)), self.tokens, first=first, step=step, what=what)
+        return of_size(size)
 
 
 def largest(length: Callable[[int], int], limit: int, *, first: int = 1, step: int = 1, what: str) -> int:

@@ -9,13 +9,13 @@ from pathlib import Path
 from pkgutil import iter_modules
 
 from data_gen.description import built_in
-from data_gen.fit_length import LengthBudget, largest
+from data_gen.fit_length import LengthBudget
 from data_gen.split import Split, in_split
 from data_gen.tasks.task import TASKS, Request, Task, TaskAttribute, register, resolve_task, tasks_of, tasks_with
 
 __all__ = [
-    "TASKS", "LengthBudget", "Request", "Split", "Task", "TaskAttribute", "in_split", "largest", "register",
-    "resolve_task", "tasks_of", "tasks_with",
+    "TASKS", "LengthBudget", "Request", "Split", "Task", "TaskAttribute", "in_split", "register", "resolve_task",
+    "tasks_of", "tasks_with",
 ]  # fmt: skip
 
 ORDER = ("niah", "vt", "cwe", "fwe", "longbench")  # in lists, after line; other modules follow by name

@@ -6,9 +6,9 @@ import random
 from typing import Any
 
 from data_gen.description import words
-from data_gen.fit_length import LengthBudget, largest
+from data_gen.fit_length import LengthBudget
 from data_gen.metrics import string_match_all
-from data_gen.tasks.ruler import SOURCE, length, make_sample
+from data_gen.tasks.ruler import SOURCE, make_sample
 from data_gen.tasks.task import Request, Task, register
 
 PROMPT = (
@@ -76,7 +76,7 @@ def sample(request: Request, rng: random.Random, index: int, budget: LengthBudge
 
     step = STEP_2024 if version == 2024 else 1
     first = COMMON + step
-    return of_size(largest(lambda n: length(of_size(n), budget), budget.tokens, first=first, step=step, what="cwe"))
+    return budget.fill(of_size, "cwe", first, step)
 
 
 register(Task(

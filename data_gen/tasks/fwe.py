@@ -7,9 +7,9 @@ import random
 import string
 from typing import Any
 
-from data_gen.fit_length import LengthBudget, largest
+from data_gen.fit_length import LengthBudget
 from data_gen.metrics import string_match_all
-from data_gen.tasks.ruler import SOURCE, length, make_sample
+from data_gen.tasks.ruler import SOURCE, make_sample
 from data_gen.tasks.task import Request, Task, register
 
 PROMPT = (
@@ -65,7 +65,7 @@ def sample(request: Request, rng: random.Random, index: int, budget: LengthBudge
     if request.ruler_version:  # words, counted up from a sixth of the tokens
         step = max(1, tokens // 32)
         first += (tokens // WORD_LETTERS - first) % step
-    return of_size(largest(lambda n: length(of_size(n), budget), budget.tokens, first=first, step=step, what="fwe"))
+    return budget.fill(of_size, "fwe", first, step)
 
 
 register(Task(

@@ -17,7 +17,7 @@ from typing import Any
 
 from axolotl_plugins.common.console import first_line
 from axolotl_plugins.common.io import read_rows
-from data_gen.fit_length import LengthBudget, largest
+from data_gen.fit_length import LengthBudget
 from data_gen.metrics import rouge_recall
 from data_gen.tasks.task import Request, Task, register
 
@@ -179,21 +179,13 @@ def sample(request: Request, rng: random.Random, index: int, budget: LengthBudge
         reference, depth = pair["needle"], rng.randint(0, 100)
         hay = haystack_text(source, f"train/{rng.getrandbits(64)}", rng.random())
 
-    def prompt(words: int) -> str:
-        context = insert(hay.first(words)[0], pair["needle"], depth)
-        return PROMPT.format(context=context, question=pair["question"])
+    def of_size(words: int) -> dict[str, Any]:
+        text, repeats = hay.first(words)
+        prompt = PROMPT.format(context=insert(text, pair["needle"], depth), question=pair["question"])
+        return {"prompt": prompt, "answer": pair["needle"], "references": [reference], "depth": depth, "words": words,
+                "haystack_repeats": repeats}  # fmt: skip
 
-    words = largest(
-        lambda n: budget.count(prompt(n), pair["needle"]), budget.tokens, first=12, what="a needle's haystack"
-    )
-    return {
-        "prompt": prompt(words),
-        "answer": pair["needle"],
-        "references": [reference],
-        "depth": depth,
-        "words": words,
-        "haystack_repeats": hay.first(words)[1],
-    }
+    return budget.fill(of_size, "a needle's haystack", first=12)
 
 
 def haystack_hash(source: str | None) -> str:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from data_gen.fit_length import LengthBudget
-
 SOURCE = "RULER (Hsieh et al. 2024), NVIDIA/RULER"
 
 
@@ -29,10 +27,3 @@ def make_sample(
         "budget": max_new_tokens,
         **facts,
     }
-
-
-def length(sample: dict[str, Any], budget: LengthBudget) -> int:
-    """Return the tokens of a sample with its response budget, or with its answer if that is longer."""
-    example = sample.get("example")
-    full = budget.count(sample["prompt"], sample["answer"], example)
-    return max(full, budget.count(sample["prompt"], sample["prefix"], example) + sample["budget"])

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_gen.description import words
-from data_gen.fit_length import LengthBudget, largest
+from data_gen.fit_length import LengthBudget
 from data_gen.metrics import string_match_all
 from data_gen.tasks import niah
-from data_gen.tasks.ruler import SOURCE, length, make_sample
+from data_gen.tasks.ruler import SOURCE, make_sample
 from data_gen.tasks.task import Request, Task, register
 from data_gen.tasks.vt import NOISE
 
@@ -108,12 +108,11 @@ def sample(variant: Variant, request: Request, rng: random.Random, index: int, b
     Raises:
         ValueError: the length is too small for the needles.
     """
-    draw = lambda kind, generator: RANDOM[kind](generator)  # noqa: E731
-    keys = [draw(variant.keys, rng) for _ in range(variant.num_keys)]
+    keys = [RANDOM[variant.keys](rng) for _ in range(variant.num_keys)]
     queries = rng.sample(keys, variant.queries)
     values: dict[str, list[str]] = {}
     while not values or not budget.accept(" ".join(answer for key in queries for answer in values[key])):
-        values = {key: [draw(variant.kind, rng) for _ in range(variant.values)] for key in keys}
+        values = {key: [RANDOM[variant.kind](rng) for _ in range(variant.values)] for key in keys}
     references = [value for key in queries for value in values[key]]
     pairs = [(key, value) for key in keys for value in values[key]]
     rng.shuffle(pairs)
@@ -140,7 +139,7 @@ def sample(variant: Variant, request: Request, rng: random.Random, index: int, b
         return make_sample(prompt, prefix, ", ".join(references), references, MAX_NEW_TOKENS, keys=queries, size=size)
 
     first = 10 if variant.haystack == "essay" else len(needles)
-    return of_size(largest(lambda n: length(of_size(n), budget), budget.tokens, first=first, what="the needles"))
+    return budget.fill(of_size, "the needles", first)
 
 
 def distractors(variant: Variant, size: int, seed: int, excluded: list[str]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from data_gen.fit_length import LengthBudget, largest
 from data_gen.metrics import string_match_all
-from data_gen.tasks.ruler import SOURCE, length, make_sample
+from data_gen.tasks.ruler import SOURCE, make_sample
 from data_gen.tasks.task import Request, Task, register
 
 PROMPT = (
@@ -106,7 +106,7 @@ def sample(request: Request, rng: random.Random, index: int, budget: LengthBudge
     example = example_of_size(first)
     if example_length(first) <= example_tokens:
         example = example_of_size(largest(example_length, example_tokens, first=first, step=example_step, what="vt"))
-    return of_size(largest(lambda n: length(of_size(n), budget), budget.tokens, first=first, step=step, what="vt"))
+    return budget.fill(of_size, "vt", first, step)
 
 
 register(Task(

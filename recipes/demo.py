@@ -14,12 +14,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from axolotl_plugins.common.console import quiet_libraries, stop
-from axolotl_plugins.common.console import run as run_app
-from axolotl_plugins.common.io import load_json, load_yaml, write_text
+from axolotl_plugins.common.console import run
+from axolotl_plugins.common.io import load_yaml, write_text
 from axolotl_plugins.common.provenance import machine
 from data_gen import tasks
-from eval.result_cache import result_file, result_name
+from eval.results import EvalResult, read_results, to_json
+from eval.table import print_scores
 
 METHODS = ("SEAL-H", "SEAL-C")
 SHOWN = 3  # prompts whose answers are shown
@@ -27,87 +27,64 @@ SHOWN = 3  # prompts whose answers are shown
 app = typer.Typer(add_completion=False)
 
 
-def read_scores(model: Path, folder: Path) -> dict[str, Any]:
-    """Read the result of `seal eval --model MODEL --task line`."""
-    return load_json(result_file(folder, "line", result_name(str(model))))
-
-
-def different_answers(unmerged: dict[str, Any], merged: dict[str, Any]) -> int:
+def different_answers(unmerged: EvalResult, merged: EvalResult) -> int:
     """Count the samples of both results that the merged model answers differently.
 
     Raises:
         ValueError: they have no sample in common.
     """
-    answers = {(row["length"], row["index"]): row["response"] for row in merged["responses"]}
-    shared = [row for row in unmerged["responses"] if (row["length"], row["index"]) in answers]
+    answers = {(row["length"], row["index"]): row["response"] for row in merged.responses}
+    shared = [row for row in unmerged.responses if (row["length"], row["index"]) in answers]
     if not shared:
         raise ValueError("the results of merged and unmerged models have no sample in common")
     return sum(row["response"] != answers[row["length"], row["index"]] for row in shared)
 
 
-def summarise(base: Path, adapters: list[Path], scores: Path) -> dict[str, Any]:
-    """Collect accuracy by length, scales and the first answers: the content of results/demo.json.
+def summarise(base: Path, results: dict[str, EvalResult], scales: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Return accuracy by length, scales and the first answers: the content of results/demo.json.
 
-    Raises:
-        ValueError: a merged model answers a sample differently from its adapter, or a file is missing or corrupt.
+    Args:
+        base: the base model.
+        results: by method.
+        scales: of the tuned methods, of shape (layers, heads, channels).
     """
-    from axolotl_plugins.seal.scales import saved_scales
-
-    results = {"base": read_scores(base, scores)}
-    scales = {}
-    for adapter in adapters:
-        unmerged, merged = (read_scores(Path(f"{adapter}{ending}"), scores) for ending in ("", "_merged"))
-        method = merged["method"]
-        if different := different_answers(unmerged, merged):
-            raise ValueError(f"{adapter}: {different} answers of the merged model differ from the adapter's")
-        results[method], scales[method] = merged, saved_scales(adapter)
-    lengths = [row["length"] for row in results["base"]["scores"]]
+    scores = {method: to_json(result)["scores"] for method, result in results.items()}
+    lengths = [row["length"] for row in scores["base"]]
     middle = lengths[len(lengths) // 2]
-    middle_rows = [[row for row in result["responses"] if row["length"] == middle] for result in results.values()]
+    rows_of_middle = [[row for row in result.responses if row["length"] == middle] for result in results.values()]
+    question = load_yaml(Path(tasks.__file__).with_name("line.yml"))["question"]
     return {
         "base_model": str(base),
         "lengths": lengths,
-        "samples_per_length": results["base"]["scores"][0]["count"],
+        "samples_per_length": scores["base"][0]["count"],
         "trainable_parameters": {method: int(values.size) for method, values in scales.items()},
         "scores": {
-            method: [{key: row[key] for key in ("tokens", "score", "low", "high")} for row in result["scores"]]
-            for method, result in results.items()
+            method: [{key: row[key] for key in ("tokens", "score", "low", "high")} for row in rows]
+            for method, rows in scores.items()
         },
         "prompts": [
             {
                 "tokens": rows[0]["tokens"],
-                "question": load_yaml(Path(tasks.__file__).with_name("line.yml"))["question"].format(
-                    key=rows[0]["key"]
-                ),
+                "question": question.format(key=rows[0]["key"]),
                 "reference": rows[0]["references"][0],
                 "answers": {method: row["response"] for method, row in zip(results, rows, strict=True)},
             }
-            for rows in list(zip(*middle_rows, strict=True))[:SHOWN]
+            for rows in list(zip(*rows_of_middle, strict=True))[:SHOWN]
         ],
         "scales": {method: values.mean(2).round(4).tolist() for method, values in scales.items()},
         "machine": machine(),
     }
 
 
-def print_summary(summary: dict[str, Any]) -> None:
-    """Print scores by length, and prompts with the answers of all models side by side."""
-    console = Console()
-    table = Table(title=f"line retrieval: accuracy (95 % interval), {summary['samples_per_length']} samples a length")
-    table.add_column("method")
-    table.add_column("trainable parameters", justify="right")
-    for length in summary["lengths"]:
-        table.add_column(f"{length:,} tokens", justify="right")
-    for method, rows in summary["scores"].items():
-        cells = [f"{row['score']:.2f} ({row['low']:.2f}-{row['high']:.2f})" for row in rows]
-        table.add_row(method, f"{summary['trainable_parameters'].get(method, 0):,}", *cells)
-    console.print(table)
-    answers = Table(show_lines=True, title=f"the first {SHOWN} prompts of the middle length, decoded greedily")
-    for name in ("question", "reference", *summary["scores"]):
-        answers.add_column(name, overflow="fold")
-    for prompt in summary["prompts"]:
-        cells = [prompt["answers"][method].strip()[:200] for method in summary["scores"]]
-        answers.add_row(prompt["question"], prompt["reference"], *cells)
-    console.print(answers)
+def print_answers(prompts: list[dict[str, Any]]) -> None:
+    """Print prompts with the answers of all models side by side."""
+    table = Table(show_lines=True, title=f"the first {SHOWN} prompts of the middle length, decoded greedily")
+    for name in ("question", "reference", *prompts[0]["answers"]):
+        table.add_column(name, overflow="fold")
+    for prompt in prompts:
+        answers = [answer.strip()[:200] for answer in prompt["answers"].values()]
+        table.add_row(prompt["question"], prompt["reference"], *answers)
+    Console().print(table)
 
 
 def plot(summary: dict[str, Any], out: Path) -> None:
@@ -136,17 +113,27 @@ def main(
     out: Annotated[Path, typer.Option(help="JSON file to write; the plot goes beside it.")] = Path("results/demo.json"),
 ) -> None:
     """Print and plot the results of `make demo`."""
-    quiet_libraries()
-    adapters = adapter or [Path(f"outputs/smollm2_demo_{method}") for method in ("sealh", "sealc")]
-    try:
-        summary = summarise(base, adapters, scores)
-        plot(summary, out.with_suffix(".png"))
-        write_text(out, json.dumps(summary, indent=1) + "\n")
-    except (ValueError, OSError, KeyError) as error:
-        stop(error)
-    print_summary(summary)
+    from axolotl_plugins.seal.scales import saved_scales
+
+    by_model = {result.model: result for result in read_results(scores) if isinstance(result, EvalResult)}
+    folders = adapter or [Path(f"outputs/smollm2_demo_{method}") for method in ("sealh", "sealc")]
+    wanted = [str(base), *(f"{folder}{ending}" for folder in folders for ending in ("", "_merged"))]
+    if missing := [model for model in wanted if model not in by_model]:
+        raise ValueError(f"{scores}: has no result of {missing[0]}: call `make demo`")
+    results, scales = {"base": by_model[str(base)]}, {}
+    for folder in folders:
+        unmerged, merged = by_model[str(folder)], by_model[f"{folder}_merged"]
+        if different := different_answers(unmerged, merged):
+            raise ValueError(f"{folder}: {different} answers of the merged model differ from the adapter's")
+        results[merged.method], scales[merged.method] = merged, saved_scales(folder)
+    summary = summarise(base, results, scales)
+    plot(summary, out.with_suffix(".png"))
+    write_text(out, json.dumps(summary, indent=1) + "\n")
+    counts = {method: f"\n{count:,} scales" for method, count in summary["trainable_parameters"].items()}
+    print_scores(list(results.values()), [f"{method}{counts.get(method, '')}" for method in results])
+    print_answers(summary["prompts"])
     print(f"{out} and {out.with_suffix('.png')}: merged and unmerged models gave the same answers")
 
 
 if __name__ == "__main__":
-    run_app(app, "python -m recipes.demo")
+    run(app, "python -m recipes.demo")

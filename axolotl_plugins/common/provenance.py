@@ -21,13 +21,11 @@ def machine() -> str:
 
 def current_commit() -> str | None:
     """Return the commit of the code, with a plus if files differ from it; None outside a repository."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--dirty=+"]
     try:
-        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return name.stdout.strip() + "+" * bool(changed.stdout.strip())
 
 
 def provenance() -> dict[str, str | None]:

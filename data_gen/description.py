@@ -399,13 +399,7 @@ def read_table(file: Path) -> list[dict[str, str]]:
 
 
 def render(description: Description, text: str, records: list[dict[str, int | str]], line: int) -> dict[str, Any]:
-    """Return a sample with a question for one of its records.
-
-    Args:
-        description: of the task.
-        text: between header and footer.
-        records: in the text.
-        line: index of the requested record.
+    """Return a sample: the text between header and footer, and a question for one of its records.
 
     Returns:
         ``prompt``, ``answer`` and ``references``, the record's values, ``line`` and ``lines``, the number of records.

@@ -172,11 +172,7 @@ def next_length(tokens: int, lengths: list[int] | None) -> int:
 
 
 def longeval_cases(folder: Path, lines: list[int] | None = None) -> Task:
-    """Return the line task on LongEval's published cases (``*_lines.jsonl``), whose length is the number of lines.
-
-    Args:
-        folder: of the files.
-        lines: numbers of lines of the files to take; None takes all.
+    """Return the line task on LongEval's published cases (``*_lines.jsonl``) of all or some numbers of lines.
 
     Raises:
         ValueError: there are no such files, one of ``lines`` is missing, or a row is not a case of LongEval.

@@ -13,10 +13,6 @@ from axolotl_plugins.common.console import first_line
 def import_object(spec: str, option: str) -> Any:
     """Return the object that ``module:object`` names; the module may lie in the working directory.
 
-    Args:
-        spec: as ``my_tasks:sensor``.
-        option: names the setting in error messages.
-
     Raises:
         ValueError: the module cannot be imported, or has no such object.
     """

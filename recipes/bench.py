@@ -193,13 +193,10 @@ class Timing(NamedTuple):
 def time_steps(
     runs: list[Run], setting: StepConfig, ids: torch.Tensor, timing: Timing
 ) -> tuple[list[list[float]], str]:
-    """Return the seconds of each model's steps, interleaved after one warm-up step each, and the attention kernel.
+    """Time interleaved steps of models on ids of shape (1, T), after one warm-up step each.
 
-    Args:
-        runs: the models.
-        setting: applied to all of them.
-        ids: the sample, of shape (1, T).
-        timing: of the steps.
+    Returns:
+        The seconds of each model's steps, and the attention kernel.
     """
     with ExitStack() as undo:
         for run in runs:
@@ -212,13 +209,10 @@ def time_steps(
 
 
 def measure(runs: dict[str, Run], name: str, ids: torch.Tensor, timing: Timing) -> list[dict[str, Any]]:
-    """Measure one row per method: ``peak_gib`` with ``steps``, ``seconds`` and ``attention``, or ``error``, one line.
+    """Measure a row per method, on ids of shape (1, T), under the setting of a name.
 
-    Args:
-        runs: the models by method.
-        name: of the setting.
-        ids: the sample, of shape (1, T).
-        timing: of the steps.
+    Returns:
+        Rows with ``peak_gib``, and ``steps``, ``seconds`` and ``attention``, or ``error``, one line.
     """
     device, attention, error = ids.device.type, "", ""
     steps: list[list[float]] = [[] for _ in runs]
@@ -250,12 +244,12 @@ def fill(
 
     Args:
         rows: existing rows, of any command; new ones are appended.
-        shape: of the model.
+        shape: entry of ``shapes`` in ``matrix.yml``.
         shared: fields of all new rows, such as the ``rate`` of matrix products.
         device: ``cpu`` or ``cuda``.
         methods: keys of ``METHODS``.
-        lengths: tokens of samples.
-        settings: see ``StepConfig.named``.
+        lengths: of samples, in tokens.
+        settings: names, see ``StepConfig.named``.
         timing: of the steps.
         out: file of rows.
     """

@@ -43,10 +43,7 @@ def different_answers(unmerged: EvalResult, merged: EvalResult) -> int:
 def summarise(base: Path, results: dict[str, EvalResult], scales: dict[str, np.ndarray]) -> dict[str, Any]:
     """Return accuracy by length, scales and the first answers: the content of results/demo.json.
 
-    Args:
-        base: the base model.
-        results: by method.
-        scales: of the tuned methods, of shape (layers, heads, channels).
+    Results are by method; so are scales, of shape (layers, heads, channels).
     """
     scores = {method: to_json(result)["scores"] for method, result in results.items()}
     lengths = [row["length"] for row in scores["base"]]

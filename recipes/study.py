@@ -133,13 +133,7 @@ def work(
 
 
 def run_cells(deadline: float, jobs: int, *arguments: Any) -> None:
-    """Run ``work`` in ``jobs`` processes; those that still run at the deadline are terminated.
-
-    Args:
-        deadline: of ``time.monotonic``.
-        jobs: number of processes.
-        arguments: of ``work``, without ``threads``.
-    """
+    """Run ``work`` in so many processes; those that run at the deadline (of ``time.monotonic``) are terminated."""
     context = multiprocessing.get_context("spawn")
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs))
     workers = [context.Process(target=work, args=(*arguments, threads), daemon=True) for _ in range(jobs)]

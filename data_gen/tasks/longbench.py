@@ -38,10 +38,7 @@ def formatted_prompt(row: dict[str, Any]) -> str | None:
 
 @functools.cache
 def longest(data: str | None) -> list[dict[str, Any]]:
-    """Return all rows, longest first; the sort is stable.
-
-    Args:
-        data: a JSON lines file, or None for the hub.
+    """Return all rows of a JSON lines file, or None for the hub's, longest first; the sort is stable.
 
     Raises:
         ValueError: a row lacks a field or is not JSON, or the hub cannot be reached.

@@ -23,12 +23,9 @@ def share(study: Path, gathered: dict[str, Any], model: Path, out: Path) -> list
 
     Args:
         study: folder of the study.
-        gathered: result of the study, see ``study_results.gather``.
+        gathered: see ``study_results.gather``.
         model: folder of the base model, whose name the adapters state.
-        out: gets one folder per task and method, as ``line_sealc``.
-
-    Returns:
-        The folders.
+        out: gets one folder per task and method, as ``line_sealc``; all are returned.
 
     Raises:
         ValueError: the study has no tested adapter.

@@ -24,9 +24,6 @@ def peft_config(method: str) -> Any:
 def count_parameters(matrix: dict[str, Any]) -> dict[str, dict[str, int]]:
     """Count the trainable parameters of every method in the models of ``matrix.yml``, from their shapes alone.
 
-    Args:
-        matrix: content of ``matrix.yml``.
-
     Returns:
         Base model -> method -> number of trainable parameters.
     """

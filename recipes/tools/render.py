@@ -227,13 +227,7 @@ FULL = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": None, "
 
 
 def sample_tokens(model: dict[str, Any], task: str, part: str) -> int | str:
-    """Return the longest sample of a task in tokens, or the range that lengths are drawn from.
-
-    Args:
-        model: an entry of ``models`` in ``matrix.yml``; its ``tokens`` hold for all tasks, or are a mapping by task.
-        task: a key of ``TASKS`` or ``MIXTURES``.
-        part: the task itself, or one of the mixture.
-    """
+    """Return the longest sample of a task, or of a part of a mixture, in tokens, or the range to draw lengths from."""
     tokens = model["tokens"]
     if isinstance(tokens, dict):
         tokens = tokens.get(task, tokens.get(part))
@@ -260,14 +254,7 @@ def rate(rates: dict[str, dict[str, float]], model: str, task: str, method: str)
 
 
 def recipe_name(model: str, task: str, method: str, row: dict[str, Any]) -> str:
-    """Return the name of a recipe, which is also that of its adapter's folder.
-
-    Args:
-        model: a key of ``models`` in ``matrix.yml``.
-        task: a key of ``TASKS`` or ``MIXTURES``.
-        method: a key of ``METHODS``.
-        row: an entry of ``recipes``; what differs from the model's defaults becomes part of the name.
-    """
+    """Return the name of a recipe; what differs from defaults in its row of ``matrix.yml`` becomes part of it."""
     tokens = f"_{round(row['tokens'] / 1024)}k" if "tokens" in row else ""
     epochs = f"_{row['samples']}x{row['epochs']}" if "epochs" in row else ""
     sharding = f"_{row['sharding']}" if "sharding" in row else ""

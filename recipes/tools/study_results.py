@@ -138,12 +138,7 @@ def save(gathered: dict[str, Any], out: Path) -> None:
 
 
 def scores_figure(rows: list[dict[str, Any]], methods: tuple[str, ...]) -> Any:
-    """Plot scores by length, one panel per task and one line per method, with the range over seeds.
-
-    Args:
-        rows: see ``gather``.
-        methods: in the order of the legend.
-    """
+    """Plot scores by length, one panel per task and one line per method, with the range over seeds."""
     import matplotlib.pyplot as plt
 
     from eval.plots import draw_accuracy

@@ -6,15 +6,17 @@ bounded size that can be copied one at a time.
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Annotated
 
-from axolotl_plugins.common.console import stop
+import typer
+
+from axolotl_plugins.common.console import run
 
 ROOT = Path(__file__).parents[2]
 ON_THE_MACHINE = re.compile(r"(torch|triton|nvidia-(?!ml-py).*|cuda-.*)==")  # its own, built for its driver
@@ -46,16 +48,14 @@ def split(sizes: dict[str, int], limit: int) -> list[list[str]]:
         ValueError: a file alone is larger.
     """
     parts: list[list[str]] = []
-    room: list[int] = []
     for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
         if size > limit:
             raise ValueError(f"part: {name} has {size / 2**20:.0f} MiB: ask for parts of at least as many")
-        index = next((index for index, left in enumerate(room) if size <= left), len(parts))
-        if index == len(parts):
-            parts.append([])
-            room.append(limit)
-        parts[index].append(name)
-        room[index] -= size
+        with_room = (part for part in parts if sum(sizes[other] for other in part) + size <= limit)
+        part = next(with_room, None)
+        if part is None:
+            parts.append(part := [])
+        part.append(name)
     return parts
 
 
@@ -111,21 +111,21 @@ def run_pip(command: list[str]) -> None:
         raise ValueError((done.stderr.strip() or "pip failed").splitlines()[-1])
 
 
-def main() -> None:
-    """Gather the wheels of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--python", default=f"{sys.version_info[0]}.{sys.version_info[1]}", help="of the GPU machine")
-    parser.add_argument("--out", type=Path, default=Path("wheels"), help="folder to write")
-    parser.add_argument("--part", type=int, default=500, help="MiB of a part, at most")
-    args = parser.parse_args()
-    try:
-        for part in gather(args.python, args.out, args.part):
-            files = list(part.iterdir())
-            print(f"{part}: {len(files)} wheels, {sum(file.stat().st_size for file in files) / 2**20:.0f} MiB")
-    except (ValueError, OSError) as error:
-        stop(error)
-    print(f"on the GPU machine: pip install --no-index --no-deps {args.out}/part*/*.whl")
+app = typer.Typer(add_completion=False)
+
+
+@app.command(epilog="Example: make wheelhouse PYTHON_VERSION=3.12 OUT=wheels PART=500")
+def main(
+    python: Annotated[str, typer.Option(help="Version of the GPU machine's Python.")] = f"3.{sys.version_info[1]}",
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("wheels"),
+    part: Annotated[int, typer.Option(help="MiB of a part, at most.")] = 500,
+) -> None:
+    """Gather the wheels that a GPU machine without a network needs."""
+    for folder in gather(python, out, part):
+        sizes = [file.stat().st_size for file in folder.iterdir()]
+        print(f"{folder}: {len(sizes)} wheels, {sum(sizes) / 2**20:.0f} MiB")
+    print(f"on the GPU machine: pip install --no-index --no-deps {out}/part*/*.whl")
 
 
 if __name__ == "__main__":
-    main()
+    run(app, "python -m recipes.tools.wheelhouse")

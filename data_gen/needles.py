@@ -11,21 +11,7 @@ from axolotl_plugins.common.io import write_text
 from data_gen.openai_client import ask, text_of
 from data_gen.tasks.niah import TEST_NEEDLE, TEST_REFERENCE, plain
 
-PROMPT = (
-    "I am trying to test the retrieval performance of the model. I need needle sentences to find in a long context, "
-    "with the corresponding retrieval question. Here is one example case: "
-    '"needle": "The first thing you notice upon entering the room is the bright green chair sitting in the center '
-    'facing the window.", "question": "What is the first thing you notice upon entering the room?". '
-    "I want to make 10 sets of needles and corresponding retrieval questions in jsonl format, like "
-    '"needle": "...", "question": "...". '
-    "Here are some restrictions about needles and questions. "
-    "1. Since the purpose is to test only retrieval performance, the less it is related to general knowledge, the "
-    "better. "
-    "2. It is better to place the content corresponding to the question at the beginning of the needle sentence, like "
-    "the given example. "
-    "3. Keep the length of the needle similar to or longer than the length of the example needle provided. "
-    '4. Please give variations to the format, "first thing". Can you make 10 sets of examples for me?'
-)
+PROMPT = " ".join((Path(__file__).parent / "tasks" / "needles_prompt.md").read_text(encoding="utf-8").split())
 # Characters; half the length of the prompt's example, which asks for needles of similar length.
 SHORTEST = 55
 PAIR = re.compile(r'"needle"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"question"\s*:\s*("(?:[^"\\]|\\.)*")', re.DOTALL)

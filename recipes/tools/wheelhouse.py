@@ -24,7 +24,6 @@ ON_THE_MACHINE = re.compile(r"(torch|triton|nvidia-(?!ml-py).*|cuda-.*)==")  # i
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(39, 4, -1)]
 PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
 PROJECT = {"LICENSE", "README.md", "pyproject.toml", "axolotl_plugins", "data_gen", "eval", "recipes"}
-PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 
 def pins(lock: str) -> list[str]:
@@ -33,10 +32,10 @@ def pins(lock: str) -> list[str]:
     return [line for line in lines if "==" in line and not line.startswith("#") and not ON_THE_MACHINE.match(line)]
 
 
-def download_command(python: str, folder: Path, requirements: Path) -> list[str]:
-    """Return the command that downloads each pin as a wheel for another Python, or its source if it has none."""
+def download_options(python: str, folder: Path, requirements: Path) -> list[str]:
+    """Return the command of pip that downloads each pin as a wheel for another Python, or its source if it has none."""
     platforms = [option for name in PLATFORMS for option in ("--platform", name)]
-    return [*PIP, "download", "--quiet", "--no-deps", "--python-version", python, "--implementation", "cp", "--abi",
+    return ["download", "--quiet", "--no-deps", "--python-version", python, "--implementation", "cp", "--abi",
             f"cp{python.replace('.', '')}", "--abi", "abi3", "--abi", "none", *platforms, "--dest", str(folder),
             "--requirement", str(requirements)]  # fmt: skip
 
@@ -80,11 +79,11 @@ def gather(python: str, out: Path, part_mib: int, lock: Path = ROOT / "requireme
     with tempfile.TemporaryDirectory(dir=out) as work:
         folder, requirements = Path(work) / "wheels", Path(work) / "pins"
         requirements.write_text("\n".join(pins(lock.read_text())) + "\n")
-        run_pip(download_command(python, folder, requirements))
+        run_pip(*download_options(python, folder, requirements))
         sources = [file for file in folder.iterdir() if file.suffix != ".whl"]
         project = Path(work) / "project"  # a copy, because setuptools writes beside the sources
         shutil.copytree(ROOT, project, ignore=lambda folder, names: set(names) - PROJECT if folder == str(ROOT) else ())
-        run_pip([*PIP, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), *map(str, sources), str(project)])
+        run_pip("wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), *map(str, sources), str(project))
         for source in sources:
             source.unlink()
         wheels = {file.name: file.stat().st_size for file in folder.iterdir()}
@@ -100,15 +99,17 @@ def gather(python: str, out: Path, part_mib: int, lock: Path = ROOT / "requireme
     return parts
 
 
-def run_pip(command: list[str]) -> None:
-    """Run pip.
+def run_pip(*arguments: str) -> None:
+    """Run a command of pip, with the user's own settings.
 
     Raises:
-        ValueError: it fails; the message is its last line.
+        ValueError: it fails; the message is its last error.
     """
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip", "--no-input", "--disable-pip-version-check", *arguments]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode:
-        raise ValueError((done.stderr.strip() or "pip failed").splitlines()[-1])
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
+        raise ValueError(next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1]))
 
 
 app = typer.Typer(add_completion=False)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from axolotl_plugins.common.console import run
-from axolotl_plugins.common.io import check_output, read_rows
+from axolotl_plugins.common.io import check_output, read_rows, write_text
 from axolotl_plugins.common.tokenizer import load_tokenizer, parse_arguments
 from data_gen.dataset import Request, remark, write
 from data_gen.dataset import preview as sample_text
 from data_gen.needles import collect
-from data_gen.needles import write as write_needles
 from data_gen.openai_client import KEY
 from data_gen.tasks import TASKS, resolve_task, tasks_with
 
@@ -27,16 +25,6 @@ EXAMPLE = "seal data line --tokenizer models/smollm2-135m --tokens 2048 --sample
 def users(option: str) -> str:
     """Name the tasks that accept an option."""
     return ", ".join(tasks_with(option))
-
-
-@contextmanager
-def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar, and yield a function that sets how much is done."""
-    from rich.progress import Progress
-
-    with Progress(transient=True) as progress:
-        bar = progress.add_task(title, total=total)
-        yield lambda done: progress.update(bar, completed=done)
 
 
 TaskName = Annotated[
@@ -97,6 +85,8 @@ def main(
 
     A file that already holds the requested samples is kept.
     """
+    from rich.progress import Progress
+
     options: dict[str, Any] = {
         "lines": lines, "seed": seed, "split": split, "haystack": haystack, "needles": needles, "depths": depths,
         "data": data, "ruler_version": ruler_version,
@@ -111,11 +101,14 @@ def main(
     if out is None:
         raise ValueError("out: missing: name the file to write by --out, or print a sample by --preview")
     check_output(out)
-    with progress_bar(task, samples) as update:
+    with Progress(transient=True) as progress:
+        bar = progress.add_task(task, total=samples)
+        update = lambda done: progress.update(bar, completed=done)  # noqa: E731
         if task == "needles":
             if not base_url or not model:
                 raise ValueError("needles: give --base-url and --model of the endpoint to query")
-            write_needles(collect(samples, base_url, model, os.environ.get(KEY), progress=update), out)
+            pairs = collect(samples, base_url, model, os.environ.get(KEY), progress=update)
+            write_text(out, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
             written = True
         else:
             request = Request(task, tokens, samples=samples, **options)

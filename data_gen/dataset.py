@@ -238,11 +238,7 @@ def remark(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def check(out: Path, expected: dict[str, Any]) -> None:
-    """Compare a data file and its manifest with what is expected.
-
-    Raises:
-        ValueError: the file is missing, was modified, or was made differently; the message names the difference.
-    """
+    """Raise ValueError, with the difference, unless a data file is unchanged and its manifest as expected."""
     path = manifest_path(out)
     try:
         manifest = json.loads(path.read_text())

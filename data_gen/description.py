@@ -240,11 +240,7 @@ class Description(Strict):
         return self
 
     def check_names(self, columns: list[str]) -> None:
-        """Check that the templates name fields or columns, and that the question is for one record.
-
-        Raises:
-            ValueError: see above.
-        """
+        """Raise ValueError unless the templates name fields or columns, and the question is for one record."""
         if both := set(self.fields) & set(columns):
             raise ValueError(f"fields.{min(both)}: {self.table} has a column of that name: choose another")
         names = [name for name in (*self.fields, *columns) if not set(name) & set(".[]{}!:")]
@@ -416,11 +412,7 @@ def render(description: Description, text: str, records: list[dict[str, int | st
 
 
 def check_answers(description: Description, records: Records, metric: Callable[[str, list[str]], float]) -> None:
-    """Check that answers are right by the metric, and differ enough to be split into training and test samples.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """Raise ValueError unless answers are right by the metric, and differ enough to split training and test samples."""
     answers = set()
     with contextlib.suppress(ValueError):  # there may be fewer
         records.first(CHECKED)
@@ -441,11 +433,7 @@ def check_answers(description: Description, records: Records, metric: Callable[[
 
 
 def check_questions(description: Description, rows: list[dict[str, str]]) -> None:
-    """Check that no two rows of a table have the same question.
-
-    Raises:
-        ValueError: two have.
-    """
+    """Raise ValueError if two rows of a table have the same question."""
     names = names_in(description.question)
     if description.records == 1 or any(name in description.fields for name in names):
         return

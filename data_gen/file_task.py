@@ -101,11 +101,7 @@ def read_sample(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_turns(messages: Any) -> None:
-    """Raise unless a chat consists of texts and ends with a question and its answer.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """Raise ValueError unless a chat consists of texts and ends with a question and its answer."""
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
         raise ValueError(f"messages: found {str(messages)[:60]!r}, expected a list of turns")
     for number, turn in enumerate(messages, 1):
@@ -145,30 +141,22 @@ def select(rows: list[dict[str, Any]], lengths: list[int] | None, samples: int |
     Raises:
         ValueError: there is no sample of a length, or a sample is longer than all of them.
     """
-    given = rows[0]["length"] is not None
     groups: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
-        tokens = row["tokens"]
-        length = row["length"] if given else next_length(tokens, lengths)
+        tokens, length = row["tokens"], row["length"]
+        if length is None:
+            bounds = lengths or [1 << (tokens - 1).bit_length()]
+            if tokens > max(bounds):
+                raise ValueError(
+                    f"lengths: a sample has {tokens} tokens, expected at most {max(bounds)}: add a longer one"
+                )
+            length = min(bound for bound in bounds if bound >= tokens)
         groups.setdefault(length, []).append({**row, "length": length})
     for length in sorted(lengths or groups):
         if length not in groups:
             others = ", ".join(map(str, sorted(groups)))
             raise ValueError(f"lengths: no sample belongs to {length}, only to {others}: leave it out")
         yield from groups[length][:samples]
-
-
-def next_length(tokens: int, lengths: list[int] | None) -> int:
-    """Return the first length that is not below a number of tokens; None are the powers of two.
-
-    Raises:
-        ValueError: all are below.
-    """
-    if lengths is None:
-        return 1 << (tokens - 1).bit_length()
-    if tokens > max(lengths):
-        raise ValueError(f"lengths: a sample has {tokens} tokens, expected at most {max(lengths)}: add a longer one")
-    return min(length for length in lengths if length >= tokens)
 
 
 def longeval_cases(folder: Path, lines: list[int] | None = None) -> Task:

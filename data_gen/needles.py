@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from axolotl_plugins.common.io import write_text
 from data_gen.openai_client import ask, text_of
 from data_gen.tasks.niah import TEST_NEEDLE, TEST_REFERENCE, plain
 
@@ -70,8 +69,3 @@ def collect(
             raise ValueError(f"{url}: {tries} answers in a row held no new needle; {len(pairs)} of {count} found")
         progress(min(len(pairs), count))
     return list(pairs.values())[:count]
-
-
-def write(pairs: list[dict[str, str]], out: Path) -> None:
-    """Write needles as JSON lines, for ``--needles``."""
-    write_text(out, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))

@@ -63,11 +63,7 @@ def ask(
 
 
 def text_of(value: Any) -> str:
-    """Return a value that must be text.
-
-    Raises:
-        TypeError: it is not text.
-    """
+    """Return a value; raise TypeError unless it is text."""
     if not isinstance(value, str):
         raise TypeError("not text")
     return value

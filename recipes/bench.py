@@ -303,11 +303,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def check_settings(settings: list[str], device: str, model_type: str) -> None:
-    """Check that the kernels of settings can run.
-
-    Raises:
-        ValueError: a setting is unknown, a package is not installed, or a kernel needs a GPU or a Llama.
-    """
+    """Raise ValueError if a setting is unknown, its package not installed, or its kernel needs a GPU or a Llama."""
     for setting in map(StepConfig.named, settings):
         if setting.liger and find_spec("liger_kernel") is None:
             raise ValueError("settings: liger: liger_kernel is not installed: pip install liger-kernel")

@@ -9,7 +9,7 @@ from typing import Any
 
 from data_gen.fit_length import LengthBudget
 from data_gen.metrics import string_match_all
-from data_gen.tasks.ruler import SOURCE, make_sample
+from data_gen.tasks.ruler import SOURCE, draw_names, make_sample
 from data_gen.tasks.task import Request, Task, register
 
 PROMPT = (
@@ -29,14 +29,6 @@ def frequencies(total: int, vocabulary: int) -> list[int]:
     return [int(total * rank**-ALPHA / zeta) for rank in range(1, vocabulary + 1)]
 
 
-def draw_vocabulary(size: int, rng: random.Random) -> list[str]:
-    """Draw distinct coded words; the first is replaced by dots."""
-    coded: dict[str, None] = {}
-    while len(coded) < size:
-        coded["".join(rng.choices(string.ascii_lowercase, k=WORD_LETTERS))] = None
-    return ["...", *list(coded)[1:]]
-
-
 def sample(request: Request, rng: random.Random, index: int, budget: LengthBudget) -> dict[str, Any]:
     """Draw a sample of as many words as fit, with a version of RULER in its steps.
 
@@ -47,9 +39,10 @@ def sample(request: Request, rng: random.Random, index: int, budget: LengthBudge
     """
     tokens = budget.tokens - (0 if request.ruler_version == 2024 else MAX_NEW_TOKENS)
     size = max(tokens // 50, 5)
-    vocabulary = draw_vocabulary(size, rng)
+    vocabulary = draw_names(size, WORD_LETTERS, rng, string.ascii_lowercase)
     while not budget.accept(" ".join(vocabulary[1:4])):
-        vocabulary = draw_vocabulary(size, rng)
+        vocabulary = draw_names(size, WORD_LETTERS, rng, string.ascii_lowercase)
+    vocabulary[0] = "..."
     seed = rng.getrandbits(64)
     top = vocabulary[1:4]
 

@@ -39,27 +39,20 @@ PROSE = tuple(map(tuple, yaml.safe_load((Path(__file__).parent / "prose.yml").re
 
 @dataclass(frozen=True)
 class Haystack:
-    """A text with its word boundaries.
-
-    Attributes:
-        text: without leading whitespace.
-        ends: end offset of each word in ``text``.
-    """
+    """A text without leading whitespace."""
 
     text: str
-    ends: tuple[int, ...]
+
+    @functools.cached_property
+    def ends(self) -> tuple[int, ...]:
+        """End offset of each word in the text."""
+        return tuple(word.end() for word in re.finditer(r"\S+", self.text))
 
     def first(self, words: int) -> tuple[str, int]:
         """Return the first ``words`` words, the text repeated as needed, and how often it is repeated."""
         full, rest = divmod(words, len(self.ends))
         repeated = (self.text.rstrip() + "\n") * full
         return repeated + self.text[: self.ends[rest - 1] if rest else 0], max(0, full - (not rest))
-
-
-def haystack(text: str) -> Haystack:
-    """Return the haystack of a text."""
-    text = text.lstrip()
-    return Haystack(text, tuple(word.end() for word in re.finditer(r"\S+", text)))
 
 
 def prose(rng: random.Random, sentences: int = 6000) -> str:
@@ -105,10 +98,10 @@ def read(source: str) -> str:
 def haystack_text(source: str, seed: str, start: float) -> Haystack:
     """Return the haystack of a sample, rotated to begin at the first paragraph after the fraction ``start`` of it."""
     if source == "prose":
-        return haystack(prose(random.Random(seed)))
+        return Haystack(prose(random.Random(seed)))
     text = read(source)
     cut = text.find("\n", int(len(text) * start)) + 1 if start else 0
-    return haystack(text[cut:] + text[:cut])
+    return Haystack((text[cut:] + text[:cut]).lstrip())
 
 
 @functools.cache

@@ -10,6 +10,8 @@ fits.
 
 from __future__ import annotations
 
+import random
+import string
 from typing import Any
 
 SOURCE = "RULER (Hsieh et al. 2024), NVIDIA/RULER"
@@ -27,3 +29,11 @@ def make_sample(
         "budget": max_new_tokens,
         **facts,
     }
+
+
+def draw_names(count: int, letters: int, rng: random.Random, alphabet: str = string.ascii_uppercase) -> list[str]:
+    """Draw distinct names of so many letters."""
+    names: dict[str, None] = {}
+    while len(names) < count:
+        names["".join(rng.choices(alphabet, k=letters))] = None
+    return list(names)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
-import string
 from typing import Any
 
 from data_gen.fit_length import LengthBudget, largest
 from data_gen.metrics import string_match_all
-from data_gen.tasks.ruler import SOURCE, make_sample
+from data_gen.tasks.ruler import SOURCE, draw_names, make_sample
 from data_gen.tasks.task import Request, Task, register
 
 PROMPT = (
@@ -26,14 +25,6 @@ HOPS = 4  # one chain of four hops: five variables
 EXAMPLE_TOKENS = 500  # at most, of the worked example
 STEP_2024, EXAMPLE_STEP_2024 = 10, 5  # noise sentences
 MAX_NEW_TOKENS = 30  # RULER's tokens_to_generate
-
-
-def draw_names(count: int, letters: int, rng: random.Random) -> list[str]:
-    """Draw distinct names of capital letters."""
-    names: dict[str, None] = {}
-    while len(names) < count:
-        names["".join(rng.choices(string.ascii_uppercase, k=letters))] = None
-    return list(names)
 
 
 def render(

@@ -343,11 +343,6 @@ def longest_sample(shape: Shape, gib: float, step: StepConfig) -> int:
     return max(0, int((gib * 2**30 - fixed) / (with_1000 - fixed) * 1000))
 
 
-def needs_checkpointing(shape: Shape, tokens: int) -> bool:
-    """Return whether a step in float32 fits into ``CPU_GIB`` only if activations are recomputed."""
-    return cpu_gib(training_bytes(shape, tokens, step=StepConfig(element=4, recompute=False))) > CPU_GIB
-
-
 def cpu_gib(tensors: float) -> float:
     """Return the GiB of a process on a CPU that holds ``tensors`` bytes of tensors."""
     return CPU_LIBRARIES + CPU_HEAP * tensors / 2**30

@@ -110,11 +110,7 @@ def shows(own: OwnData | None, known: bool) -> str:
 
 
 def check_shortest(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise if the shortest samples that a recipe asks for hold none of its task.
-
-    Raises:
-        ValueError: see above; the message states the shortest possible sample.
-    """
+    """Raise ValueError, with the shortest possible sample, if a recipe asks for shorter ones than its task has."""
     for part in recipe.data_parts():
         if "data" not in resolve_task(part["task"]).options:  # LongBench's passages are fetched, and cut to any length
             low = str(part["tokens"]).partition(":")[0]

@@ -19,13 +19,15 @@ from recipes.tools.estimate import (
     CARD_SHARE,
     CARDS,
     CPU_FLOPS,
+    CPU_GIB,
     Cost,
     Shape,
     StepConfig,
+    cpu_gib,
     fastest,
     host_bytes,
-    needs_checkpointing,
     recipe_cost,
+    training_bytes,
 )
 from recipes.tools.methods import GRANULARITY, METHODS, PROJECTIONS, RANK
 
@@ -136,7 +138,9 @@ class Recipe:
             ValueError: nothing fits.
         """
         if not self.gpu:
-            return StepConfig(4, recompute=self.shape is not None and needs_checkpointing(self.shape, self.longest))
+            stored = StepConfig(4, recompute=False)
+            fits = self.shape is None or cpu_gib(training_bytes(self.shape, self.longest, step=stored)) <= CPU_GIB
+            return stored if fits else StepConfig(4)
         step = StepConfig(low_rank=self.method not in GRANULARITY)
         if not self.chooses:
             return step

@@ -87,11 +87,7 @@ def write_model(source: str, out: Path) -> None:
 
 
 def check_fetched(out: Path, source: str) -> None:
-    """Check that ``fetch`` wrote a folder from a source, and that it is unchanged.
-
-    Raises:
-        ValueError: it was not written by ``fetch``, is from another source, or one of its files has changed.
-    """
+    """Raise ValueError unless ``fetch`` wrote a folder from this source, and no file has changed since."""
     manifest = load_json(out / MANIFEST) if (out / MANIFEST).is_file() else {}
     if not manifest.keys() >= {"source", "origin", "files"}:
         raise ValueError(f"{out}: exists, but was not written by this command: move it away or name another --out")

@@ -353,6 +353,7 @@ class Workbench:
         from peft import get_peft_model
 
         from eval.controls import shuffle_heads
+        from eval.general import TEXTS, general_ability
 
         torch.manual_seed(cell.seed)  # initialises low-rank weights
         peft_model = get_peft_model(self.model, adapter_config(cell.tuned_as))
@@ -363,7 +364,9 @@ class Workbench:
                     shuffle_heads(peft_model, random.Random(cell.seed))
                 result |= self.score(peft_model.base_model.model, cell)
                 if cell.purpose == "test" and cell.method not in (*CONTROLS, *TRANSFERS):
-                    result["general"] = general(peft_model, self.tokenizer)
+                    rows = [row for _, row in read_rows(TEXTS)]
+                    parts = ([row[key] for row in rows if key in row] for key in ("text", "messages"))
+                    result["general"] = general_ability(peft_model, self.tokenizer, *parts)
         finally:
             self.model = peft_model.unload()
             del peft_model
@@ -470,14 +473,6 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def general(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """Measure how tuning changes perplexity and predictions on texts and chats unrelated to the tasks."""
-    from eval.general import TEXTS, general_ability
-
-    texts, chats = ([row[key] for _, row in read_rows(TEXTS) if key in row] for key in ("text", "messages"))
-    return general_ability(model, tokenizer, texts, chats)
-
-
 # --- files of a study ------------------------------------------------------------------------------------------------
 
 
@@ -497,11 +492,7 @@ def write_cell(folder: Path, cell: Cell, result: dict[str, Any]) -> None:
 
 
 def store_settings(folder: Path, settings: Settings) -> None:
-    """Write the settings of a study, or check that they are equal to the stored ones.
-
-    Raises:
-        ValueError: they differ; the message names the first difference.
-    """
+    """Write the settings of a study; raise ValueError, with the first difference, if other settings are stored."""
     file, requested = folder / "settings.json", asdict(settings)
     if not file.exists():
         write_text(file, json.dumps(requested, indent=1) + "\n")

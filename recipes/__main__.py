@@ -11,9 +11,10 @@ import typer
 from axolotl_plugins.common.console import run
 from axolotl_plugins.common.io import check_output, write_text
 from axolotl_plugins.common.tokenizer import parse_arguments
+from data_gen.tasks import TASKS
 from recipes.tools.estimate import CARDS, GPUS
 from recipes.tools.methods import METHODS
-from recipes.tools.render import CARD, FOLDER, TASKS, matrix_recipes, read_matrix
+from recipes.tools.render import CARD, FOLDER, matrix_recipes, read_matrix
 from recipes.tools.smollm2 import MODEL
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)

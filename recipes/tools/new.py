@@ -123,7 +123,7 @@ def template_file(name: str) -> Path:
     Raises:
         ValueError: there is none of that name.
     """
-    names = sorted(file.stem for file in TEMPLATES.glob("*.jinja") if not file.stem.endswith(".yml"))
+    names = sorted(file.stem for file in TEMPLATES.glob("*.jinja") if not file.stem.endswith((".yml", ".md")))
     if name not in names:
         raise ValueError(f"chat-template: found {name!r}, expected one of {', '.join(names)}")
     return TEMPLATES / f"{name}.jinja"

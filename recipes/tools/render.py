@@ -14,7 +14,7 @@ import jinja2
 import yaml
 
 from axolotl_plugins.common.io import load_json
-from data_gen.tasks import TaskAttribute, resolve_task, tasks_of
+from data_gen.tasks import resolve_task, tasks_of
 from recipes.tools.estimate import (
     CARD_SHARE,
     CARDS,
@@ -33,7 +33,6 @@ from recipes.tools.methods import GRANULARITY, METHODS, PROJECTIONS, RANK
 
 FOLDER = Path(__file__).parents[1]
 TEMPLATES = FOLDER / "templates"
-TASKS = TaskAttribute("description")
 # Mixtures of tasks, an equal share of the samples each; the demo has lengths, samples and rates of its own.
 MIXTURES = {"multi": ("line", "niah", "vt", "cwe", "fwe"), "demo": ("line",)}
 RULER = tasks_of("ruler")
@@ -101,6 +100,11 @@ class Recipe:
     def tasks(self) -> tuple[str, ...]:
         """Tasks that samples are drawn from."""
         return MIXTURES.get(self.task) or tuple(self.task.split(","))
+
+    @property
+    def titles(self) -> list[str]:
+        """Descriptions of the tasks, or the user's file."""
+        return [self.own.path] if self.own else [resolve_task(task).description for task in self.tasks]
 
     @property
     def gpu(self) -> bool:
@@ -185,9 +189,8 @@ class Recipe:
         """Render the template, with memory and time in its header unless ``cost`` is None."""
         return environment().get_template("recipe.yml.jinja").render(
             recipe=self, model=self.model, parts=self.data_parts(), launch_path=shlex.quote(str(self.file)),
-            method=METHODS[self.method], granularity=GRANULARITY.get(self.method), rank=RANK, projections=PROJECTIONS,
-            tasks=[resolve_task(part).description for part in self.tasks] if not self.own else [self.own.path],
-            step=self.step, cost=cost, card=CARDS[self.card].upper(), measured=cost and measurement(self),
+            granularity=GRANULARITY.get(self.method), rank=RANK, projections=PROJECTIONS,
+            step=self.step, cost=cost,
         )  # fmt: skip
 
 
@@ -199,7 +202,12 @@ def environment() -> jinja2.Environment:
         undefined=jinja2.ChainableUndefined,
     )  # fmt: skip
     jinja.globals |= {"CPU_FLOPS": CPU_FLOPS, "CARD_SHARE": CARD_SHARE, "FULL": FULL, "CARDS": CARDS}
-    jinja.globals |= {"device_name": device_name, "host_bytes": host_bytes}
+    jinja.globals |= {
+        "METHODS": METHODS,
+        "device_name": device_name,
+        "host_bytes": host_bytes,
+        "measurement": measurement,
+    }
     jinja.filters |= {"comment": comment, "minutes": in_minutes, "small": round_small}
     # Quoted where it must be.
     jinja.filters["yaml_text"] = lambda text: yaml.safe_dump(text, width=1000).removesuffix("\n...\n").rstrip()

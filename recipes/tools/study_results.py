@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_plugins.common.io import load_json, write_text
+from data_gen.tasks import resolve_task
 from eval.confidence import wilson
-from recipes.tools.render import TASKS as TITLES
 from recipes.tools.study_cells import (
     BASELINES,
     CONTROLS,
@@ -159,7 +159,7 @@ def scores_figure(rows: list[dict[str, Any]], methods: tuple[str, ...]) -> Any:
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.set_xticks([], minor=True)
-        axes.set_title(TITLES[task])
+        axes.set_title(resolve_task(task).description)
     figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=max(1, len(legend)), fontsize=9)
     return figure
 

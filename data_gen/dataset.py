@@ -35,9 +35,11 @@ def generate(request: Request, tokenizer: PreTrainedTokenizerBase) -> Iterator[d
         ``index``, ``tokens`` (length of the chat with its template), and what ``Task.sample`` returns but the prompt.
 
     Raises:
-        ValueError: no sample fits into the length.
+        ValueError: no sample fits into the length, or the task has nothing to draw.
     """
     task = resolve_task(request.task)
+    if task.sample is None:
+        raise ValueError(f"task: {task.name} has nothing to draw: name a task or a description")
     for index in range(request.samples):
         length = request.tokens if request.tokens is not None else f"{request.lines} lines"
         rng = random.Random(f"{task.name}/{request.split}/{request.seed}/{length}/{index}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from axolotl_plugins.common.console import first_line
 from axolotl_plugins.common.io import file_hash, read_rows
@@ -52,16 +52,11 @@ def file_task(file: Path, metric: str | None = None, max_new_tokens: int | None 
     if len({sample["length"] is None for sample in samples}) > 1:
         raise ValueError(f"{file}: some rows have a length and others none: give it to all or to none")
     return Task(
-        name=str(file), title=str(file), description=f"the samples of {file}", source=str(file), sample=draw_nothing,
+        name=str(file), title=str(file), description=f"the samples of {file}", source=str(file),
         shortest=1, metric=score, max_new_tokens=max_new_tokens, spec=str(file),
         identity={"file_sha256": file_hash(file), "metric": metric, "max_new_tokens": max_new_tokens},
         rows=lambda tokenizer: count_each(samples, tokenizer),
     )  # fmt: skip
-
-
-def draw_nothing(*_: Any) -> NoReturn:
-    """Raise, since a file's samples are not drawn."""
-    raise ValueError("task: a file of samples has nothing to draw: name a task or a description")
 
 
 def read_sample(row: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class Task:
             answers), optionally ``prefix`` (what the answer begins with, given to the model), ``example`` (prompt and
             answer of an earlier exchange in the chat) and any JSON values that describe the sample. Randomness comes
             from the generator alone, and the chat has at most ``budget.tokens`` tokens. Raises ValueError if no sample
-            is that short.
+            is that short. None if there is nothing to draw.
         metric: score of a response in [0, 1], from the response and the references; None if lm-eval scores the
             benchmark with its own tasks.
         max_new_tokens: longest response; None without a metric.
@@ -53,8 +53,8 @@ class Task:
     title: str
     description: str
     source: str
-    sample: Callable[[Request, random.Random, int, LengthBudget], dict[str, Any]]
     shortest: int
+    sample: Callable[[Request, random.Random, int, LengthBudget], dict[str, Any]] | None = None
     metric: Callable[[str, list[str]], float] | None = None
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()

@@ -66,7 +66,7 @@ def process(rank: int, folder: str, processes: int, learned: list[int], setting:
         shared.prepare(model.get_base_model())
         ids, labels = sample(learned)
         inputs = shared.share({"input_ids": ids, "shift_labels": next_labels(labels)})
-        with bench.applied(model, bench.Setting.of(setting)):
+        with bench.applied(model, StepConfig.named(setting)):
             loss = model(**answers_only(inputs)).loss
             loss.backward()
         torch.save((loss.detach(), gradients(model)), f"{folder}/{name}_{rank}.pt")

@@ -13,9 +13,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
@@ -75,20 +73,6 @@ def open_cells(folder: Path, cells: list[Cell]) -> list[Cell]:
     return [cell for cell in with_rates if not cell.file(folder).exists()]
 
 
-@contextmanager
-def claimed(folder: Path, cell: Cell) -> Iterator[bool]:
-    """Hold the lock of a cell; yield False if another process holds it. The lock ends with the process."""
-    file = folder / "locks" / cell.file_name
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(file).acquire(blocking=False)
-    except Timeout:
-        yield False
-        return
-    with lock:
-        yield True
-
-
 def work(
     model: Path, device: str, settings: Settings, folder: Path, cells: list[Cell], commit: str | None, threads: int
 ) -> None:
@@ -105,23 +89,26 @@ def work(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     bench = Workbench(model, device, settings, folder / "data")
-    failed: set[Cell] = set()
+    locks, failed = folder / "locks", set[Cell]()
+    locks.mkdir(parents=True, exist_ok=True)
     while True:
         others_run = False
         for cell in open_cells(folder, cells):
             if cell in failed or (cell.rated_as and cell.rate is None):
                 continue
-            with claimed(folder, cell) as mine:
-                others_run |= not mine
-                if not mine or cell.file(folder).exists():
-                    continue
-                try:
+            try:
+                with FileLock(locks / cell.file_name).acquire(blocking=False):  # it ends with the process
+                    if cell.file(folder).exists():
+                        continue
                     result = bench.run(cell)
-                except (RuntimeError, ValueError, OSError) as error:  # such as a lack of memory: others go on
-                    failed.add(cell)
-                    print(f"{cell}: {type(error).__name__}: {first_line(error)}", file=sys.stderr, flush=True)
-                    continue
-                write_cell(folder, cell, {**result, "commit": commit})
+                    write_cell(folder, cell, {**result, "commit": commit})
+            except Timeout:
+                others_run = True
+                continue
+            except (RuntimeError, ValueError, OSError) as error:  # such as a lack of memory: others go on
+                failed.add(cell)
+                print(f"{cell}: {type(error).__name__}: {first_line(error)}", file=sys.stderr, flush=True)
+                continue
             scores = " ".join(f"{row['score']:.2f}" for row in result["scores"]) or result["failed"]
             spent = result.get("tuning_seconds", 0) + result.get("scoring_seconds", 0)
             print(f"{cell}: {scores} ({spent:.0f} s)", flush=True)

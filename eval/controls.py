@@ -29,6 +29,14 @@ def shuffle_heads(model: nn.Module, rng: random.Random) -> None:
         scale.copy_(rows[picked].view(scale.shape))
 
 
+@torch.no_grad()
+def weight_scales(model: nn.Module, weight: float) -> None:
+    """Set every scale to ``1 + weight * (scale - 1)``, as ``seal combine`` does with a folder."""
+    for layer in seal_layers(model):
+        scale = layer.seal_scale["default"]
+        scale.copy_(1 + weight * (scale - 1))
+
+
 def of_others(items: list[Any], rng: random.Random) -> list[Any]:
     """Rotate items by a random amount, so that each stands in another's place.
 

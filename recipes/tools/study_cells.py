@@ -52,9 +52,12 @@ UNTUNED = ("base", "one-shot")
 CONTROLS = ("SEAL-H shuffled", "SEAL-C shuffled", "SEAL-H wrong answers", "SEAL-C wrong answers")
 PLACEMENTS = ("query", "query+output")
 BASELINES = ("IA3", "LayerNorm", "VeRA")
+WEIGHTED = tuple(f"{method} at {weight}" for method in ("SEAL-H", "SEAL-C") for weight in (0.25, 0.5, 0.75))
 MIXTURE = "mixture"  # of training samples of all tasks, as many in all as of one task
 TRANSFERS = tuple(f"{method} from {source}" for method in ("SEAL-H", "SEAL-C") for source in (*TASKS, MIXTURE))
-METHODS = (*UNTUNED, "SEAL-H", "SEAL-C", "LoRA", "DoRA", *CONTROLS, *PLACEMENTS, *BASELINES, *TRANSFERS)
+METHODS = (
+    *UNTUNED, "SEAL-H", "SEAL-C", "LoRA", "DoRA", *WEIGHTED, *CONTROLS, *PLACEMENTS, *BASELINES, *TRANSFERS,
+)  # fmt: skip
 VALIDATION_LENGTHS = 3  # the longest ones of a task
 VALIDATION_SEED = 9000  # of training-split samples that no cell is tuned on
 ANSWER_ROOM = 128  # tokens of the window reserved for answers; the longest has 120
@@ -126,11 +129,11 @@ class Cell:
 
     @property
     def tuned_cell(self) -> Cell:
-        """The cell with the same adapter: that of another task, or before a control shuffles its scales."""
+        """The cell with the same adapter: of another task, or before its scales are shuffled or weighted."""
         if self.method.endswith("wrong answers"):
             return self
-        method, _, source = self.method.removesuffix(" shuffled").partition(" from ")
-        return replace(self, task=source or self.task, method=method)
+        source = self.method.partition(" from ")[2] or self.task
+        return replace(self, task=source, method=self.tuned_as or self.method)
 
     @property
     def file_name(self) -> str:
@@ -172,8 +175,8 @@ def plan(tasks: list[str], methods: list[str], seeds: list[int]) -> list[Cell]:
     stages: list[tuple[tuple[str, ...], list[int]]] = [
         (("base",), first), (seal, first), (("LoRA",), first), (PLACEMENTS[:1], first), (("one-shot", "DoRA"), first),
         (TRANSFERS[-1:], first), *(((*seal, "LoRA", *PLACEMENTS[:1]), [seed]) for seed in others), (TRANSFERS, first),
-        (PLACEMENTS[1:], first), (CONTROLS, first), (BASELINES, first),
-        (("DoRA", *PLACEMENTS[1:], *BASELINES, *CONTROLS, *TRANSFERS), others),
+        (WEIGHTED, first), (PLACEMENTS[1:], first), (CONTROLS, first), (BASELINES, first),
+        (("DoRA", *WEIGHTED, *PLACEMENTS[1:], *BASELINES, *CONTROLS, *TRANSFERS), others),
     ]  # fmt: skip
     cells: list[Cell] = []
     for stage, of_seeds in stages:
@@ -352,7 +355,7 @@ class Workbench:
             return result | self.score(self.model, cell)
         from peft import get_peft_model
 
-        from eval.controls import shuffle_heads
+        from eval.controls import shuffle_heads, weight_scales
         from eval.general import TEXTS, general_ability
 
         torch.manual_seed(cell.seed)  # initialises low-rank weights
@@ -362,6 +365,8 @@ class Workbench:
             if "failed" not in result:
                 if cell.method.endswith("shuffled"):
                     shuffle_heads(peft_model, random.Random(cell.seed))
+                if cell.method in WEIGHTED:
+                    weight_scales(peft_model, float(cell.method.split(" at ")[1]))
                 result |= self.score(peft_model.base_model.model, cell)
                 if cell.purpose == "test" and cell.method not in (*CONTROLS, *TRANSFERS):
                     rows = [row for _, row in read_rows(TEXTS)]

@@ -259,6 +259,8 @@ def test_an_adapter_is_tuned_once_for_all_cells_that_score_it(finished, tmp_path
     assert tuned == cells[:1] and all(result["losses"] == results[0]["losses"] for result in results)
     assert torch.equal(scales[0], scales[1]) and not torch.equal(scales[0], torch.ones(12))
     assert not torch.equal(scales[0], scales[2]) and torch.equal(scales[0].sort().values, scales[2].sort().values)
+    bench.run(Cell("line", "SEAL-H at 0.5", "test", 0, 0.02))
+    torch.testing.assert_close(scales[3] - 1, (scales[0] - 1) / 2)
     bench.run(Cell("line", "SEAL-H wrong answers", "test", 0, 0.02))
     bench.run(Cell("line", "SEAL-H", "test", 0, 0.05))
     assert len(tuned) == 3

@@ -303,11 +303,10 @@ def load_each(adapters: dict[str, str], **options: Any) -> Iterator[LoadedModel]
     for folder in adapters.values():
         if not is_adapter(folder):
             raise ValueError(f"adapter: {folder} has no adapter_config.json: give the folder that training wrote")
-        base = load_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
-        if empty and base != empty[0].base:
-            raise ValueError(
-                f"adapter: {folder} is of {base}, the first one of {empty[0].base}: evaluate it on its own"
-            )
+        settings = load_json(Path(folder) / "adapter_config.json")
+        base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+        if empty and base != (first := empty[0].base):
+            raise ValueError(f"adapter: {folder} is of {base}, the first one of {first}: evaluate it on its own")
         adapter_file(Path(folder))
         empty.append(load(folder, **{**options, "weights": False}))
         expected, config = (loaded.model.config.to_dict() for loaded in (empty[0], empty[-1]))

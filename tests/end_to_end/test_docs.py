@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -189,17 +190,24 @@ def test_the_own_task_pages_python_runs(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_own_task_pages_commands_work_as_a_new_user_types_them(tmp_path):
+def test_the_own_task_pages_commands_work_as_a_new_user_types_them(tmp_path, monkeypatch, capsys):
+    """Commands of `seal` share this process, which imports PyTorch once."""
+    from axolotl_plugins.common.console import run
+    from recipes.cli import app
+
     blocks = re.findall(r"```bash\n(.*?)```", DOCS["own-task.md"], re.DOTALL)
-    binaries = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
-                   "OMP_NUM_THREADS": "1", "AXOLOTL_DO_NOT_TRACK": "1"}  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     card = ""
     for line in "".join(blocks).splitlines():
-        command = toy(line).replace("seal ", f"{sys.executable} -m recipes.cli ", 1) if line[:5] == "seal " else line
-        done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, line + done.stdout[-2000:] + done.stderr[-3000:]
-        card = done.stdout if "seal push" in line else card
+        if line.startswith("seal "):
+            run(app, "seal", shlex.split(toy(line))[1:])
+            card = capsys.readouterr().out if "seal push" in line else card
+        else:
+            done = subprocess.run(line, shell=True, capture_output=True, text=True)
+            assert done.returncode == 0, line + done.stdout[-2000:] + done.stderr[-3000:]
     made = {file.name for file in (tmp_path / "results/sensors").rglob("*")}
     assert {"sensors_models.png", "sweep.png", "gradient.png", "report.html"} <= made
     assert "| base model |" in card and "### Sensor log" in card

@@ -31,8 +31,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_plugins.common.console import first_line, out_of_memory
 from axolotl_plugins.common.console import run as run_app
+from axolotl_plugins.common.environment import machine
 from axolotl_plugins.common.io import load_json, write_text
-from axolotl_plugins.common.provenance import machine
 from axolotl_plugins.seal.tune import answer_loss
 from eval.cli_options import parse_names, parse_numbers
 from recipes.tools.estimate import BACKENDS, Shape, StepConfig, training_flop

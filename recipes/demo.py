@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from axolotl_plugins.common.console import run
+from axolotl_plugins.common.environment import machine
 from axolotl_plugins.common.io import load_yaml, write_text
-from axolotl_plugins.common.provenance import machine
 from data_gen import tasks
 from eval.results import EvalResult, read_results, to_json
 from eval.table import print_scores

@@ -24,8 +24,8 @@ from filelock import FileLock, Timeout
 
 from axolotl_plugins.common.console import first_line, quiet_libraries
 from axolotl_plugins.common.console import run as run_app
+from axolotl_plugins.common.environment import current_commit
 from axolotl_plugins.common.io import file_hash
-from axolotl_plugins.common.provenance import current_commit
 from axolotl_plugins.common.window import context_window, read_config
 from data_gen.dataset import Request
 from eval.cli_options import parse_names, parse_numbers

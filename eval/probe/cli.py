@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from axolotl_plugins.common.environment import origin
 from axolotl_plugins.common.io import check_output, write_text
-from axolotl_plugins.common.provenance import provenance
 from data_gen.tasks import Request, Task
 from eval.cli_options import (
     OWN_TASK,
@@ -72,7 +72,7 @@ def finish(result: dict[str, Any], out: Path, *journals: Path | None) -> None:
     from eval.plots import save_figure
     from eval.probe.plots import DRAW
 
-    result = {**result, **provenance()}
+    result = {**result, **origin()}
     save_figure(DRAW[result["kind"]](result), out.with_suffix(".png"))
     write_text(out, json.dumps(result, indent=1) + "\n")
     for journal in filter(None, journals):

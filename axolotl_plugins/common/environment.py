@@ -28,7 +28,7 @@ def current_commit() -> str | None:
         return None
 
 
-def provenance() -> dict[str, str | None]:
+def origin() -> dict[str, str | None]:
     """Return the running command, the date, the commit and the machine, as results of probes record them."""
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {"command": command, "date": date.today().isoformat(), "commit": current_commit(), "machine": machine()}

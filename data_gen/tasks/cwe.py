@@ -62,11 +62,8 @@ def sample(request: Request, rng: random.Random, index: int, budget: LengthBudge
     example = render_example(shown, example_pool[:COMMON], version)
 
     def of_size(count: int) -> dict[str, Any]:
-        if count > len(chosen):
-            raise ValueError(
-                f"tokens: {budget.tokens} needs more than the {len(chosen)} words of wonderwords: ask for less"
-            )
-        entries = word_list(chosen[:count], common, other, random.Random(seed))
+        several = chosen * -(-count // len(chosen))  # a trial may need more than there are
+        entries = word_list(several[:count], common, other, random.Random(seed))
         prompt, facts = PROMPT.format(context=numbered(entries)), dict[str, Any](words=count)
         if version is None:
             prompt = "".join(example) + "\n" + prompt
@@ -76,7 +73,10 @@ def sample(request: Request, rng: random.Random, index: int, budget: LengthBudge
 
     step = STEP_2024 if version == 2024 else 1
     first = COMMON + step
-    return budget.fill(of_size, "cwe", first, step)
+    drawn = budget.fill(of_size, "cwe", first, step)
+    if drawn["words"] > len(chosen):
+        raise ValueError(f"tokens: {budget.tokens} needs more than the {len(chosen)} words of wonderwords: ask for less")
+    return drawn
 
 
 register(Task(

@@ -210,6 +210,13 @@ def test_samples_of_a_version_have_its_text_and_steps(task, version, tokenizer):
             assert sample["words"] < unversioned["words"]
 
 
+def test_common_words_use_all_of_their_words_and_refuse_longer_samples(tokenizer):
+    longest = Request("cwe", "338000", samples=1, split="test", ruler_version=2024)
+    assert [sample["words"] for sample in generate(longest, tokenizer)] == [8100]
+    with pytest.raises(ValueError, match="needs more than the 8166 words of wonderwords"):
+        next(iter(generate(dataclasses.replace(longest, tokens="350000"), tokenizer)))
+
+
 def test_a_version_of_ruler_is_one_of_rulers():
     for arguments, message in (
         ({"task": "line", "ruler_version": 2024}, "ruler_version: line has no such option"),

@@ -331,6 +331,11 @@ ROPES = {
     "glm": ("glm", {"head_dim": 8, "num_key_value_heads": 2, **PARTIAL}),
     "glm4": ("glm4", {"head_dim": 8, "num_key_value_heads": 2, **PARTIAL}),
     "falcon": ("falcon", {"rope_parameters": LINEAR}),
+    # Transformers 4 never scales Nemotron's RoPE, and takes ModernBERT's global theta for local layers too.
+    "nemotron": ("nemotron", {"num_key_value_heads": 2, "partial_rotary_factor": 0.75, "rope_parameters": {
+                 **PARTIAL["rope_parameters"], "rope_type": "default"}}),
+    "modernbert": ("modernbert-decoder", {"cls_token_id": 1, "sep_token_id": 2, "local_attention": 32, "layer_types":
+                   SLIDING["layer_types"], "rope_parameters": dict.fromkeys(BY_LAYER, LINEAR)}),
     "deepseek": ("deepseek_v3", {**DEEPSEEK, "rope_parameters": {**LINEAR, "rope_type": "yarn", "mscale": 1.0,
                  "mscale_all_dim": 1.0, "original_max_position_embeddings": 128}}),
 }  # fmt: skip

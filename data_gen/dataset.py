@@ -114,7 +114,9 @@ def manifest_path(out: Path) -> Path:
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the SHA-256 of what tokenization depends on: vocabulary, rules and chat template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        backend.no_truncation()  # which is state: of the tokenizer's file, or of the last call
+        backend.no_padding()
     rules = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256((rules + str(tokenizer.chat_template)).encode()).hexdigest()
 

@@ -75,7 +75,7 @@ def sample(request: Request, rng: random.Random, index: int, budget: LengthBudge
     first = COMMON + step
     drawn = budget.fill(of_size, "cwe", first, step)
     if drawn["words"] > len(chosen):
-        raise ValueError(f"tokens: {budget.tokens} needs more than the {len(chosen)} words of wonderwords: ask for less")
+        raise ValueError(f"tokens: {budget.tokens} needs more than wonderwords' {len(chosen)} words: ask for less")
     return drawn
 
 

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from axolotl_plugins.common.io import read_rows
 from axolotl_plugins.common.tokenizer import count_tokens, load_tokenizer
-from data_gen.dataset import Request, draw, generate, in_split, manifest_path, write
+from data_gen.dataset import Request, draw, generate, in_split, manifest_path, tokenizer_hash, write
 from data_gen.description import Records, read_description, render, unique, words
 from data_gen.fit_length import largest
 
@@ -29,6 +29,15 @@ LINE = read_description(ROOT / "data_gen/tasks/line.yml")
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(TINY)
+
+
+def test_a_tokenizers_hash_ignores_stored_truncation_and_earlier_calls(tokenizer, tmp_path):
+    own = AutoTokenizer.from_pretrained(TINY)
+    expected = tokenizer_hash(own)
+    own(["one", "one two"], padding="max_length", truncation=True, max_length=4)
+    own.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["truncation"]["max_length"] == 4
+    assert tokenizer_hash(AutoTokenizer.from_pretrained(tmp_path)) == tokenizer_hash(own) == expected
 
 
 def data_gen(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -192,3 +192,32 @@ def test_a_penalty_of_the_generation_config_changes_no_answer(tmp_path):
     loaded = load(copy_of(tmp_path / "model", generation_config={"repetition_penalty": 1.2}))
     for batch in (1, 2):
         assert run(loaded, "line", lengths=[256], samples=8, batch_size=batch).responses == expected_responses()
+
+
+GENERATION = {"stop_strings": ["in line"], "suppress_tokens": [500, 600], "max_length": 20, "num_beams": 3,
+              "no_repeat_ngram_size": 2, "min_new_tokens": 15, "forced_eos_token_id": 2, "do_sample": True,
+              "temperature": 2.0, "use_cache": False}  # fmt: skip
+
+
+def edit(file: Path, **keys: object) -> None:
+    """Set keys of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+def test_settings_for_other_programs_change_no_answer(tmp_path):
+    """Generation settings, no cache, padded embeddings, and a tokenizer with stored truncation and padding."""
+    odd = tmp_path / "odd"
+    shutil.copytree(TINY, odd)
+    model = AutoModelForCausalLM.from_pretrained(odd)
+    model.resize_token_embeddings(8256)
+    model.save_pretrained(odd)
+    edit(odd / "config.json", use_cache=False)
+    edit(odd / "generation_config.json", **GENERATION)
+    edit(odd / "tokenizer_config.json", model_max_length=100)
+    tokenizer = AutoTokenizer.from_pretrained(odd)
+    tokenizer(["one", "one two"], padding="max_length", truncation=True, max_length=64)
+    tokenizer.save_pretrained(odd)
+    assert json.loads((odd / "tokenizer.json").read_text())["truncation"]["max_length"] == 64
+    for size in (1, 2):
+        results = [run(load(name), "line", lengths=[300], samples=3, batch_size=size) for name in (TINY, odd)]
+        assert results[0].responses == results[1].responses and results[0].mean.score > 0

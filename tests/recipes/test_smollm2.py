@@ -19,7 +19,7 @@ from paths import ROOT
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from recipes.tools.smollm2 import GGUF, HUB, MANIFEST, MODEL, PACKAGE, fetch
+from recipes.tools.smollm2 import GGUF, HUB, MANIFEST, MODEL, PACKAGE, fetch, mark_byte_level
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -170,6 +170,16 @@ def test_tokenizer_ends_turns_and_keeps_blanks(smollm2):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     chat = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
     assert chat.startswith("<|im_start|>system\n") and chat.endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_tokenizer_of_gguf_is_marked_as_byte_level_and_encodes_as_before(smollm2):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    text = "naïve ▁ 東京 <0x0A> \x7f\n\t  🙂"
+    ids = tokenizer(text)["input_ids"]
+    mark_byte_level(tokenizer)
+    saved = json.loads(tokenizer.backend_tokenizer.to_str())
+    assert (saved["model"]["byte_fallback"], saved["decoder"]["type"]) == (False, "ByteLevel")
+    assert tokenizer(text)["input_ids"] == ids and tokenizer.decode(ids) == text
 
 
 @torch.no_grad()

@@ -31,7 +31,12 @@ def read_config(name: str, changes: dict[str, Any] | None = None, **options: Any
     try:
         config = AutoConfig.from_pretrained(name, **options, **changes)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise ValueError(f"cannot load the config of {name!r}: {first_line(error)}") from error
+        reason = first_line(error)
+        if "trust_remote_code" in str(error):
+            reason = (
+                "it has code of its own, which only --trust-remote-code (in a recipe `trust_remote_code: true`) runs"
+            )
+        raise ValueError(f"cannot load the config of {name!r}: {reason}") from error
     for key in changes.keys() - config.to_dict().keys():  # Transformers ignores changes of keys that a config lacks
         setattr(config, key, changes[key])
     if linear := condensed(config):

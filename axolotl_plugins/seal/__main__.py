@@ -10,6 +10,7 @@ import typer
 from axolotl_plugins.common.console import run as run_app
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
+TrustRemoteCode = Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")]
 
 
 @app.callback()
@@ -25,33 +26,36 @@ def merge(
         Literal["auto", "o_proj", "v_proj"],
         typer.Option(help="o_proj: any model; v_proj: some without grouped queries; auto: v_proj if equivalent."),
     ] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Fold an adapter's scales into its base model's weights, so that inference costs nothing."""
     from .merge import merge as write_merged
 
-    write_merged(adapter, out, into)
+    write_merged(adapter, out, into, trust_remote_code=trust_remote_code)
 
 
 @app.command(epilog="Example: seal verify outputs/smollm2_line_sealc_merged")
 def verify(
     folder: Annotated[Path, typer.Argument(help="Folder that `merge` wrote.")],
     adapter: Annotated[Path | None, typer.Option(help="New path of the adapter, if it was moved.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Verify a merged folder: files unchanged, only scaled tensors differ from the base model, and logits agree."""
     from .merge import verify as verify_merge
 
-    verify_merge(folder, adapter)
+    verify_merge(folder, adapter, trust_remote_code=trust_remote_code)
 
 
 @app.command(epilog="Example: seal export outputs/smollm2_line_sealc outputs/smollm2_ia3")
 def export(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
     out: Annotated[Path, typer.Argument(help="Adapter folder to write.")],
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write the scales as a stock PEFT IA3 adapter, for programs without this package."""
     from .export import export_ia3
 
-    export_ia3(adapter, out)
+    export_ia3(adapter, out, trust_remote_code=trust_remote_code)
     print(out)
 
 

@@ -234,17 +234,18 @@ def without_derived(config: Any) -> Any:
     return {key: without_derived(value) for key, value in config.items() if key not in derived}
 
 
-def write_config(folder: Path, source: Path, out: Path) -> None:
+def write_config(folder: Path, source: Path, out: Path, **trust: bool) -> None:
     """Write the config of a copy: the original file, with the keys that the config in another folder changes.
 
-    The other folder (``source``) may be an adapter's with a stretched window.
+    The other folder (``source``) may be an adapter's with a stretched window; ``trust`` may be ``trust_remote_code``.
 
     Raises:
         ValueError: the written config would not be read as the one in ``source``.
     """
     original = load_json(folder / "config.json")
     raw = json.loads(json.dumps(original))
-    old, new = (meaning(config.to_dict()) for config in (AutoConfig.from_pretrained(folder), read_config(str(source))))
+    configs = AutoConfig.from_pretrained(folder, **trust), read_config(str(source), None, **trust)
+    old, new = (meaning(config.to_dict()) for config in configs)
     overlay(raw, old, new)
     both = json.loads(json.dumps(raw))
     for part in (both, *(value for key, value in both.items() if key.endswith("_config") and isinstance(value, dict))):
@@ -256,7 +257,7 @@ def write_config(folder: Path, source: Path, out: Path) -> None:
         else:
             (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         try:
-            written = without_derived(meaning(AutoConfig.from_pretrained(out).to_dict()))
+            written = without_derived(meaning(AutoConfig.from_pretrained(out, **trust).to_dict()))
         except BROKEN:
             continue
         if all(written.get(key) == value for key, value in without_derived(new).items()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import IA3Config, get_peft_model
@@ -17,12 +18,13 @@ from .model_loading import load
 from .scales import saved_tensors
 
 
-def export_ia3(adapter: Path, out: Path) -> None:
+def export_ia3(adapter: Path, out: Path, *, trust_remote_code: bool = False) -> None:
     """Write the scales as an IA3 adapter, whose feed-forward form scales a projection's input as SEAL-C does.
 
     Args:
         adapter: folder of a SEAL adapter; the scale of a head is repeated over its channels.
         out: folder to write; must not exist.
+        trust_remote_code: run code that comes with the base model.
 
     Raises:
         ValueError: ``adapter`` is not a SEAL adapter, or ``out`` exists.
@@ -30,7 +32,8 @@ def export_ia3(adapter: Path, out: Path) -> None:
     scales = saved_tensors(adapter)  # raises if the folder is not a SEAL adapter
     check_output(out, folder=True)
     config = SealConfig.from_pretrained(str(adapter))
-    model = load(adapter, weights=False, needs_template=False, default_window=1).model  # the window does not matter
+    options: dict[str, Any] = {"needs_template": False, "default_window": 1}  # neither matters
+    model = load(adapter, weights=False, trust_remote_code=trust_remote_code, **options).model
     layers = dict(get_peft_model(model, config).named_modules())  # on the meta device
     tensors = {}
     for name, scale in scales.items():

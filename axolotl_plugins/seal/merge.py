@@ -182,7 +182,7 @@ def prompts_for(loaded: LoadedModel) -> list[torch.Tensor]:
     raise ValueError(f"{loaded.base}: its window of {loaded.window} tokens is too short for a prompt to verify a merge")
 
 
-def load_adapter(adapter: Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
+def load_adapter(adapter: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> LoadedModel:
     """Load a SEAL adapter and its base model, which must not be quantised.
 
     Raises:
@@ -190,7 +190,8 @@ def load_adapter(adapter: Path, dtype: torch.dtype = torch.float32) -> LoadedMod
     """
     check_name(str(adapter))
     check_adapter(adapter)
-    loaded = load(adapter, dtype=dtype, default_window=PROOF_WINDOW, needs_template=False, on_cpu=True)
+    loaded = load(adapter, dtype=dtype, default_window=PROOF_WINDOW, needs_template=False, on_cpu=True,
+                  trust_remote_code=trust_remote_code)  # fmt: skip
     if not loaded.method.startswith("SEAL"):
         raise ValueError(f"{adapter}: found a {loaded.method} adapter; use `axolotl merge-lora` for it")
     if load_json(model_folder(loaded.base) / "config.json").get("quantization_config"):
@@ -234,7 +235,7 @@ def fold(loaded: LoadedModel, into: Into, report: Callable[[str], object]) -> Me
     unmerged, merged = logits_of_both(loaded, factors, prompts)
     change = difference(merged, unmerged)
     if not change <= MAX_LOGIT_DIFFERENCE:
-        exact_model = load_adapter(Path(loaded.name), torch.float64)
+        exact_model = load_adapter(Path(loaded.name), torch.float64, loaded.trust_remote_code)
         exact_model.model.get_base_model().set_experts_implementation("eager")  # others compute in 32 bits at most
         exact = difference(*logits_of_both(exact_model, factors, prompts))
         if not exact <= MAX_LOGIT_DIFFERENCE:
@@ -256,7 +257,7 @@ def logits_of_both(
     return unmerged, last_logits(plain, prompts)
 
 
-def check_saved(folder: Path, base: str, merged: MergeResult) -> tuple[int, float]:
+def check_saved(folder: Path, base: str, merged: MergeResult, **trust: bool) -> tuple[int, float]:
     """Compare every tensor in a merged folder's files with the base model's, and its logits with the unmerged model's.
 
     Returns:
@@ -266,7 +267,7 @@ def check_saved(folder: Path, base: str, merged: MergeResult) -> tuple[int, floa
         ValueError: a tensor differs; the message names it.
     """
     count = check_copy(model_folder(base), folder, merged.file_factors)
-    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **trust).eval()
     parameters = dict(saved.named_parameters(remove_duplicate=False))
     for name, place in merged.places.items():
         if not torch.equal(parameters[name], read_tensor(folder, place).float()):
@@ -285,10 +286,10 @@ def file_hashes(folder: Path) -> dict[str, str]:
     return {file.relative_to(folder).as_posix(): file_hash(file) for file in files}
 
 
-def write_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Path, out: Path) -> None:
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Path, out: Path, **trust: bool) -> None:
     """Replace a merged folder's tokenizer, copied from the base model, if the adapter's tokenizer differs from it."""
     try:
-        own = AutoTokenizer.from_pretrained(base)
+        own = AutoTokenizer.from_pretrained(base, **trust)
     except (OSError, ValueError):
         own = None
     if own is not None and tokenizer_state(own) == tokenizer_state(tokenizer):
@@ -314,8 +315,9 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> tuple[object, ...]:
 
 
 def merge(
-    adapter: str | Path, out: Path, into: Into = "auto", *, report: Callable[[str], object] = print
-) -> dict[str, Any]:
+    adapter: str | Path, out: Path, into: Into = "auto", *, report: Callable[[str], object] = print,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Write a plain Hugging Face folder with a SEAL adapter's scales in its weights.
 
     The base model's files are copied and only scaled tensors are overwritten. The folder is renamed to ``out`` after it
@@ -329,6 +331,7 @@ def merge(
         into: see ``scale_factors``; ``auto`` takes ``v_proj``, as the paper does, where the architecture makes that
             equivalent, else ``o_proj``.
         report: called with lines that report progress.
+        trust_remote_code: run code that comes with the base model, which is copied.
 
     Returns:
         ``adapter`` and ``base`` (names), ``method``, ``into`` (the argument), ``changed`` (parameter names), ``dtype``
@@ -341,7 +344,8 @@ def merge(
     """
     check_output(out, folder=True)
     adapter = Path(adapter)
-    loaded = load_adapter(adapter)
+    trust = {"trust_remote_code": trust_remote_code}
+    loaded = load_adapter(adapter, trust_remote_code=trust_remote_code)
     base, tokenizer = model_folder(loaded.base), loaded.tokenizer
     record: dict[str, Any] = {"adapter": str(adapter), "base": loaded.base, "method": loaded.method, "into": into}
     report(f"{loaded.method} on {loaded.base}")
@@ -350,10 +354,10 @@ def merge(
     report(f"float32: the merge changes no logit by more than {merged.difference:.1e}")
     with written_whole(out) as partial:
         copy_model(base, partial, merged.file_factors)
-        write_config(base, adapter if (adapter / "config.json").is_file() else base, partial)
-        write_tokenizer(tokenizer, base, partial)
+        write_config(base, adapter if (adapter / "config.json").is_file() else base, partial, **trust)
+        write_tokenizer(tokenizer, base, partial, **trust)
         provenance.copy(adapter, partial)
-        count, rounded = check_saved(partial, record["base"], merged)
+        count, rounded = check_saved(partial, record["base"], merged, **trust)
         dtype = read_tensor(base, next(iter(merged.places.values()))).dtype
         record |= {
             "changed": sorted(merged.factors),
@@ -372,7 +376,10 @@ def merge(
     return record
 
 
-def verify(folder: Path, adapter: Path | None = None, *, report: Callable[[str], object] = print) -> None:
+def verify(
+    folder: Path, adapter: Path | None = None, *, report: Callable[[str], object] = print,
+    trust_remote_code: bool = False,
+) -> None:  # fmt: skip
     """Verify a folder that ``merge`` wrote against its record, its adapter (at a new path if named) and its base model.
 
     Raises:
@@ -392,10 +399,10 @@ def verify(folder: Path, adapter: Path | None = None, *, report: Callable[[str],
         if weight_hashes(name) != hashes:
             raise ValueError(f"{name}: its weights are missing or changed since the merge: restore them, or give the "
                              "adapter's path by --adapter")  # fmt: skip
-    merged = fold(load_adapter(adapter), into, lambda _: None)
+    merged = fold(load_adapter(adapter, trust_remote_code=trust_remote_code), into, lambda _: None)
     if sorted(merged.factors) != changed:
         raise ValueError(f"{folder}: merging changes other tensors than its {RECORD} lists: merge again")
-    count, rounded = check_saved(folder, base, merged)
+    count, rounded = check_saved(folder, base, merged, trust_remote_code=trust_remote_code)
     report(
         f"{folder}: {len(files)} files, the adapter and the base model unchanged; {len(changed)} of {count} tensors "
         f"merged, all others equal the base model's; logits differ by {merged.difference:.1e} in float32, by "

@@ -33,8 +33,10 @@ BROKEN = (
     SafetensorError,
 )  # fmt: skip
 RECORD = "seal_merge.json"  # in a merged folder, see ``merge.merge``
-# Keys of a config that depend on how it was written, not on the model.
-WRITER_KEYS = {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "quantization_config"}
+# Keys of a config that depend on how it was written, not on the model; a copy has its original's code.
+WRITER_KEYS = {
+    "_name_or_path", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache", "quantization_config",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class LoadedModel:
         method: ``base``, ``SEAL-H``, ``SEAL-C``, ``LoRA``, ``DoRA`` or a PEFT type; also for a merged folder.
         window: context window in tokens, from the config.
         trained_on: hashes of the texts it was tuned on, see ``provenance``; None if unknown.
+        trust_remote_code: whether it was loaded with code from the checkpoint.
     """
 
     name: str
@@ -58,6 +61,7 @@ class LoadedModel:
     method: str
     window: int
     trained_on: frozenset[str] | None = None
+    trust_remote_code: bool = False
 
     @property
     def dtype(self) -> str | None:
@@ -184,8 +188,9 @@ def load_weights(
     return model
 
 
-def meta_model(name: str, config: Any, **trust: bool) -> PreTrainedModel:
-    """Build a model on the meta device, with the generation config of its folder."""
+def meta_model(name: str, base: str, config: Any, **trust: bool) -> PreTrainedModel:
+    """Build a model on the meta device, with the generation config of its folder, and code of its base's if it may."""
+    config.name_or_path = base
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **trust)
     if (Path(name) / "generation_config.json").is_file():  # may list more EOS tokens
@@ -264,13 +269,12 @@ def load(
             del config.quantization_config
         if source != base:
             config.dtype = read_config(base, trust_remote_code=trust_remote_code).dtype
-        model = (
-            load_weights(base, config, dtype, trust_remote_code, on_cpu)
-            if weights
-            else meta_model(name, config, **trust)
-        )
-        if adapter is not None and weights:
-            model = apply_adapter(model, Path(name))
+        model: PreTrainedModel | PeftModel
+        if weights:
+            model = load_weights(base, config, dtype, trust_remote_code, on_cpu)
+            model = model if adapter is None else apply_adapter(model, Path(name))
+        else:
+            model = meta_model(name, base, config, **trust)
         has_tokenizer = adapter is None or (Path(name) / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(name if has_tokenizer else base, **trust)
     except BROKEN as error:
@@ -284,7 +288,8 @@ def load(
         if not (isinstance(record, dict) and {"base", "method"} <= record.keys()):
             raise ValueError(f"{file}: must record base and method of the merge: merge again")
         base, method = str(record["base"]), str(record["method"])
-    return LoadedModel(name, model.eval(), tokenizer, base, method, window, seen_texts(Path(name)))
+    return LoadedModel(name, model.eval(), tokenizer, base, method, window, seen_texts(Path(name)),
+                       trust_remote_code)  # fmt: skip
 
 
 def load_each(adapters: dict[str, str], **options: Any) -> Iterator[LoadedModel]:

@@ -283,9 +283,9 @@ Transformers {version} from its default config. For SEAL-H and SEAL-C it wraps i
 with `generate`. `pytest -m slow tests/seal/test_sweep.py` repeats it against this table.
 
 Merged folders are plain Transformers models. Their config.json has the RoPE keys of Transformers 4 beside those of 5,
-and 4.57 computes the same logits from them (`TRANSFORMERS_4=DIR pytest -m slow tests/seal/test_checkpoint.py`), but for
-settings that it ignores in any folder: a scaled RoPE of Nemotron, and a local theta of ModernBERT-decoder that is not
-the global one.
+and 4.57 computes the same logits from them (`TRANSFORMERS_4=DIR pytest -m slow tests/seal/test_model_files.py`), but
+for settings that it ignores in any folder: a scaled RoPE of Nemotron, and a local theta of ModernBERT-decoder that is
+not the global one.
 
 | model type | scaled | `merge --into auto` | remark |
 |---|---|---|---|

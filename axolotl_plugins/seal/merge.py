@@ -17,7 +17,8 @@ from axolotl_plugins.common.console import first_line
 from axolotl_plugins.common.io import check_output, file_hash, load_json, written_whole
 
 from . import provenance
-from .checkpoint import (
+from .layer import SealLayer
+from .model_files import (
     TOKENIZER_FILES,
     Place,
     check_copy,
@@ -27,7 +28,6 @@ from .checkpoint import (
     read_tensor,
     write_config,
 )
-from .layer import SealLayer
 from .model_loading import RECORD, LoadedModel, check_adapter, check_name, load
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from axolotl_plugins.common.tokenizer import load_tokenizer
 from data_gen.dataset import Request, manifest_path, remark, write
 
 from .args import SealBlock
-from .chats import chat_lengths
+from .training_rows import chat_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

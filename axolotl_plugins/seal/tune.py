@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from axolotl_plugins.common.tokenizer import Messages, check_template, encode_chat
 from axolotl_plugins.common.window import condensed, stated_window
@@ -102,7 +103,7 @@ def tune(
     was_training = model.training
     model.train()
     for _ in range(epochs):
-        for ids, start in order.sample(samples, len(samples)):
+        for ids, start in tqdm(order.sample(samples, len(samples)), desc="tuning", leave=False, disable=None):
             loss = answer_loss(model, ids.to(parameters[0].device), start)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss.item()} at step {len(losses) + 1}: lower lr ({lr:g})")

@@ -47,7 +47,7 @@ def recipe_for(
 
     from axolotl_plugins.common.tokenizer import load_tokenizer
     from axolotl_plugins.seal import find_attention_outputs
-    from axolotl_plugins.seal.chats import chat_lengths
+    from axolotl_plugins.seal.training_rows import chat_lengths
 
     for option, value, expected in (("method", method, METHODS), ("card", card, CARDS)):
         if value not in expected:

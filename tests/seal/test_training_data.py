@@ -13,8 +13,8 @@ from paths import TINY
 from transformers import AutoTokenizer
 
 from axolotl_plugins.common.tokenizer import count_tokens
-from axolotl_plugins.seal.chats import chat_lengths, read_chat
 from axolotl_plugins.seal.training_data import remove_incomplete
+from axolotl_plugins.seal.training_rows import chat_lengths, read_chat
 from data_gen.dataset import manifest_path
 
 HEAD = {"granularity": "head"}

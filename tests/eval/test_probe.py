@@ -126,14 +126,13 @@ def test_probes_leave_the_model_as_it_was():
 
 def test_a_model_spread_over_devices_gives_the_same_map():
     """Accelerate replaces the forward methods of its modules, which probes must leave in place."""
-    settings = {"lengths": [200], "samples": 1}
-    plain = head_importance.ablation_map(load(TINY), "line", **settings)
+    plain = head_importance.ablation_map(MapRun(load(TINY), "line", [200], samples=1))
     loaded = load(TINY)
     model = dispatch_model(loaded.model, {"": "cpu"}, force_hooks=True)
     forwards = {
         name: module.__dict__["forward"] for name, module in model.named_modules() if "forward" in module.__dict__
     }
-    spread = head_importance.ablation_map(replace(loaded, model=model), "line", **settings)
+    spread = head_importance.ablation_map(MapRun(replace(loaded, model=model), "line", [200], samples=1))
     assert spread["change"] == plain["change"]
     now = dict(model.named_modules())
     kept = [name for name, forward in forwards.items() if name in now and now[name].__dict__.get("forward") is forward]

@@ -86,10 +86,11 @@ def transfer(result: dict[str, Any]) -> str:
 def sweep(result: dict[str, Any]) -> str:
     """Describe the best setting."""
     best = result["best"]
+    passes = f"{best['epochs']} epoch{'s' * (best['epochs'] > 1)}"
     return (
         f"{result['model']}, {result['method']}, {title_of(result)}, {result['validation_samples']} validation samples "
-        f"per length. Best: rate {best['rate']:g}, {best['samples']} samples, {best['epochs']} epochs: "
-        f"{best['mean']:.3f}." + unsound_scales(result)
+        f"per length. Best: rate {best['rate']:g}, {best['samples']} samples, {passes}: {best['mean']:.3f}."
+        + unsound_scales(result)
     )
 
 

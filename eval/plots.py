@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from axolotl_plugins.common.io import written_whole
 from eval.results import EvalResult, title_of, to_json
@@ -78,14 +79,14 @@ def draw_scales(figure: Figure, axes: Axes, scales: np.ndarray, title: str) -> N
             dark = abs(value - 1) > 0.6 * spread
             axes.text(head, layer, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black")
     axes.set(xlabel="head", ylabel="layer", title=title)
-    set_integer_ticks(axes, scales.shape)
+    set_integer_ticks(axes)
     figure.colorbar(image, ax=axes, fraction=0.046)
 
 
-def set_integer_ticks(axes: Axes, shape: tuple[int, ...]) -> None:
-    """Set ticks at integers on a map of shape (layers, heads), at most sixteen per axis."""
-    for axis, size in ((axes.xaxis, shape[1]), (axes.yaxis, shape[0])):
-        axis.set_ticks(range(0, size, max(1, size // 16)))
+def set_integer_ticks(axes: Axes) -> None:
+    """Set at most ten ticks per axis of a map of layers and heads, at integers."""
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(10, integer=True))
 
 
 def draw_grid(

@@ -122,7 +122,7 @@ def direct(result: dict[str, Any]) -> Figure:
         for axes, token, values in zip(row, tokens, np.array(model["heads"]), strict=False):
             image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
             axes.set(xlabel="head", ylabel="layer", title=f"{model['method']}: heads on {token!r}")
-            set_integer_ticks(axes, values.shape)
+            set_integer_ticks(axes)
             figure.colorbar(image, ax=axes, fraction=0.046)
         mlps = np.array(model["mlps"])
         width = 0.8 / len(tokens)
@@ -187,7 +187,7 @@ def scales(result: dict[str, Any]) -> Figure:
     if by_channel:
         image = grid[0, 1].imshow(spread, cmap="viridis", aspect="auto")
         grid[0, 1].set(xlabel="head", ylabel="layer", title="standard deviation over its channels")
-        set_integer_ticks(grid[0, 1], spread.shape)
+        set_integer_ticks(grid[0, 1])
         figure.colorbar(image, ax=grid[0, 1], fraction=0.046)
     return figure
 

@@ -237,6 +237,7 @@ def load_models(
             loaded = load(name, dtype=dtype, **options)
             dtype = str(loaded.dtype)
             yield loaded
+            del loaded
 
 
 def print_start(task: str, options: dict[str, Any]) -> None:

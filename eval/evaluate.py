@@ -43,7 +43,9 @@ def evaluate(
     results = []
     resolved = [find_task(task) for task in tasks]
     files_by_model: Iterable[Mapping[str, Path]] = repeat({}) if outputs is None else outputs
-    for loaded, files in zip(models, files_by_model, strict=outputs is not None):
+    remaining = iter(files_by_model)
+    for loaded in models:
+        files = next(remaining)
         for task in resolved:
             out = files.get(task.name)
             result = stored_result(loaded.name, task, spec, out, cache_key) if out else None
@@ -61,6 +63,7 @@ def evaluate(
                     journal.unlink(missing_ok=True)
             on_result(result, out)
             results.append(result)
+        del loaded  # two models do not fit into memory
     return results
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from axolotl_plugins.common.io import check_output, load_json
+
+# Of weights, configs, tokenizers, templates, code and samples; not of a model card or of logs.
+SOURCES = {".safetensors", ".json", ".jinja", ".py", ".model", ".jsonl", ".txt"}
 
 
 def result_name(model: str) -> str:
@@ -50,11 +55,40 @@ def journal_file(out: Path, model: str, *settings: object) -> Path:
 
 
 def fingerprint(model: str, *settings: object) -> str:
-    """Return a hash of settings, a model's name, and the sizes and times of its weights and configs, if it is local."""
-    folder, patterns = Path(model), ("*.safetensors", "*config.json")
-    files = sorted(file for pattern in patterns for file in folder.glob(pattern)) if folder.is_dir() else []
-    identity = [model, *settings, *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)]
-    return hashlib.sha256(repr(identity).encode()).hexdigest()[:12]
+    """Return a hash of a model's name, of settings, and of the state of the local files that they name.
+
+    Files are those of the model's folder, of the base model's if it is an adapter, and of every path among the settings
+    (a chat template, a folder of cases); their state is size and time of change.
+    """
+    paths = [model, base_of(model), *texts(settings)]
+    states = [(path, *file_states(Path(path))) for path in dict.fromkeys(paths) if path and os.path.exists(path)]
+    return hashlib.sha256(repr([model, *settings, *states]).encode()).hexdigest()[:12]
+
+
+def base_of(model: str) -> str:
+    """Return the base model that an adapter folder names, empty if it is none."""
+    try:
+        config = load_json(Path(model) / "adapter_config.json")
+    except (OSError, ValueError):
+        return ""
+    return str(config.get("base_model_name_or_path") or "") if isinstance(config, dict) else ""
+
+
+def texts(value: object) -> Iterator[str]:
+    """Yield every string and path in nested settings."""
+    if isinstance(value, str | Path):
+        yield str(value)
+    elif isinstance(value, Mapping):
+        yield from texts([*value.values()])
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from texts(part)
+
+
+def file_states(path: Path) -> list[tuple[str, int, int]]:
+    """Return name, size and time of change of a file, or of the files in a folder that responses depend on."""
+    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.suffix in SOURCES)
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 class Journal:

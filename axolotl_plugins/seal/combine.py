@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from axolotl_plugins.common.io import check_output, load_json, written_whole
 
 from . import provenance
+from .model_loading import WRITER_KEYS
 from .scales import saved_tensors
 
 WEIGHTS = "adapter_model.safetensors"
@@ -37,17 +38,23 @@ def combine(adapters: list[Path], weights: list[float], out: Path) -> None:
     if len(weights) != len(adapters) or not all(map(math.isfinite, weights)):
         raise ValueError(f"weights: found {weights}, expected a number for each of {len(adapters)} adapters")
     tensors = [saved_tensors(adapter) for adapter in adapters]
-    bases = [load_json(adapter / "adapter_config.json")["base_model_name_or_path"] for adapter in adapters]
-    for adapter, base, own in zip(adapters, bases, tensors, strict=True):
-        if base != bases[0]:
+    bases = [str(load_json(adapter / "adapter_config.json").get("base_model_name_or_path")) for adapter in adapters]
+    configs = [model_config(adapter) for adapter in adapters]
+    for adapter, base, own, config in zip(adapters, bases, tensors, configs, strict=True):
+        if Path(base).resolve() != Path(bases[0]).resolve():
             raise ValueError(f"{adapter}: is of {base}, the first adapter of {bases[0]}: combine adapters of one model")
         if {name: scales.shape for name, scales in own.items()} != {n: s.shape for n, s in tensors[0].items()}:
             raise ValueError(f"{adapter}: has other layers or another granularity than {adapters[0]}")
+        if config != configs[0]:
+            raise ValueError(f"{adapter}: was tuned with another config.json or chat template than {adapters[0]}")
     check_output(out, folder=True)
     combined = {name: np.ones_like(scales) for name, scales in tensors[0].items()}
-    for weight, own in zip(weights, tensors, strict=True):
-        for name, scales in own.items():
-            combined[name] += np.float32(weight) * (scales - 1)
+    with np.errstate(over="ignore", invalid="ignore"):  # which the check below refuses
+        for weight, own in zip(weights, tensors, strict=True):
+            for name, scales in own.items():
+                combined[name] += np.float32(weight) * (scales - 1)
+    if not all(np.isfinite(scales).all() for scales in combined.values()):
+        raise ValueError(f"weights: {weights} give non-finite scales: name smaller ones, or train the adapters again")
     with written_whole(out) as partial:
         shutil.copytree(adapters[0], partial, ignore=shutil.ignore_patterns(*OWN))
         save_file(combined, partial / WEIGHTS, metadata={"format": "pt"})
@@ -55,12 +62,24 @@ def combine(adapters: list[Path], weights: list[float], out: Path) -> None:
             provenance.save(record, partial)
 
 
+def model_config(adapter: Path) -> tuple[dict[str, Any], str]:
+    """Return the config.json and the chat template beside an adapter, empty where it has none."""
+    config, template = adapter / "config.json", adapter / "chat_template.jinja"
+    keys = load_json(config) if config.is_file() else {}
+    return (
+        {key: value for key, value in keys.items() if key not in WRITER_KEYS},
+        template.read_text(encoding="utf-8") if template.is_file() else "",
+    )
+
+
 def combined_record(adapters: list[Path]) -> dict[str, object] | None:
     """Return the record of all adapters' training data; None if any has none."""
     files = [adapter / provenance.FILE for adapter in adapters]
     if not all(file.is_file() for file in files):
         return None
-    records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    for adapter in adapters:
+        provenance.seen_texts(adapter)  # raises if a record is corrupt
+    records = [load_json(file) for file in files]
     return {
         "files": [file for record in records for file in record["files"]],
         "unread": sorted({name for record in records for name in record["unread"]}),

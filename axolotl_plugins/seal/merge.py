@@ -396,7 +396,12 @@ def verify(
     if different := sorted(name for name in current.keys() | files.keys() if current.get(name) != files.get(name)):
         raise ValueError(f"{folder / different[0]}: differs from the file that was written: merge again")
     for name, hashes in sources.items():
-        if weight_hashes(name) != hashes:
+        try:
+            check_name(str(name))
+            unchanged = weight_hashes(name) == hashes
+        except (OSError, ValueError):
+            unchanged = False
+        if not unchanged:
             raise ValueError(f"{name}: its weights are missing or changed since the merge: restore them, or give the "
                              "adapter's path by --adapter")  # fmt: skip
     merged = fold(load_adapter(adapter, trust_remote_code=trust_remote_code), into, lambda _: None)

@@ -114,6 +114,7 @@ def seen_texts(folder: Path) -> frozenset[str] | None:
         return None
     try:
         training_data = load_json(file)
+        training_data["files"]
         return None if training_data["unread"] else frozenset(training_data["texts"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not a record of training data ({first_line(error)}): tune again") from None

@@ -49,6 +49,8 @@ def saved_tensors(adapter: Path) -> dict[str, np.ndarray]:
         tensors = load_file(adapter / "adapter_model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{adapter}: not an adapter folder ({first_line(error)})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{adapter}: its adapter_config.json is no mapping")
     if config.get("peft_type") != "SEAL":
         raise ValueError(f"{adapter}: found a {config.get('peft_type')} adapter, expected a SEAL adapter")
     names = sorted(tensors, key=lambda name: layer_index(name) or 0)

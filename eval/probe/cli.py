@@ -59,10 +59,10 @@ ValidationSamples = Annotated[
 ]  # fmt: skip
 Samples = Annotated[
     int | None,
-    typer.Option(help="Samples per length, from the training split, so that test samples stay unseen; default: 50, or "
-                 "all of a file."),
+    typer.Option(min=1, help="Samples per length, from the training split, so that test samples stay unseen; default: "
+                             "50, or all of a file."),
 ]  # fmt: skip
-TestSamples = Annotated[int | None, typer.Option(help="Test samples per length; default: 50, or all of a file.")]
+TestSamples = Annotated[int | None, typer.Option(min=1, help="Test samples per length; default: 50, or all of a file.")]
 Out = Annotated[Path, typer.Option(help="Result file; a PNG lies beside it.")]
 Recipe = Annotated[Path, typer.Option(help="A SEAL recipe that describes its data.")]
 
@@ -127,7 +127,7 @@ def start_map(
 def heads(
     model: Model, lengths: Lengths = "", task: TaskName = "line", metric: Metric = None,
     max_new_tokens: MaxNewTokens = None, samples: Samples = None,
-    batch: Annotated[int, typer.Option(help="Heads ablated in one batch; more need more memory.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Heads ablated in one batch; more need more memory.")] = 8,
     dtype: Dtype = "auto", chat_template: ChatTemplate = None, chat_template_kwargs: TemplateArguments = None,
     out: Out = Path("results/probes/heads.json"),
 ) -> None:  # fmt: skip
@@ -147,8 +147,10 @@ def channels(
     model: Model,
     heads: Annotated[str, typer.Option(help="Heads whose channels are ablated one by one, as L1H18,L13H16.")],
     lengths: Lengths = "", task: TaskName = "line", metric: Metric = None, max_new_tokens: MaxNewTokens = None,
-    samples: Annotated[int | None, typer.Option(help="Samples per length; default: 20, or all of a file.")] = None,
-    batch: Annotated[int, typer.Option(help="Channels ablated in one batch.")] = 8,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Samples per length; default: 20, or all of a file.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Channels ablated in one batch.")] = 8,
     dtype: Dtype = "auto", chat_template: ChatTemplate = None, chat_template_kwargs: TemplateArguments = None,
     out: Out = Path("results/probes/channels.json"),
 ) -> None:  # fmt: skip
@@ -320,7 +322,12 @@ def read_validation(
         ValueError: it is neither; or no lengths are given for samples that are drawn, and none are in the requests.
     """
     if not validation.isdecimal():
-        return read_task(validation, metric, max_new_tokens, lengths)
+        try:
+            return read_task(validation, metric, max_new_tokens, lengths)
+        except ValueError as error:
+            raise ValueError(f"validation: expected a number of samples or a file of them: {error}") from None
+    if metric or max_new_tokens:
+        raise ValueError("metric, max-new-tokens: only for a file of samples as --validation: leave them out")
     (count,) = parse_numbers(validation, "validation")
     if lengths:
         return count, parse_numbers(lengths, "lengths")
@@ -336,8 +343,9 @@ def sweep_journal(
 ) -> Path:
     """Return the file that caches scores of a recipe's scales on validation samples."""
     samples = held_out if isinstance(held_out, int) else (held_out.name, dict(held_out.identity))
-    return journal_file(out, settings["base_model"], kind, recipe.read_text(), settings["rows"],
-                        settings["dtype"], lengths, samples)  # fmt: skip
+    data = [dict(scored_task(request.task).identity) for request in settings["requests"]]
+    return journal_file(out, settings["base_model"], kind, recipe.read_text(), settings["rows"], data,
+                        settings["chat_template"], settings["dtype"], lengths, samples)  # fmt: skip
 
 
 def print_sweep(result: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from axolotl_plugins.seal.scales import saved_scales
 from data_gen.tasks import Task
 from eval.probe.head_importance import head_quadrants, read_map
 from eval.probe.hooks import decoder_blocks, wrap
-from eval.result_cache import journal_file
+from eval.result_cache import fingerprint, journal_file
 from eval.run import run
 
 # The paper's three settings: heads of the first quadrant down, of the third up, and both.
@@ -60,8 +59,8 @@ def save_quadrant_adapters(
     model: str, head_map: dict[str, Any], down: float, up: float, folder: Path, options: dict[str, Any]
 ) -> dict[str, Path]:
     """Write an adapter for each of ``KINDS`` whose quadrants hold a head, unless it exists; return their folders."""
-    # Names depend on the model, the map and both scales.
-    digest = hashlib.sha256(repr((model, head_map, down, up)).encode()).hexdigest()[:8]
+    # Names depend on the model, how it is loaded, the map and both scales.
+    digest = fingerprint(model, head_map, down, up, options)[:8]
     adapters: dict[str, Path] = {}
     for kind in KINDS:
         try:

@@ -122,8 +122,11 @@ def training_data(
     if rows and samples > total:
         raise ValueError(f"samples: the recipe's file has {total}, {samples} are asked for: name fewer")
     rows = rows[:samples]
+    if requests and any(samples * request.samples % total for request in requests):
+        raise ValueError(f"samples: {samples} cannot be shared in the recipe's proportions of {len(requests)} tasks: "
+                         f"name a multiple of {len(requests)}")  # fmt: skip
     for request in requests:
-        changes = {"samples": max(1, samples * request.samples // total), "seed": request.seed + seed}
+        changes = {"samples": samples * request.samples // total, "seed": request.seed + seed}
         rows += generate(replace(request, **changes), tokenizer)
     return [row["messages"] for row in rows], [row["references"][0] for row in rows]
 

@@ -136,7 +136,8 @@ def save(gathered: dict[str, Any], out: Path) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     draw_general(panels, [row for row in gathered["general"] if row["method"] not in WEIGHTED])
     save_figure(figure, out.with_name(f"{out.stem}_general.png"))
-    if any(row["method"] in WEIGHTED for row in gathered["rows"]):
+    scored = {(row["task"], row["method"]) for row in gathered["rows"]}
+    if any(row["method"] in WEIGHTED and (row["task"], "base") in scored for row in gathered["general"]):
         figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
         for axes, method in zip(panels, ("SEAL-H", "SEAL-C"), strict=True):
             draw_weights(axes, method, gathered)
@@ -191,17 +192,20 @@ def draw_weights(axes: Any, method: str, gathered: dict[str, Any]) -> None:
     """Plot score against perplexity for a method's scales at growing weights, one line per task, from the base."""
     moved = {(row["task"], row["method"], row["seed"]): row["ratio"] for row in gathered["general"]}
     steps = [*(weighted for weighted in WEIGHTED if weighted.startswith(method)), method]
+    seed = min(row["seed"] for row in gathered["general"])
     for task in TASKS:
-        by_method = {row["method"]: row for row in gathered["rows"] if (row["task"], row["seed"]) == (task, 0)}
-        tested = [by_method[step] for step in steps if step in by_method]
+        by_method = {row["method"]: row for row in gathered["rows"] if (row["task"], row["seed"]) == (task, seed)}
+        tested = [by_method[step] for step in steps if (task, step, seed) in moved]
         if len(tested) > 1:
-            ratios = [1.0, *(moved[task, row["method"], 0] for row in tested)]
-            axes.plot(ratios, [mean_score(row) for row in (by_method["base"], *tested)], "o-", label=task)
+            ratios = [1.0, *(moved[task, row["method"], seed] for row in tested)]
+            base = next(row for row in gathered["rows"] if (row["task"], row["method"]) == (task, "base"))
+            axes.plot(ratios, [mean_score(row) for row in (base, *tested)], "o-", label=task)
     axes.set(xlabel="perplexity of unrelated text, tuned / base", title=f"{method}, weights 0 to 1")
     axes.set_ylabel("mean score over lengths")
     axes.axvspan(0.98, 1.02, color="#2ca02c", alpha=0.12)  # within 2 %
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.get_lines():
+        axes.legend()
 
 
 def tables(gathered: dict[str, Any]) -> str:

@@ -38,11 +38,13 @@ from eval.probe.sweep import (
     seal_layers,
     shuffle_heads,
     sweep,
+    training_data,
     wrong_answers,
     wrong_facts,
 )
 from eval.probe.transfer import transferability
 from eval.report import write_report
+from eval.result_cache import fingerprint
 from eval.run import run
 
 STOP = 5  # a token that random models write now and then
@@ -423,6 +425,37 @@ def test_the_journal_of_a_run_is_that_of_its_model(tmp_path):
     (first / "config.json").write_text("{}")  # as where only the config changes RoPE
     assert journal_file(out, str(first)) != before
     assert journal_file(out, str(first)) != journal_file(out, str(second)) != journal_file(out, str(second), "other")
+
+
+def test_a_result_is_that_of_every_file_it_depends_on(tmp_path):
+    """Of an adapter's base, the tokenizer and its template, code, and files that options name; not of a model card."""
+    base, adapter, cases = tmp_path / "base", tmp_path / "adapter", tmp_path / "cases"
+    for folder in (base, adapter, cases):
+        folder.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    template = tmp_path / "t.jinja"
+    files = [base / "model.safetensors", base / "modeling_own.py", adapter / "chat_template.jinja",
+             adapter / "adapter_model.safetensors", cases / "20_lines.jsonl", template]  # fmt: skip
+    for file in files:
+        file.write_text("1")
+    state = lambda: fingerprint(str(adapter), {"cases": str(cases)}, ("hf", {"chat_template": str(template)}))  # noqa: E731
+    before = state()
+    (adapter / "README.md").write_text("card")
+    assert state() == before
+    for file in files:
+        file.write_text("22")
+        assert state() != before, file
+        before = state()
+
+
+def test_samples_that_a_mixture_cannot_share_are_refused(tmp_path):
+    file = tmp_path / "r.yml"
+    file.write_text(RECIPE.format(tiny=TINY))
+    recipe = read_recipe(file)
+    recipe = recipe | {"requests": [replace(recipe["requests"][0], samples=2)] * 2}
+    with pytest.raises(ValueError, match="samples: 3 cannot be shared in the recipe's proportions of 2 tasks"):
+        training_data(recipe, load(TINY).tokenizer, 3, 0)
+    assert len(training_data(recipe, load(TINY).tokenizer, 2, 0)[0]) == 2
 
 
 @pytest.mark.slow

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -387,3 +389,20 @@ def test_longevals_own_cases_are_scored_as_they_are(tmp_path):
     (tmp_path / "30_lines.jsonl").write_text('{"prompt": "x"}\n')
     with pytest.raises(ValueError, match=r"30_lines.jsonl, line 1: not a case of LongEval's"):
         longeval_cases(tmp_path)
+
+
+def test_a_model_is_freed_before_the_next_is_loaded():
+    """Two models of a card's size do not fit into it."""
+    models = []
+
+    def one_by_one():
+        for _ in range(2):
+            gc.collect()
+            assert all(model() is None for model in models)
+            loaded = load(TINY)
+            models.append(weakref.ref(loaded.model))
+            yield loaded
+            del loaded
+
+    evaluate(one_by_one(), ["line"], EvalSpec(lengths=[200], samples=1))
+    assert len(models) == 2

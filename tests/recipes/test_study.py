@@ -340,3 +340,16 @@ def test_pictures_know_every_method():
     from eval.plots import COLOURS
 
     assert {method for methods in study_results.PLOTS.values() for method in methods} <= COLOURS.keys()
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_weighted_scales_are_drawn_where_their_perplexity_is_known(base, tmp_path):
+    def row(method, score, seed=1):
+        scores = [{"length": 900, "tokens": 890, "count": 2, "score": score, "low": 0.0, "high": 1.0}]
+        return {"task": "line", "method": method, "seed": seed, "rate": 0.02, "scores": scores}
+
+    rows = [row("SEAL-C", 0.9), row("SEAL-C at 0.5", 0.8), row("SEAL-C at 0.75", 0.7), *[row("base", 0.1, 0)] * base]
+    moved = [{"task": "line", "method": method, "seed": 1, "ratio": ratio, "kl": 0.1}
+             for method, ratio in (("SEAL-C", 1.2), ("SEAL-C at 0.5", 1.1))]  # fmt: skip
+    study_results.save({"rows": rows, "general": moved, "rates": []}, tmp_path / "r.json")
+    assert (tmp_path / "r_weights.png").exists() == base

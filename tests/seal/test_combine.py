@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -59,6 +60,10 @@ def test_half_an_adapter_is_a_model_between_base_and_tuned(tmp_path):
         (["vt_sealc", "other"], [1, 1], "other: is of elsewhere, the first adapter of"),
         (["vt_sealc"], [1, 1], "weights: found .*expected a number for each of 1 adapters"),
         (["vt_sealc"], [float("nan")], "weights: found"),
+        (["vt_sealc"], [1e39], "weights: .*give non-finite scales"),
+        (["vt_sealc", "stretched"], [1, 1], "stretched: was tuned with another config.json or chat template than"),
+        (["vt_sealc", "corrupt"], [1, 1], "corrupt.*training_data.json: not a record of training data"),
+        (["list"], [1], "list: .*no mapping"),
         ([""], [1], "smollm2-135m: not an adapter folder"),
     ],
 )
@@ -67,8 +72,14 @@ def test_adapters_that_do_not_fit_are_refused(folders, weights, message, tmp_pat
     other.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (other / name).write_bytes((ZOO / "vt_sealc" / name).read_bytes())
+    changes = {"stretched": ("config.json", '{"max_position_embeddings": 9}'), "corrupt": ("training_data.json", "[]"),
+               "list": ("adapter_config.json", "[1]")}  # fmt: skip
+    for name, (file, content) in changes.items():
+        shutil.copytree(ZOO / "vt_sealc", tmp_path / name)
+        (tmp_path / name / file).write_text(content)
     config = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "elsewhere"}))
     with pytest.raises(ValueError, match=message):
-        combine([other if name == "other" else ZOO / name for name in folders], weights, tmp_path / "out")
+        made = [tmp_path / name if name and (tmp_path / name).exists() else ZOO / name for name in folders]
+        combine(made, weights, tmp_path / "out")
     assert not (tmp_path / "out").exists()

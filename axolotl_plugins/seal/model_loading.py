@@ -283,13 +283,22 @@ def load(
         set_template(tokenizer, name, chat_template, template_arguments)
     window = context_window(config, name, default_window)
     method = method_name(adapter) if adapter else "base"
-    if (file := Path(name) / RECORD).is_file():
-        record = load_json(file)
-        if not (isinstance(record, dict) and {"base", "method"} <= record.keys()):
-            raise ValueError(f"{file}: must record base and method of the merge: merge again")
-        base, method = str(record["base"]), str(record["method"])
+    if (Path(name) / RECORD).is_file():
+        base, method = merged_from(Path(name) / RECORD)
     return LoadedModel(name, model.eval(), tokenizer, base, method, window, seen_texts(Path(name)),
                        trust_remote_code)  # fmt: skip
+
+
+def merged_from(file: Path) -> tuple[str, str]:
+    """Return the base model and the method that the record of a merge names.
+
+    Raises:
+        ValueError: it names none.
+    """
+    record = load_json(file)
+    if not (isinstance(record, dict) and {"base", "method"} <= record.keys()):
+        raise ValueError(f"{file}: must record base and method of the merge: merge again")
+    return str(record["base"]), str(record["method"])
 
 
 def load_each(adapters: dict[str, str], **options: Any) -> Iterator[LoadedModel]:

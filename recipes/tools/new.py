@@ -17,6 +17,7 @@ from recipes.tools.render import CARD, FOLDER, TEMPLATES, OwnData, Recipe, rate,
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SAMPLES = 50  # of training (paper section 4.1)
 PAPER_WINDOW_SHARE = (31, 32)  # of the window that the longest training sample takes: 31K of 32K
 
 
@@ -53,6 +54,8 @@ def recipe_for(
         if value not in expected:
             raise ValueError(f"{option}: found {value!r}, expected one of {', '.join(map(str, expected))}")
     parts = task.split(",")
+    if len(set(parts)) < len(parts) or len(parts) > SAMPLES // 2:
+        raise ValueError(f"task: found {task!r}, expected at most {SAMPLES // 2} tasks, each once")
     name = data.stem if data else "_".join(resolve_task(part).name for part in parts)
     out = out or FOLDER.relative_to(FOLDER.parent) / f"{Path(base).name.lower().replace('.', '_')}_{name}_{method}.yml"
     if not re.fullmatch(r"\w[\w.+-]*\.ya?ml", out.name):  # it is part of names in the recipe as well
@@ -73,7 +76,7 @@ def recipe_for(
     recipe = Recipe(
         out, entry, task, method, rate=rate(rates, "", task if known else "line", method), shape=shape_of(model),
         shows=shows(own, known), card=card, own=own,
-        samples=len(own.lengths) if own else 50 // len(parts) * len(parts),
+        samples=len(own.lengths) if own else SAMPLES // len(parts) * len(parts),
     )  # fmt: skip
     if not own:
         check_shortest(recipe, tokenizer)

@@ -6,11 +6,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from axolotl_plugins.common.io import check_output, load_json
+from axolotl_plugins.seal.provenance import texts
 
 # Of weights, configs, tokenizers, templates, code and samples; not of a model card or of logs.
 SOURCES = {".safetensors", ".json", ".jinja", ".py", ".model", ".jsonl", ".txt"}
@@ -72,17 +72,6 @@ def base_of(model: str) -> str:
     except (OSError, ValueError):
         return ""
     return str(config.get("base_model_name_or_path") or "") if isinstance(config, dict) else ""
-
-
-def texts(value: object) -> Iterator[str]:
-    """Yield every string and path in nested settings."""
-    if isinstance(value, str | Path):
-        yield str(value)
-    elif isinstance(value, Mapping):
-        yield from texts([*value.values()])
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from texts(part)
 
 
 def file_states(path: Path) -> list[tuple[str, int, int]]:

@@ -43,7 +43,7 @@ PROGRAMS = {
     "merge": Program("axolotl_plugins.seal", "merge", "Fold an adapter's scales into its base model's weights."),
     "verify": Program("axolotl_plugins.seal", "verify", "Check a merged model against its adapter and base model."),
     "export": Program("axolotl_plugins.seal", "export", "Convert an adapter to a stock PEFT IA3 adapter."),
-    "combine": Program("axolotl_plugins.seal", "combine", "Weaken an adapter, or add several."),
+    "combine": Program("axolotl_plugins.seal", "combine", "Write a weighted combination of adapters."),
     "push": Program("eval", "push", "Write an adapter's model card and upload it to the Hub."),
     "settings": Program("axolotl_plugins.seal", "settings", "List the settings of a recipe's `seal:` block."),
     "study": Program("recipes.study", "", "Reproduce the paper's tables on a small model."),

@@ -65,7 +65,7 @@ def combine(
     weights: Annotated[str, typer.Option(help="A number for each adapter, as 0.5 or 0.5,0.5.")],
     out: Annotated[Path, typer.Option(help="Adapter folder to write.")],
 ) -> None:
-    """Add up what adapters change, each times a weight: 0.5 of one trades accuracy for less change of other text."""
+    """Write a weighted combination of adapters; 0.5 of one trades accuracy for less change of other text."""
     from .combine import combine as write_combined
 
     try:

@@ -247,7 +247,7 @@ def load(
         template_arguments: see ``axolotl_plugins.common.tokenizer.with_arguments``; adapters carry those of training.
         needs_template: refuse a tokenizer without a chat template.
         default_window: context window where the config states none.
-        on_cpu: load onto the CPU even if there are accelerators, over which the layers are spread otherwise.
+        on_cpu: load onto the CPU; otherwise accelerators get the layers, as ``device_map="auto"`` places them.
 
     Raises:
         ValueError: a file is missing, corrupt or does not match the model; the message is one line.

@@ -25,7 +25,7 @@ def texts(row: Any) -> Iterator[str]:
     """Yield every string in a row, at any depth, so that the prompt is among them in any data format."""
     if isinstance(row, str):
         yield row
-    elif isinstance(row, (list, dict)):
+    elif isinstance(row, (list, tuple, dict)):
         for part in row.values() if isinstance(row, dict) else row:
             yield from texts(part)
 

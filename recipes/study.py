@@ -181,7 +181,10 @@ def make_settings(model: Path, longest: int | None, lengths: str, train_tokens: 
         raise ValueError(f"model: no *.safetensors in {model}: copy the complete folder")
     window = context_window(read_config(str(model)), str(model))
     train, tested = capped(longest, pairs(train_tokens, "train-tokens"))
-    if lengths:
+    if "=" in lengths:
+        tested |= {task: parse_numbers(values.replace("/", ","), "lengths")
+                   for task, values in pairs(lengths, "lengths").items()}  # fmt: skip
+    elif lengths:
         tested = {task: sorted(set(parse_numbers(lengths, "lengths"))) for task in tested}
     if (longest_test := max(map(max, tested.values()))) > window:
         raise ValueError(f"lengths: {longest_test} tokens do not fit into the window of {window}: see --longest")
@@ -214,7 +217,11 @@ def run(
     seeds: Annotated[str, typer.Option(help="Of tuned cells; learning rates are chosen under seed 0.")] = "0,1,2",
     longest: Annotated[int | None, typer.Option(help="Cap of all training and test lengths, in tokens.")] = None,
     lengths: Annotated[
-        str, typer.Option(help="Test lengths of all tasks instead of the built-in ones, as 512,1024.")
+        str,
+        typer.Option(
+            help="Test lengths instead of the built-in ones: of all tasks, as 512,1024, or of "
+            "each, as line=512/1024,vt=1024."
+        ),
     ] = "",
     train_tokens: Annotated[str, typer.Option(help="Training lengths of tasks, as line=512:2048,vt=1024.")] = "",
     samples: Annotated[int, typer.Option(min=1, help="Test samples per length.")] = 100,

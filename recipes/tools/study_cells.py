@@ -53,10 +53,12 @@ CONTROLS = ("SEAL-H shuffled", "SEAL-C shuffled", "SEAL-H wrong answers", "SEAL-
 PLACEMENTS = ("query", "query+output")
 BASELINES = ("IA3", "LayerNorm", "VeRA")
 WEIGHTED = tuple(f"{method} at {weight}" for method in ("SEAL-H", "SEAL-C") for weight in (0.25, 0.5, 0.75))
-MIXTURE = "mixture"  # of training samples of all tasks, as many in all as of one task
-TRANSFERS = tuple(f"{method} from {source}" for method in ("SEAL-H", "SEAL-C") for source in (*TASKS, MIXTURE))
+MIXTURES = ("mixture", "full mixture")  # of all tasks: as many samples in all as of one task, or as many of each
+TRANSFERS = tuple(f"{method} from {source}" for method in ("SEAL-H", "SEAL-C") for source in (*TASKS, *MIXTURES))
+SIZES = (5, 10, 25, 100)  # of training samples, beside the usual number
+SIZED = tuple(f"{method} with {size} samples" for method in ("SEAL-H", "SEAL-C", "LoRA") for size in SIZES)
 METHODS = (
-    *UNTUNED, "SEAL-H", "SEAL-C", "LoRA", "DoRA", *WEIGHTED, *CONTROLS, *PLACEMENTS, *BASELINES, *TRANSFERS,
+    *UNTUNED, "SEAL-H", "SEAL-C", "LoRA", "DoRA", *WEIGHTED, *SIZED, *CONTROLS, *PLACEMENTS, *BASELINES, *TRANSFERS,
 )  # fmt: skip
 VALIDATION_LENGTHS = 3  # the longest ones of a task
 VALIDATION_SEED = 9000  # of training-split samples that no cell is tuned on
@@ -120,7 +122,13 @@ class Cell:
     def sources(self) -> tuple[str, ...]:
         """The tasks that the cell is tuned on."""
         source = self.method.partition(" from ")[2] or self.task
-        return TASKS if source == MIXTURE else (source,)
+        return TASKS if source in MIXTURES else (source,)
+
+    def samples_per_source(self, usual: int) -> int:
+        """Return how many training samples of each source the cell is tuned on; ``usual`` is a study's number."""
+        if self.method in SIZED:
+            return int(self.method.split(" ")[2])
+        return usual // len(self.sources) if self.method.endswith(f"from {MIXTURES[0]}") else usual
 
     @property
     def rated_as(self) -> str | None:
@@ -130,7 +138,7 @@ class Cell:
     @property
     def tuned_cell(self) -> Cell:
         """The cell with the same adapter: of another task, or before its scales are shuffled or weighted."""
-        if self.method.endswith("wrong answers"):
+        if self.method.endswith("wrong answers") or self.method in SIZED:
             return self
         source = self.method.partition(" from ")[2] or self.task
         return replace(self, task=source, method=self.tuned_as or self.method)
@@ -174,9 +182,10 @@ def plan(tasks: list[str], methods: list[str], seeds: list[int]) -> list[Cell]:
     seal = ("SEAL-H", "SEAL-C")
     stages: list[tuple[tuple[str, ...], list[int]]] = [
         (("base",), first), (seal, first), (("LoRA",), first), (PLACEMENTS[:1], first), (("one-shot", "DoRA"), first),
-        (TRANSFERS[-1:], first), *(((*seal, "LoRA", *PLACEMENTS[:1]), [seed]) for seed in others), (TRANSFERS, first),
-        (WEIGHTED, first), (PLACEMENTS[1:], first), (CONTROLS, first), (BASELINES, first),
-        (("DoRA", *WEIGHTED, *PLACEMENTS[1:], *BASELINES, *CONTROLS, *TRANSFERS), others),
+        (tuple(f"SEAL-C from {mixture}" for mixture in MIXTURES), first),
+        *(((*seal, "LoRA", *PLACEMENTS[:1]), [seed]) for seed in others), (TRANSFERS, first), (WEIGHTED, first),
+        (SIZED, first), (PLACEMENTS[1:], first), (CONTROLS, first), (BASELINES, first),
+        (("DoRA", *WEIGHTED, *SIZED, *PLACEMENTS[1:], *BASELINES, *CONTROLS, *TRANSFERS), others),
     ]  # fmt: skip
     cells: list[Cell] = []
     for stage, of_seeds in stages:
@@ -212,11 +221,9 @@ def request(settings: Settings, task: str, tokens: str | int, samples: int, seed
 
 
 def training_requests(settings: Settings, cell: Cell) -> list[Request]:
-    """Return the requests for a cell's training samples: one task's, or of a mixture all tasks'."""
-    return [
-        request(settings, task, settings.train[task], settings.tune_samples, cell.seed, "train")
-        for task in cell.sources
-    ]
+    """Return the requests for a cell's training samples, of which it may use the first ones, by source."""
+    samples = max(settings.tune_samples, cell.samples_per_source(settings.tune_samples))
+    return [request(settings, task, settings.train[task], samples, cell.seed, "train") for task in cell.sources]
 
 
 def example_request(settings: Settings, task: str) -> Request:
@@ -410,11 +417,11 @@ class Workbench:
         from eval.controls import wrong_answers
 
         assert cell.rate is not None
-        wanted = training_requests(self.settings, cell)
+        samples = cell.samples_per_source(self.settings.tune_samples)
         rows = [
             row
-            for request in wanted
-            for row in read_samples(request, self.tokenizer, self.data)[: self.settings.tune_samples // len(wanted)]
+            for request in training_requests(self.settings, cell)
+            for row in read_samples(request, self.tokenizer, self.data)[:samples]
         ]
         chats: list[Messages] = [row["messages"] for row in rows]
         if cell.method.endswith("wrong answers"):

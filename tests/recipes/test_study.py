@@ -19,6 +19,7 @@ from paths import ROOT, TINY
 from axolotl_plugins.common.io import write_text
 from axolotl_plugins.seal.provenance import text_hash
 from eval.controls import seal_layers
+from recipes.study import make_settings
 from recipes.tools import study_results
 from recipes.tools.study_cells import (
     RATES,
@@ -207,6 +208,27 @@ def test_the_plan_is_ordered_and_complete():
         Cell("line", "SEAL-H shuffled", "test").tuned_as == "SEAL-H"
         and Cell("line", "one-shot", "test").tuned_as is None
     )
+
+
+def test_sizes_and_mixtures_take_the_first_samples_of_every_source():
+    train, lengths = capped(1024)
+    settings = Settings("", 8192, "float32", 100, 30, 50, 1000, "prose", train, lengths)
+    counts = {"SEAL-C": 50, "SEAL-C with 5 samples": 5, "SEAL-C with 100 samples": 100, "SEAL-C from vt": 50,
+              "SEAL-C from mixture": 10, "SEAL-C from full mixture": 50}  # fmt: skip
+    for method, count in counts.items():
+        cell = Cell("line", method, "test", rate=0.1)
+        requests = training_requests(settings, cell)
+        assert cell.samples_per_source(settings.tune_samples) == count
+        assert [request.samples for request in requests] == [max(50, count)] * (5 if "mixture" in method else 1)
+        assert cell.tuned_as == cell.rated_as == "SEAL-C"
+    names = {Cell("line", method, "test", rate=0.1).tuned_cell.file_name for method in counts}
+    assert len(names) == len(counts)  # each has an adapter of its own
+
+
+def test_lengths_of_single_tasks():
+    settings = make_settings(TINY, 512, "vt=64/128", "", dtype="float32", samples=1, validation_samples=1,
+                             tune_samples=2, shot_tokens=10, haystack="prose")  # fmt: skip
+    assert settings.lengths["vt"] == [64, 128] and settings.lengths["line"] == [512]
 
 
 def test_prompts_fit_into_the_window():

@@ -81,8 +81,11 @@ class HeadAblator:
     Args:
         model: see ``hooks.wrap``.
         stop: ids that end an answer.
-        max_new_tokens: most tokens of an answer.
+        max_new_tokens: most tokens of an answer; with 0 nothing is decoded, and answers have a log-probability only.
         batch: ablations per batch.
+
+    Raises:
+        ValueError: nothing is decoded, and the model's cache holds a sliding window, so that references are decoded.
     """
 
     def __init__(self, model: Any, stop: Collection[int], max_new_tokens: int, batch: int = 8) -> None:
@@ -92,6 +95,8 @@ class HeadAblator:
         config = model.config
         # A sliding-window cache cannot be cropped to before the reference.
         self.drafts = can_join_caches(model)
+        if not (self.drafts or max_new_tokens):
+            raise ValueError("score: a model with a sliding window decodes its answers: leave out --no-score")
         self.new_cache: Callable[[], DynamicCache] = lambda: DynamicCache(config=config)
 
     @torch.inference_mode()
@@ -186,6 +191,7 @@ class HeadAblator:
         ]
         ended = bool(reference) and reference[-1] in self.stop
         open_rows = [row for row, count in enumerate(agreed) if not (ended and count == len(reference))]
+        open_rows = open_rows if self.max_new_tokens else []
         answers = [(reference[:-1] if ended else reference)[: self.max_new_tokens] for _ in agreed]
         if open_rows:
             shared = min(agreed[row] for row in open_rows)

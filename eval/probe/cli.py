@@ -64,6 +64,10 @@ Samples = Annotated[
 ]  # fmt: skip
 TestSamples = Annotated[int | None, typer.Option(min=1, help="Test samples per length; default: 50, or all of a file.")]
 Out = Annotated[Path, typer.Option(help="Result file; a PNG lies beside it.")]
+Score = Annotated[
+    bool, typer.Option("--score/--no-score", help="Decode and score the answers, beside the log-probability of the "
+                       "reference answer; without, a map takes a fraction of the time.")
+]  # fmt: skip
 Recipe = Annotated[Path, typer.Option(help="A SEAL recipe that describes its data.")]
 
 
@@ -128,6 +132,7 @@ def heads(
     model: Model, lengths: Lengths = "", task: TaskName = "line", metric: Metric = None,
     max_new_tokens: MaxNewTokens = None, samples: Samples = None,
     batch: Annotated[int, typer.Option(min=1, help="Heads ablated in one batch; more need more memory.")] = 8,
+    score: Score = True,
     dtype: Dtype = "auto", chat_template: ChatTemplate = None, chat_template_kwargs: TemplateArguments = None,
     out: Out = Path("results/probes/heads.json"),
 ) -> None:  # fmt: skip
@@ -135,10 +140,11 @@ def heads(
     from eval.probe.head_importance import ablation_map, changes
 
     options = load_options(chat_template, chat_template_kwargs, dtype=dtype)
-    probe = start_map("heads", out, model, read_task(task, metric, max_new_tokens, lengths), samples, options)
-    result = ablation_map(probe, batch=batch)
-    longest = result["lengths"][-1]
-    print_extremes(model, changes(result, longest), f"change of the score at {longest} tokens")
+    own = read_task(task, metric, max_new_tokens, lengths)
+    probe = start_map("heads", out, model, own, samples, options, score)
+    result = ablation_map(probe, batch=batch, score=score)
+    longest, measure = result["lengths"][-1], "score" if score else "log-probability"
+    print_extremes(model, changes(result, longest), f"change of the {measure} at {longest} tokens")
     finish(result, out, probe.cache.file)
 
 
@@ -150,7 +156,7 @@ def channels(
     samples: Annotated[
         int | None, typer.Option(min=1, help="Samples per length; default: 20, or all of a file.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Channels ablated in one batch.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Channels ablated in one batch.")] = 8, score: Score = True,
     dtype: Dtype = "auto", chat_template: ChatTemplate = None, chat_template_kwargs: TemplateArguments = None,
     out: Out = Path("results/probes/channels.json"),
 ) -> None:  # fmt: skip
@@ -162,8 +168,8 @@ def channels(
     if samples is None and own[0].rows is None:
         samples = 20
     options = load_options(chat_template, chat_template_kwargs, dtype=dtype)
-    probe = start_map("channels", out, model, own, samples, options, chosen, heads=chosen)
-    finish(ablation_map(probe, heads=chosen, batch=batch), out, probe.cache.file)
+    probe = start_map("channels", out, model, own, samples, options, score, chosen, heads=chosen)
+    finish(ablation_map(probe, heads=chosen, batch=batch, score=score), out, probe.cache.file)
 
 
 @app.command(epilog="Example: seal probe gradient --model models/smollm2-135m --lengths 512,2048 --samples 50")

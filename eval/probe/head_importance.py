@@ -140,30 +140,36 @@ class MapRun:
         }  # fmt: skip
 
 
-def ablation_map(probe: MapRun, *, heads: list[tuple[int, int]] | None = None, batch: int = 8) -> dict[str, Any]:
+def ablation_map(
+    probe: MapRun, *, heads: list[tuple[int, int]] | None = None, batch: int = 8, score: bool = True
+) -> dict[str, Any]:
     """Ablate every head, or every channel of some heads, one at a time, and score the answers.
 
     Args:
         probe: what to probe.
         heads: (layer, head) whose channels are ablated one by one; None ablates whole heads.
         batch: ablations per batch.
+        score: decode answers and score them; else the log-probability of the reference answer is the only measure.
 
     Returns:
         See ``MapRun.result``; ``score`` and ``logprob`` are the unchanged model's.
 
     Raises:
-        ValueError: there is no such head.
+        ValueError: there is no such head; or see ``HeadAblator``.
     """
     blocks, cache, tokenizer = probe.blocks, probe.cache, probe.loaded.tokenizer
     unit: Unit = "head" if heads is None else "channel"
     check_heads(heads or (), len(blocks), blocks[0].heads)
-    ablator = HeadAblator(probe.model, stop_ids(probe.loaded.model, tokenizer), probe.task.answer_budget, batch)
+    budget = probe.task.answer_budget if score else 0
+    ablator = HeadAblator(probe.model, stop_ids(probe.loaded.model, tokenizer), budget, batch)
     layers = list(range(len(blocks))) if heads is None else sorted({layer for layer, _ in heads})
     scales = {layer: ablation_scales(blocks[layer], layer, heads) for layer in layers}
 
     def row(answer: Answer, prompt: Prompt) -> list[float]:
+        if not score:
+            return [answer.logprob]
         text = tokenizer.decode(answer.ids, skip_special_tokens=True)
-        return [probe.task.score(text, prompt.references), answer.logprob]
+        return [answer.logprob, probe.task.score(text, prompt.references)]
 
     for prompt in tqdm(probe.prompts, desc=f"ablating {unit}s"):
         if f"{prompt.key}/{layers[-1]}" in cache:
@@ -174,17 +180,17 @@ def ablation_map(probe: MapRun, *, heads: list[tuple[int, int]] | None = None, b
             answers = ablator.ablate(trace, layer, scales[layer])
             cache.add(f"{prompt.key}/{layer}", [row(answer, prompt) for answer in answers])
         cache.add("seconds", probe.seconds())
-    base, change = ablation_means(probe, layers)
+    base, change = ablation_means(probe, layers, ["logprob", "score"][: 1 + score])
     if heads is not None:
         for measure in change:
             change[measure] = {length: by_head(rows, layers, heads) for length, rows in change[measure].items()}
     return probe.result("removal", unit, base, change)
 
 
-def ablation_means(probe: MapRun, layers: list[int]) -> tuple[dict[str, Any], dict[str, Any]]:
+def ablation_means(probe: MapRun, layers: list[int], measures: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return means over prompts, by measure and length: of the unchanged model, and changes by layer and ablation."""
-    base: dict[str, Any] = {"score": {}, "logprob": {}}
-    change: dict[str, Any] = {"score": {}, "logprob": {}}
+    base: dict[str, Any] = {measure: {} for measure in measures}
+    change: dict[str, Any] = {measure: {} for measure in measures}
     for length in probe.lengths:
         keys = [prompt.key for prompt in probe.prompts if prompt.length == length]
         own = np.array([probe.cache.values[key] for key in keys])  # prompts, measures

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from data_gen.objects import import_object
+from data_gen.import_object import import_object
 
 Metric = Callable[[str, list[str]], float]
 

@@ -24,7 +24,7 @@ from eval.cli_options import (
     parse_numbers,
 )
 from eval.probe.cli import app as probe
-from eval.result_cache import result_file, result_name
+from eval.resume import result_file, result_name
 from eval.spec import LM_EVAL_TASKS, SEAL_TASKS, EvalSpec, resolve_tasks
 
 if TYPE_CHECKING:
@@ -249,8 +249,8 @@ def print_start(task: str, options: dict[str, Any]) -> None:
 
 def print_result(result: Result, path: Path | None) -> None:
     """Print a result and the files that hold it."""
+    from eval.result_tables import print_scores, print_sets
     from eval.results import BenchmarkResult
-    from eval.table import print_scores, print_sets
 
     assert path is not None
     if isinstance(result, BenchmarkResult):
@@ -263,9 +263,9 @@ def print_result(result: Result, path: Path | None) -> None:
 
 def print_comparisons(results: list[Result], tasks: list[str], names: list[str], folder: Path) -> None:
     """Print and draw the scores of several models side by side, a table and a picture per task."""
-    from eval.plots import accuracy_by_length
+    from eval.result_tables import print_scores
     from eval.results import EvalResult
-    from eval.table import print_scores
+    from eval.score_plots import accuracy_by_length
 
     for task in tasks:
         rows = [result for result in results if isinstance(result, EvalResult) and result.task == task]
@@ -303,7 +303,7 @@ def push(
     from axolotl_plugins.common.io import write_text
     from axolotl_plugins.seal.model_card import card, uploaded_files
     from axolotl_plugins.seal.model_card import push as upload
-    from eval.table import score_tables
+    from eval.result_tables import score_tables
 
     scores = score_tables(results, str(adapter))
     if dry_run:

@@ -14,7 +14,7 @@ from axolotl_plugins.common.tokenizer import as_messages, count_tokens
 from axolotl_plugins.seal.model_loading import LoadedModel
 from data_gen.tasks.longbench import formatted_prompt
 from eval.results import BenchmarkResult, SetScore
-from eval.run import harness_for
+from eval.score_by_length import harness_for
 from eval.vllm_backend import Served
 
 LONGBENCH = (

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from axolotl_plugins.common.io import load_json
 from data_gen.tasks import Task
-from eval.result_cache import check_replaced, fingerprint, journal_file
 from eval.results import EvalResult, Result, from_json, write_result
+from eval.resume import check_replaced, fingerprint, journal_file
 from eval.spec import EvalSpec, find_task
 
 if TYPE_CHECKING:
@@ -112,18 +112,18 @@ def stored_results(
 def score_task(loaded: LoadedModel, task: Task, spec: EvalSpec, journal: Path | None) -> Result:
     """Score one model on one task."""
     from eval.benchmarks import run_benchmark  # with lm-eval, which a stored result does not need
-    from eval.run import run
+    from eval.score_by_length import score_by_length
 
     if task.metric is None:
         options = spec.sample_options(task, loaded.window)
         return run_benchmark(loaded, task.name, **options, batch_size=spec.batch_size, journal=journal)
-    return run(loaded, task, journal=journal, **vars(spec))
+    return score_by_length(loaded, task, journal=journal, **vars(spec))
 
 
 def save(result: Result, out: Path) -> None:
     """Write a result as JSON and, for scores by length, a plot beside it."""
     if isinstance(result, EvalResult):
-        from eval.plots import accuracy_by_length
+        from eval.score_plots import accuracy_by_length
 
         accuracy_by_length([result], out.with_suffix(".png"))
     write_result(result, out)

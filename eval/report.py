@@ -15,8 +15,8 @@ from jinja2 import Environment, FileSystemLoader
 
 from axolotl_plugins.common.io import check_output, write_text
 from eval.paper import LONGCHAT, paper_value, read_paper
-from eval.plots import draw_accuracy, draw_grid, draw_results, draw_scales, name_of
 from eval.results import TITLES, BenchmarkResult, EvalResult, Result, read_objects, read_results, title_of
+from eval.score_plots import draw_accuracy, draw_grid, draw_results, draw_scales, name_of
 
 WRONG_SHOWN = 5
 
@@ -48,7 +48,7 @@ def rate_table(sweep: dict[str, Any]) -> dict[str, Any]:
 def probe_section(result: dict[str, Any]) -> dict[str, Any]:
     """Return the page's section on a result of ``seal probe``."""
     from eval.probe.captions import CAPTION, TITLE
-    from eval.probe.plots import DRAW
+    from eval.probe.probe_plots import DRAW
 
     kind = result["kind"]
     return {

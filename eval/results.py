@@ -92,7 +92,7 @@ class EvalResult:
         mean: over all samples.
         responses: one row per sample: what identifies it, ``response`` and ``score``.
         asked: options that determine the samples; None where the result was not made by ``eval.evaluate``.
-        fingerprint: see ``eval.result_cache.fingerprint``; an evaluation with the same one is not run again.
+        fingerprint: see ``eval.resume.fingerprint``; an evaluation with the same one is not run again.
     """
 
     model: str

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from axolotl_plugins.seal.model_loading import LoadedModel, is_adapter
 from data_gen.openai_client import KEY, ask, text_of
 from eval.generation import stop_ids
-from eval.harness import Harness
+from eval.lm_eval_model import Harness
 
 ANSWER_TIMEOUT = 600  # seconds
 CONCURRENT_REQUESTS = 16  # the server batches them itself

@@ -12,10 +12,10 @@ from axolotl_plugins.common.console import run
 from axolotl_plugins.common.io import check_output, write_text
 from axolotl_plugins.common.tokenizer import parse_arguments
 from data_gen.tasks import TASKS
-from recipes.tools.estimate import CARDS, GPUS
+from recipes.tools.cost import CARDS, GPUS
+from recipes.tools.fetch_smollm2 import MODEL
 from recipes.tools.methods import METHODS
 from recipes.tools.render import CARD, FOLDER, matrix_recipes, read_matrix
-from recipes.tools.smollm2 import MODEL
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -28,7 +28,7 @@ def main() -> None:
 @app.command(epilog="Example: seal recipe write")
 def write() -> None:
     """Write the recipes of matrix.yml and the table of recipes/README.md."""
-    from recipes.tools.table import README, readme
+    from recipes.tools.render import README, readme
 
     recipes = matrix_recipes()
     for recipe in recipes:
@@ -45,7 +45,7 @@ def fetch(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = MODEL,
 ) -> None:
     """Fetch SmolLM2-135M-Instruct, a chat model that two CPU cores can tune."""
-    from recipes.tools.smollm2 import fetch as fetch_model
+    from recipes.tools.fetch_smollm2 import fetch as fetch_model
 
     written = fetch_model(source, out)
     print(f"{out}: {'written' if written else 'already there'}")
@@ -88,7 +88,7 @@ def new(
     out: Annotated[Path | None, typer.Option(help="File to write; left out, the recipe is printed.")] = None,
 ) -> None:
     """Make a recipe for any model that SEAL can wrap."""
-    from recipes.tools.new import recipe_for
+    from recipes.tools.new_recipe import recipe_for
 
     if out is not None:
         check_output(out, new=True)
@@ -111,7 +111,7 @@ def cost(
     gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h200",
 ) -> None:
     """Estimate the time and memory of a recipe on one GPU, from shapes alone (docs/performance.md)."""
-    from recipes.tools.cost import cost_lines
+    from recipes.tools.cost_report import cost_lines
 
     print(*cost_lines(file, gpu), sep="\n")
 

@@ -35,7 +35,7 @@ from axolotl_plugins.common.environment import machine
 from axolotl_plugins.common.io import load_json, write_text
 from axolotl_plugins.seal.tune import answer_loss
 from eval.cli_options import parse_names, parse_numbers
-from recipes.tools.estimate import BACKENDS, Shape, StepConfig, training_flop
+from recipes.tools.cost import BACKENDS, Shape, StepConfig, training_flop
 from recipes.tools.methods import peft_config
 from recipes.tools.render import read_matrix
 

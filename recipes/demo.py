@@ -18,8 +18,8 @@ from axolotl_plugins.common.console import run
 from axolotl_plugins.common.environment import machine
 from axolotl_plugins.common.io import load_yaml, write_text
 from data_gen import tasks
+from eval.result_tables import print_scores
 from eval.results import EvalResult, read_results, to_json
-from eval.table import print_scores
 
 METHODS = ("SEAL-H", "SEAL-C")
 SHOWN = 3  # prompts whose answers are shown
@@ -88,7 +88,7 @@ def plot(summary: dict[str, Any], out: Path) -> None:
     """Plot accuracy by length, and the scales of all heads (SEAL-C: means over a head's channels)."""
     import matplotlib.pyplot as plt
 
-    from eval.plots import draw_accuracy, draw_scales, save_figure
+    from eval.score_plots import draw_accuracy, draw_scales, save_figure
 
     figure, (left, *maps) = plt.subplots(1, 3, figsize=(14, 5), width_ratios=(1.4, 1, 1), layout="constrained")
     draw_accuracy(left, [{"method": method, "scores": rows} for method, rows in summary["scores"].items()])

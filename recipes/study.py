@@ -289,7 +289,7 @@ def adapters(
     to: Annotated[Path, typer.Option(help="Gets one folder per task and method.")] = Path("outputs/adapters"),
 ) -> None:  # fmt: skip
     """Write the tested SEAL adapters, each with its model card and the record of its training data."""
-    from recipes.tools.adapters import share
+    from recipes.tools.study_adapters import share
     from recipes.tools.study_results import gather
 
     print(*share(out, gather(out, current_commit()), model, to), sep="\n")

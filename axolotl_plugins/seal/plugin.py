@@ -25,7 +25,7 @@ from .config import SealConfig
 from .context_parallel import check_processes
 from .model_loading import apply_adapter
 from .trainer import AnswerTrainer, SealTrainer
-from .training_data import check_files, generate_files, prepare_template, remove_incomplete
+from .training_files import check_files, generate_files, prepare_template, remove_incomplete
 from .validation import check_keys, check_liger_runs, check_paths, check_recipe, check_targets
 
 

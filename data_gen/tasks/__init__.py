@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 
-from data_gen.description import built_in
+from data_gen.described_task import built_in
 from data_gen.fit_length import LengthBudget
 from data_gen.split import Split, in_split
 from data_gen.tasks.task import TASKS, Request, Task, TaskAttribute, register, resolve_task, tasks_of, tasks_with

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from data_gen.description import words
+from data_gen.described_task import words
 from data_gen.fit_length import LengthBudget
 from data_gen.metrics import string_match_all
 from data_gen.tasks.ruler import SOURCE, make_sample

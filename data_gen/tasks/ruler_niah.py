@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from data_gen.description import words
+from data_gen.described_task import words
 from data_gen.fit_length import LengthBudget
 from data_gen.metrics import string_match_all
 from data_gen.tasks import niah

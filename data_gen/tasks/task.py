@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from data_gen.fit_length import LengthBudget
-from data_gen.objects import import_object
+from data_gen.import_object import import_object
 from data_gen.split import Split
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def resolve_task(spec: str | Task, metric: str | None = None, max_new_tokens: in
     if spec in TASKS:
         return TASKS[spec]
     if suffix in (".yml", ".yaml"):
-        from data_gen.description import load_description
+        from data_gen.described_task import load_description
 
         return replace(load_description(Path(spec)), spec=spec)
     if suffix in (".csv", ".tsv"):

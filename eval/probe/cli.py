@@ -26,8 +26,8 @@ from eval.cli_options import (
     parse_heads,
     parse_numbers,
 )
-from eval.result_cache import journal_file
 from eval.results import title_of
+from eval.resume import journal_file
 from eval.spec import METRICS as SCORED
 from eval.spec import scored_task
 
@@ -73,8 +73,8 @@ Recipe = Annotated[Path, typer.Option(help="A SEAL recipe that describes its dat
 
 def finish(result: dict[str, Any], out: Path, *journals: Path | None) -> None:
     """Write a result and where it comes from, with its plot, then remove its journals."""
-    from eval.plots import save_figure
-    from eval.probe.plots import DRAW
+    from eval.probe.probe_plots import DRAW
+    from eval.score_plots import save_figure
 
     result = {**result, **origin()}
     save_figure(DRAW[result["kind"]](result), out.with_suffix(".png"))

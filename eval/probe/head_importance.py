@@ -27,8 +27,8 @@ from data_gen.tasks import Task
 from eval.generation import stop_ids
 from eval.probe.ablation import Answer, HeadAblator
 from eval.probe.hooks import Block, decoder_blocks, scaled_input, wrap
-from eval.result_cache import Journal
 from eval.results import same_model
+from eval.resume import Journal
 from eval.spec import scored_task
 
 # Probes read samples of the training split under a seed that nothing is trained on: test samples stay unseen.

@@ -14,8 +14,8 @@ from axolotl_plugins.seal.scales import saved_scales
 from data_gen.tasks import Task
 from eval.probe.head_importance import head_quadrants, read_map
 from eval.probe.hooks import decoder_blocks, wrap
-from eval.result_cache import fingerprint, journal_file
-from eval.run import run
+from eval.resume import fingerprint, journal_file
+from eval.score_by_length import score_by_length
 
 # The paper's three settings: heads of the first quadrant down, of the third up, and both.
 KINDS = {"Q1 down": (1,), "Q3 up": (3,), "Q1 down, Q3 up": (1, 3)}
@@ -95,7 +95,7 @@ def score_quadrants(
         The result, and the files that cache its responses.
 
     Raises:
-        ValueError: no head lies in quadrant 1 or 3; or see ``run``.
+        ValueError: no head lies in quadrant 1 or 3; or see ``score_by_length``.
     """
     loaded = load(model, **options)
     journals = {
@@ -108,7 +108,7 @@ def score_quadrants(
     scores = {}
     models: dict[str, str | Path] = {"base": model, **folders}
     for name, folder in models.items():
-        result = run(load(folder, **options), task, journal=journals[name], **spec)
+        result = score_by_length(load(folder, **options), task, journal=journals[name], **spec)
         scores[name] = {str(length): score for length, score in result.by_length().items()}
     return {
         "kind": "quadrants", "model": model, "base_model": loaded.base, "dtype": loaded.dtype, "task": task.name,

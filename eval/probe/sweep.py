@@ -25,10 +25,10 @@ from data_gen.dataset import Request, generate
 from data_gen.file_task import read_sample
 from data_gen.tasks import Task
 from eval.controls import seal_layers, shuffle_heads, wrong_answers, wrong_facts
-from eval.harness import is_contaminated
+from eval.lm_eval_model import is_contaminated
 from eval.probe.head_importance import PROBE_SEED
-from eval.result_cache import Journal
-from eval.run import run
+from eval.resume import Journal
+from eval.score_by_length import score_by_length
 from eval.spec import scored_task
 
 SOUND_SCALES = (0.2, 5.0)  # outside, a head is as good as removed, or drowns the others
@@ -143,7 +143,7 @@ class TuningRun:
 
     Attributes:
         parts: tasks that draw validation samples from the training split under a seed that nothing is trained on, or
-            one that has them all; each with its options of ``eval.run.run``.
+            one that has them all; each with its options of ``eval.score_by_length.score_by_length``.
 
     Raises:
         ValueError: the recipe's data is a file, from whose task no samples are drawn.
@@ -176,7 +176,7 @@ class TuningRun:
         """Cache ``scores`` by length (means over tasks), ``count`` of samples and the range of ``scales`` after tuning.
 
         Raises:
-            ValueError: see ``run``; or a sample is among the chats.
+            ValueError: see ``score_by_length``; or a sample is among the chats.
         """
         if key in self.cache:
             return
@@ -184,7 +184,7 @@ class TuningRun:
         for task, _ in self.parts:
             if task.rows and any(is_contaminated(row, tuned_on) for row in task.rows(self.loaded.tokenizer)):
                 raise ValueError(f"validation: {task.name} has a sample of the training data: name a file of others")
-        results = [run(self.loaded, task, **options) for task, options in self.parts]
+        results = [score_by_length(self.loaded, task, **options) for task, options in self.parts]
         scores = [result.by_length() for result in results]
         self.cache.add(key, {
             "scores": {str(length): sum(part[length] for part in scores) / len(scores) for length in scores[0]},

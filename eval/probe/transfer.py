@@ -9,9 +9,9 @@ from typing import Any
 from axolotl_plugins.seal.model_loading import LoadedModel, load_each
 from axolotl_plugins.seal.provenance import seen_texts
 from data_gen.tasks import Task
-from eval.result_cache import journal_file
 from eval.results import same_model
-from eval.run import run
+from eval.resume import journal_file
+from eval.score_by_length import score_by_length
 
 Scores = dict[str, dict[int, float]]  # by task, then by length
 
@@ -55,7 +55,7 @@ def score_transfer(
         The result, and the files that cache its responses.
 
     Raises:
-        ValueError: an adapter is of another base model; or see ``run`` and ``transferability``.
+        ValueError: an adapter is of another base model; or see ``score_by_length`` and ``transferability``.
     """
     journals, counts = [], []
 
@@ -64,7 +64,7 @@ def score_transfer(
         for task in tasks:
             identity = (task.name, dict(task.identity), spec["lengths"], spec["samples"], options)
             journals.append(journal_file(out, loaded.name, name, *identity))
-            result = run(loaded, task, journal=journals[-1], **spec)
+            result = score_by_length(loaded, task, journal=journals[-1], **spec)
             by_task[task.name] = result.by_length()
             counts.append(max(score.count for score in result.scores))
         return by_task

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from recipes.tools.estimate import CARDS, Shape, StepConfig, choices, step_seconds, training_bytes
+from recipes.tools.cost import CARDS, Shape, StepConfig, choices, step_seconds, training_bytes
 from recipes.tools.render import RESULTS, device_name, measured_steps, read_matrix
 
 SHAPE, TOKENS = "llama2_7b", 31000
@@ -12,7 +12,7 @@ def main() -> None:
     """Write results/bench_memory.png: Llama-2-7B's shapes at 31,000 tokens, SEAL-C."""
     import matplotlib.pyplot as plt
 
-    from eval.plots import save_figure
+    from eval.score_plots import save_figure
 
     shape = Shape.of(read_matrix()["shapes"][SHAPE])
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")

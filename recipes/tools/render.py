@@ -15,7 +15,7 @@ import yaml
 
 from axolotl_plugins.common.io import load_json
 from data_gen.tasks import resolve_task, tasks_of
-from recipes.tools.estimate import (
+from recipes.tools.cost import (
     CARD_SHARE,
     CARDS,
     CPU_FLOPS,
@@ -40,6 +40,8 @@ SHORTEST_RULER = 8000  # tokens; lengths are drawn from here to the model's long
 CARD = 80  # GiB of the GPU that recipes are for
 LIGER_MODELS = ("llama", "mistral", "qwen2", "qwen3")  # whose norms, RoPE and SwiGLU Liger replaces
 RESULTS = FOLDER.parent / "results"
+README = FOLDER / "README.md"
+MARK = "<!-- Written by `seal recipe write`; edits below this line are lost. -->\n"
 
 
 @dataclass(frozen=True)
@@ -323,3 +325,18 @@ def measurement(recipe: Recipe) -> dict[str, Any] | None:
         and "error" not in row and set(row["setting"].split("+")) == set(recipe.step.name.split("+"))
     ]  # fmt: skip
     return max(rows, key=lambda row: row["date"]) if rows else None
+
+
+def readme(recipes: list[Recipe]) -> str:
+    """Return recipes/README.md with its table replaced: a row per recipe, ordered by model, task and method.
+
+    Raises:
+        ValueError: the line above the table is missing.
+    """
+    head, mark, _ = README.read_text().partition(MARK)
+    if not mark:
+        raise ValueError(f"{README}: the line above its table is missing: {MARK.strip()}")
+    models, tasks, methods = (list(dict.fromkeys(names)) for names in zip(
+        *((recipe.model["name"], recipe.task, recipe.method) for recipe in recipes), strict=True))  # fmt: skip
+    rows = sorted(recipes, key=lambda r: (models.index(r.model["name"]), tasks.index(r.task), methods.index(r.method)))
+    return head + MARK + environment().get_template("readme.md.jinja").render(recipes=rows)

@@ -353,7 +353,7 @@ class Workbench:
         Returns:
             The cell's fields with ``scores`` (``length``, ``tokens``, ``count``, ``score``), ``responses`` (of test
             cells), ``losses``, ``parameters`` (trainable), ``trained_tokens``, ``seconds`` (``tuning``, ``scoring``),
-            ``general`` (see ``eval.general``; of tuned test cells) and the machine.
+            ``general`` (see ``eval.general_ability``; of tuned test cells) and the machine.
         """
         import torch
 
@@ -363,7 +363,7 @@ class Workbench:
         from peft import get_peft_model
 
         from eval.controls import shuffle_heads, weight_scales
-        from eval.general import TEXTS, general_ability
+        from eval.general_ability import TEXTS, general_ability
 
         torch.manual_seed(cell.seed)  # initialises low-rank weights
         peft_model = get_peft_model(self.model, adapter_config(cell.tuned_as))
@@ -442,7 +442,7 @@ class Workbench:
 
     def score(self, model: torch.nn.Module, cell: Cell) -> dict[str, Any]:
         """Score the model of a cell over all lengths."""
-        from eval.scoring import score_samples
+        from eval.score_samples import score_samples
 
         shown = ""
         if cell.method == "one-shot":

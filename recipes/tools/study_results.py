@@ -49,8 +49,8 @@ def gather(folder: Path, commit: str | None) -> dict[str, Any]:
     Returns:
         Command, date and machine, ``rates`` (task, method, the chosen ``rate`` and ``candidates`` with their mean
         validation scores), ``rows`` (one per test cell: task, method, rate, seed, trainable parameters, losses,
-        seconds, and ``scores`` by length with their intervals) and ``general`` (see ``eval.general``, of test cells
-        that have it).
+        seconds, and ``scores`` by length with their intervals) and ``general`` (see ``eval.general_ability``, of test
+        cells that have it).
 
     Raises:
         ValueError: no cell is finished.
@@ -125,7 +125,7 @@ def save(gathered: dict[str, Any], out: Path) -> None:
     """Write a study's result as JSON, and its plots beside it."""
     import matplotlib.pyplot as plt
 
-    from eval.plots import save_figure
+    from eval.score_plots import save_figure
 
     write_text(out, json.dumps(gathered, indent=1) + "\n")
     for name, methods in PLOTS.items():
@@ -148,7 +148,7 @@ def scores_figure(rows: list[dict[str, Any]], methods: tuple[str, ...]) -> Any:
     """Plot scores by length, one panel per task and one line per method, with the range over seeds."""
     import matplotlib.pyplot as plt
 
-    from eval.plots import draw_accuracy
+    from eval.score_plots import draw_accuracy
 
     tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
     columns, lines = min(3, max(1, len(tasks))), -(-max(1, len(tasks)) // 3)
@@ -173,7 +173,7 @@ def scores_figure(rows: list[dict[str, Any]], methods: tuple[str, ...]) -> Any:
 
 def draw_general(panels: Any, rows: list[dict[str, Any]]) -> None:
     """Plot the change of perplexity and the divergence from the base, one point per task and seed."""
-    from eval.plots import COLOURS
+    from eval.score_plots import COLOURS
 
     methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
     for axes, key, label in zip(

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from axolotl_plugins.common.io import read_rows
 from axolotl_plugins.common.tokenizer import count_tokens, load_tokenizer
 from data_gen.dataset import Request, draw, generate, in_split, manifest_path, tokenizer_hash, write
-from data_gen.description import Records, read_description, render, unique, words
+from data_gen.described_task import Records, read_description, render, unique, words
 from data_gen.fit_length import largest
 
 LINE = read_description(ROOT / "data_gen/tasks/line.yml")

@@ -20,8 +20,8 @@ from axolotl_plugins.seal.tune import tune
 from data_gen.dataset import Request, generate
 from data_gen.tasks import TASKS
 from eval.results import TITLES
-from eval.run import run
-from eval.scoring import score_samples
+from eval.score_by_length import score_by_length
+from eval.score_samples import score_samples
 from eval.spec import METRICS
 
 CODE = (ROOT / "docs" / "add-a-task.md").read_text().split("```python\n")[1].split("```")[0]
@@ -65,7 +65,7 @@ def test_the_pages_task_is_drawn_tuned_scored_and_reported(passkey):
     assert [row["score"] for row in rows] == [
         passkey.score(row["response"], sample["references"]) for row, sample in zip(rows, samples["test"], strict=True)
     ]
-    result = run(loaded, "passkey", lengths=[400], samples=3)
+    result = score_by_length(loaded, "passkey", lengths=[400], samples=3)
     assert [row["references"] for row in result.responses] == [row["references"] for row in samples["test"][:3]]
     assert TITLES["passkey"] == "Passkey retrieval" and TITLES["mmlu"] == "MMLU"
 

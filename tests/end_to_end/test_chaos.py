@@ -19,8 +19,8 @@ from axolotl_plugins.common.io import check_output
 from axolotl_plugins.common.tokenizer import load_tokenizer
 from axolotl_plugins.seal.model_loading import load
 from data_gen.dataset import Request, write
-from eval.harness import Responses
-from eval.run import run
+from eval.lm_eval_model import Responses
+from eval.score_by_length import score_by_length
 
 
 def chaos(*arguments: str, minutes: int = 10) -> str:
@@ -44,7 +44,7 @@ def test_a_killed_command_ends_the_same_the_next_time_and_a_full_disk_costs_noth
 STARVED = """
 import resource, sys
 from pathlib import Path
-import eval.probe.head_importance, eval.run
+import eval.probe.head_importance, eval.score_by_length
 from axolotl_plugins.common.console import run
 from eval.__main__ import app as evaluate
 
@@ -127,11 +127,11 @@ def test_memory_of_a_long_evaluation_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(Responses, "add_partial", measured)
     options = {"lengths": [260], "samples": 2000, "batch_size": 10, "journal": journal}
     with pytest.raises(KeyboardInterrupt):
-        run(loaded, "line", **options)
+        score_by_length(loaded, "line", **options)
     assert max(found[200:]) - found[200] < 50
     done = len(journal.read_text().splitlines())
     assert done == 1499
-    assert run(loaded, "line", **options).scores[0].count == 2000
+    assert score_by_length(loaded, "line", **options).scores[0].count == 2000
     assert len(found) == 1500 + 2000 - done
 
 

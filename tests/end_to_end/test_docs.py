@@ -15,7 +15,7 @@ import pytest
 import yaml
 from paths import ROOT, TINY
 
-from data_gen.description import TYPES, Description
+from data_gen.described_task import TYPES, Description
 
 README = (ROOT / "README.md").read_text()
 DOCS = {file.name: file.read_text() for file in (ROOT / "docs").glob("*.md") if file.name != "log.md"}  # a history

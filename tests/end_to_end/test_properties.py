@@ -18,7 +18,7 @@ from axolotl_plugins.seal.provenance import text_hash, texts
 from data_gen.dataset import Request, check, describe, generate, in_split, write
 from data_gen.metrics import last_integer
 from eval.confidence import wilson
-from eval.result_cache import Journal
+from eval.resume import Journal
 from eval.spec import METRICS
 
 TOKENIZER = AutoTokenizer.from_pretrained(TINY)

@@ -13,7 +13,7 @@ from axolotl_plugins.seal.model_loading import load
 from eval import generation
 from eval.__main__ import app
 from eval.benchmarks import LONGBENCH, run_benchmark
-from eval.harness import Harness
+from eval.lm_eval_model import Harness
 
 QUESTION = "What does the garden keep?"
 
@@ -45,7 +45,7 @@ def test_longbench_is_truncated_in_the_middle_and_states_so(longbench, monkeypat
         return generate(model, ids, **settings)
 
     monkeypatch.setattr(Harness, "answer_all", ask)
-    monkeypatch.setattr("eval.harness.generate_answers", record_budget)
+    monkeypatch.setattr("eval.lm_eval_model.generate_answers", record_budget)
     result = run_benchmark(loaded, "longbench", data=str(longbench))
     assert [row.name for row in result.sets] == list(LONGBENCH)
     assert all((row.count, row.cut) == (2, 1) for row in result.sets)

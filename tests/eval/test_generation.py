@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig,
 
 from axolotl_plugins.seal.model_loading import LoadedModel, load
 from data_gen.dataset import Request, generate
-from data_gen.description import Records, read_description, render, words
+from data_gen.described_task import Records, read_description, render, words
 from eval.generation import (
     can_join_caches,
     common_prefix,
@@ -31,8 +31,8 @@ from eval.generation import (
     stop_ids,
     uncached_tokens,
 )
-from eval.run import harness_for, run
-from eval.scoring import prompt_ids, score_samples
+from eval.score_by_length import harness_for, score_by_length
+from eval.score_samples import prompt_ids, score_samples
 
 GREEDY = {"max_gen_toks": 6, "until": [], "do_sample": False}
 
@@ -118,7 +118,7 @@ def test_every_batch_size_gives_the_same_answers_on_a_pretrained_model(smollm2):
     )
     assert len({row["response"] for row in alone}) > 6
     assert batched == [alone, alone]
-    harness = run(loaded, "line", lengths=[256, 400], samples=6).responses
+    harness = score_by_length(loaded, "line", lengths=[256, 400], samples=6).responses
     assert [row["response"] for row in harness] == [row["response"] for row in alone]
 
 
@@ -174,7 +174,7 @@ def test_answers_end_where_the_chat_template_ends_a_turn(tmp_path):
     end = original.tokenizer.eos_token_id
     assert loaded.tokenizer.eos_token == "<pad>" and loaded.model.generation_config.eos_token_id == 0
     assert end_of_turn_id(loaded.tokenizer) == end and stop_ids(loaded.model, loaded.tokenizer) == {0, end}
-    expected, result = (run(model, "line", lengths=[256], samples=12) for model in (original, loaded))
+    expected, result = (score_by_length(model, "line", lengths=[256], samples=12) for model in (original, loaded))
     assert expected.mean.score > 0.9
     assert [row["response"] for row in result.responses] == [row["response"] for row in expected.responses]
 
@@ -201,9 +201,9 @@ def test_greedy_is_neutral_whatever_the_generation_config_says(tmp_path):
     settings = {"repetition_penalty": 1.2, "do_sample": True, "temperature": 0.7, "no_repeat_ngram_size": 2}
     loaded = load(copy_of(TINY, tmp_path / "model", generation_config=settings))
     assert loaded.model.generation_config.repetition_penalty == 1.2
-    expected = run(load(TINY), "line", lengths=[512], samples=12).responses
+    expected = score_by_length(load(TINY), "line", lengths=[512], samples=12).responses
     for batch in (1, 2, None):
-        assert run(loaded, "line", lengths=[512], samples=12, batch_size=batch).responses == expected
+        assert score_by_length(loaded, "line", lengths=[512], samples=12, batch_size=batch).responses == expected
     model = sliding("gemma2")  # decoded by `generate`
     prompts = random_prompts(97)
     neutral = generate_answers(model, prompts, max_new_tokens=12, stop={2})

@@ -18,7 +18,7 @@ from axolotl_plugins.seal.merge import merge
 from axolotl_plugins.seal.model_loading import load
 from data_gen.dataset import Request, generate
 from eval.generation import generate_answers, stop_ids
-from recipes.tools.smollm2 import mark_byte_level
+from recipes.tools.fetch_smollm2 import mark_byte_level
 
 PACKAGE = "llama-cpp-python==0.3.36"  # its source has llama.cpp's converter and library
 ADAPTER = ROOT / "results/adapters/smollm2-135m/line_sealc"

@@ -19,9 +19,9 @@ from axolotl_plugins.seal.model_loading import load
 from axolotl_plugins.seal.tune import tune
 from data_gen.dataset import Request, generate
 from eval.generation import stop_ids
-from eval.run import run
-from eval.scoring import score_samples
-from recipes.tools.new import recipe_for
+from eval.score_by_length import score_by_length
+from eval.score_samples import score_samples
+from recipes.tools.new_recipe import recipe_for
 
 SHAPES = {
     "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -77,13 +77,13 @@ def test_vicunas_stretched_window_is_scored_and_tuned(tmp_path):
     base = save(tmp_path / "base", "llama", **vicuna)
     loaded = load(base)
     assert loaded.window == 2048 and loaded.model.config.rope_parameters["factor"] == 4
-    assert run(loaded, "line", lengths=[1900], samples=2).window == 2048
+    assert score_by_length(loaded, "line", lengths=[1900], samples=2).window == 2048
     samples = [{"length": 1900, **row} for row in generate(Request("line", "1900", samples=1), loaded.tokenizer)]
     assert len(score_samples(loaded.model, loaded.tokenizer, "line", samples)) == 1
     text, _ = recipe_for(base, "line", "sealc", gpu=False)
     assert "sequence_len: 2048" in text and "tokens: 1984" in text
     with pytest.raises(ValueError, match="lengths: 2100 tokens do not fit into the model's window of 2048"):
-        run(loaded, "line", lengths=[2100])
+        score_by_length(loaded, "line", lengths=[2100])
 
 
 def test_a_condensed_rope_is_applied_in_tuning_merging_and_scoring(tmp_path):
@@ -125,7 +125,7 @@ def test_models_with_alibi_are_tuned_merged_and_scored(model_type, key, tmp_path
     for model in (base, adapter, tmp_path / "merged"):
         loaded = load(model)
         assert loaded.window == 1024
-        assert run(loaded, "line", lengths=[300], samples=2).mean.count == 2
+        assert score_by_length(loaded, "line", lengths=[300], samples=2).mean.count == 2
     assert "sequence_len: 1024" in recipe_for(base, "line", "sealc", gpu=False)[0]
 
 
@@ -137,7 +137,7 @@ def test_without_a_stated_window_an_option_states_it(tmp_path):
         with pytest.raises(ValueError, match=r"states no context window .*by --model-config"):
             load(model)
         stated = load(model, model_config={"max_position_embeddings": 700})
-        assert run(stated, "line", lengths=[300, 600], samples=1).window == 700
+        assert score_by_length(stated, "line", lengths=[300, 600], samples=1).window == 700
     with pytest.raises(ValueError, match="or give --window N"):
         recipe_for(base, "line", "sealc", gpu=False)
     text, _ = recipe_for(base, "line", "sealc", gpu=False, window=700)
@@ -160,7 +160,7 @@ def copy_of(folder: Path, remove: tuple[str, ...] = (), **files: dict) -> Path:
 
 
 def expected_responses() -> list[dict]:
-    return run(load(TINY), "line", lengths=[256], samples=8).responses
+    return score_by_length(load(TINY), "line", lengths=[256], samples=8).responses
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,10 @@ def test_a_tokenizer_without_an_end_is_scored(missing, tmp_path):
     loaded = load(model)
     assert loaded.tokenizer.eos_token is None and stop_ids(loaded.model, loaded.tokenizer) == {2, 7}
     for batch in (1, None):
-        assert run(loaded, "line", lengths=[256], samples=8, batch_size=batch).responses == expected_responses()
+        assert (
+            score_by_length(loaded, "line", lengths=[256], samples=8, batch_size=batch).responses
+            == expected_responses()
+        )
     samples = [{"length": 256, **row} for row in generate(Request("line", 256, samples=2), loaded.tokenizer)]
     assert score_samples(loaded.model, loaded.tokenizer, "line", samples)[0]["score"] == 1
 
@@ -185,13 +188,16 @@ def test_named_templates_are_scored_with_default(tmp_path):
     named = [{"name": "tool_use", "template": "{{ tools }}"},
              {"name": "default", "template": (TINY / "chat_template.jinja").read_text()}]  # fmt: skip
     loaded = load(copy_of(tmp_path / "model", tokenizer_config={"chat_template": named}))
-    assert run(loaded, "line", lengths=[256], samples=8).responses == expected_responses()
+    assert score_by_length(loaded, "line", lengths=[256], samples=8).responses == expected_responses()
 
 
 def test_a_penalty_of_the_generation_config_changes_no_answer(tmp_path):
     loaded = load(copy_of(tmp_path / "model", generation_config={"repetition_penalty": 1.2}))
     for batch in (1, 2):
-        assert run(loaded, "line", lengths=[256], samples=8, batch_size=batch).responses == expected_responses()
+        assert (
+            score_by_length(loaded, "line", lengths=[256], samples=8, batch_size=batch).responses
+            == expected_responses()
+        )
 
 
 GENERATION = {"stop_strings": ["in line"], "suppress_tokens": [500, 600], "max_length": 20, "num_beams": 3,
@@ -219,5 +225,7 @@ def test_settings_for_other_programs_change_no_answer(tmp_path):
     tokenizer.save_pretrained(odd)
     assert json.loads((odd / "tokenizer.json").read_text())["truncation"]["max_length"] == 64
     for size in (1, 2):
-        results = [run(load(name), "line", lengths=[300], samples=3, batch_size=size) for name in (TINY, odd)]
+        results = [
+            score_by_length(load(name), "line", lengths=[300], samples=3, batch_size=size) for name in (TINY, odd)
+        ]
         assert results[0].responses == results[1].responses and results[0].mean.score > 0

@@ -16,15 +16,15 @@ from axolotl_plugins.seal.provenance import text_hash
 from data_gen.dataset import Request, draw, generate
 from data_gen.file_task import file_task
 from eval.evaluate import evaluate
-from eval.harness import Harness, lm_eval_task
+from eval.lm_eval_model import Harness, lm_eval_task
 from eval.probe.head_importance import PROBE_SEED, MapRun, gradient_map
 from eval.probe.logit_attribution import compare_models
 from eval.probe.sweep import read_recipe, sweep
+from eval.result_tables import score_tables
 from eval.results import read_results
-from eval.run import run
-from eval.scoring import prompt_ids, score_samples
+from eval.score_by_length import score_by_length
+from eval.score_samples import prompt_ids, score_samples
 from eval.spec import EvalSpec
-from eval.table import score_tables
 
 LENGTHS = [512, 900, 1500]
 
@@ -45,14 +45,14 @@ def file(loaded, tmp_path_factory):
 
 
 def test_a_file_scores_as_the_task_that_drew_it(loaded, file):
-    line = run(loaded, "line", lengths=LENGTHS, samples=4)
-    own = run(loaded, file_task(file, "last_integer"), lengths=LENGTHS)
+    line = score_by_length(loaded, "line", lengths=LENGTHS, samples=4)
+    own = score_by_length(loaded, file_task(file, "last_integer"), lengths=LENGTHS)
     assert [(row.length, row.score, row.count, row.low, row.high) for row in own.scores] == [
         (row.length, row.score, row.count, row.low, row.high) for row in line.scores
     ]
     assert [row["response"] for row in own.responses] == [row["response"] for row in line.responses]
     assert 0 < line.mean.score < 1 and own.mean == line.mean
-    powers = run(loaded, file_task(file, "last_integer"))
+    powers = score_by_length(loaded, file_task(file, "last_integer"))
     assert [(row.length, row.count) for row in powers.scores] == [(512, 4), (1024, 4), (2048, 4)]
 
 
@@ -74,10 +74,10 @@ def test_the_command_line_scores_a_file_and_resumes(file, tmp_path):
 
 def test_an_interrupted_run_on_a_file_resumes(loaded, file, tmp_path):
     task, journal = file_task(file, "last_integer"), tmp_path / "journal"
-    whole = run(loaded, task, samples=1, journal=journal)
+    whole = score_by_length(loaded, task, samples=1, journal=journal)
     rows = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(rows[0] + rows[1][:20])
-    assert run(loaded, task, samples=1, journal=journal) == whole
+    assert score_by_length(loaded, task, samples=1, journal=journal) == whole
     assert sorted(journal.read_bytes().splitlines(keepends=True)) == sorted(rows)
 
 
@@ -117,8 +117,8 @@ def test_samples_that_were_trained_on_are_refused(loaded, file):
     prompt = json.loads(file.read_text().splitlines()[0])["messages"][0]["content"]
     tuned = replace(loaded, trained_on=frozenset([text_hash(prompt)]))
     with pytest.raises(ValueError, match="1 of 3 samples are in the model's training data"):
-        run(tuned, task, samples=1)
-    assert run(tuned, task, samples=1, allow_contamination=True).contaminated == 1
+        score_by_length(tuned, task, samples=1)
+    assert score_by_length(tuned, task, samples=1, allow_contamination=True).contaminated == 1
 
 
 def test_earlier_turns_reach_the_model_and_are_no_contamination(loaded, tmp_path):
@@ -127,7 +127,7 @@ def test_earlier_turns_reach_the_model_and_are_no_contamination(loaded, tmp_path
     system = [{"role": "system", "content": "Be brief."}, *turns]
     path.write_text(json.dumps({"messages": system}) + "\n")
     with pytest.raises(ValueError, match=r"chat template refuses a sample \(this template knows the roles user"):
-        run(loaded, file_task(path))
+        score_by_length(loaded, file_task(path))
     path.write_text(json.dumps({"messages": turns, "references": [57], "prefix": "It has"}) + "\n")
     task = file_task(path, "last_integer", 5)
     (sample,) = task.rows(loaded.tokenizer)
@@ -140,7 +140,7 @@ def test_earlier_turns_reach_the_model_and_are_no_contamination(loaded, tmp_path
     text = loaded.tokenizer.decode(ids)
     assert "Be brief." in text and text.endswith("It has")
     tuned = replace(loaded, trained_on=frozenset(map(text_hash, ("Be brief.", "Hi."))))
-    assert run(tuned, task).contaminated == 0
+    assert score_by_length(tuned, task).contaminated == 0
     assert score_samples(loaded.model, loaded.tokenizer, task, [{**sample, "length": 1}])[0]["tokens"] == len(
         loaded.tokenizer.apply_chat_template(turns, return_dict=False)
     )

@@ -44,8 +44,8 @@ from eval.probe.sweep import (
 )
 from eval.probe.transfer import transferability
 from eval.report import write_report
-from eval.result_cache import fingerprint
-from eval.run import run
+from eval.resume import fingerprint
+from eval.score_by_length import score_by_length
 
 STOP = 5  # a token that random models write now and then
 
@@ -146,8 +146,8 @@ def test_models_are_loaded_onto_an_accelerator():
     loaded = load(TINY)
     assert loaded.model.device.type == torch.accelerator.current_accelerator().type
     assert load(TINY, on_cpu=True).model.device.type == "cpu"
-    on_cpu = run(load(TINY, on_cpu=True), "line", lengths=[200], samples=4)
-    assert run(loaded, "line", lengths=[200], samples=4).mean.score == on_cpu.mean.score
+    on_cpu = score_by_length(load(TINY, on_cpu=True), "line", lengths=[200], samples=4)
+    assert score_by_length(loaded, "line", lengths=[200], samples=4).mean.score == on_cpu.mean.score
 
 
 def test_an_adapter_stays_applied_and_partial_ones_are_refused():
@@ -341,8 +341,8 @@ def test_sweep_and_controls_tune_for_real_and_resume(tmp_path, monkeypatch):
     monkeypatch.setattr("eval.probe.sweep.tune", lambda *a, **k: pytest.fail("tuned again"))
     assert sweep(recipe, **settings, journal=tmp_path / "s") == result
     monkeypatch.undo()
-    assert result["base"] == {"200": run(load(TINY), "line", lengths=[200], samples=3, seed=head_importance.PROBE_SEED,
-                                         split="train").mean.score}  # fmt: skip
+    options = {"lengths": [200], "samples": 3, "seed": head_importance.PROBE_SEED, "split": "train"}
+    assert result["base"] == {"200": score_by_length(load(TINY), "line", **options).mean.score}
     assert all(0.9 < cell["scales"][0] <= 1 <= cell["scales"][1] < 1.1 and not cell["unsound"]
                for cell in result["cells"] if cell["rate"] == 1e-2)  # fmt: skip
     assert all(cell["scales"][0] < 0.9 for cell in result["cells"] if cell["rate"] == 0.5)
@@ -425,7 +425,7 @@ def test_commands_write_results_with_pictures(tmp_path):
 
 def test_the_journal_of_a_run_is_that_of_its_model(tmp_path):
     """A second run over other weights must not reuse the first one's answers."""
-    from eval.result_cache import journal_file
+    from eval.resume import journal_file
 
     first, second = tmp_path / "a", tmp_path / "b"
     for folder, text in ((first, "1"), (second, "22")):
@@ -473,7 +473,7 @@ def test_transfer_scores_adapters_on_tasks(tmp_path):
     scales = np.ones((3, 4))
     scales[0] = 0.3
     save_scales(load(TINY), scales, tmp_path / "adapter")
-    base = run(load(TINY), "line", lengths=[256, 1960], samples=10)
+    base = score_by_length(load(TINY), "line", lengths=[256, 1960], samples=10)
     assert base.scores[0].score != base.scores[1].score
     done = command("transfer", "--model", str(TINY), "--adapter", "line=adapter", "--tasks", "line", "--lengths",
                    "256,1960", "--samples", "10", "--out", "t.json", cwd=tmp_path)  # fmt: skip

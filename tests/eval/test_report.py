@@ -21,9 +21,9 @@ from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.model_loading import load
 from axolotl_plugins.seal.scales import saved_scales, scale_matrix
 from eval.paper import LONGCHAT, paper_value
-from eval.plots import labels
 from eval.report import grid, rate_table, study_table, write_report
 from eval.results import EvalResult, from_json
+from eval.score_plots import labels
 
 PAPER = yaml.safe_load((ROOT / "eval" / "paper.yml").read_text())
 

@@ -13,7 +13,7 @@ from paths import TINY
 
 from axolotl_plugins.seal.model_loading import load
 from eval.benchmarks import run_benchmark
-from eval.run import run
+from eval.score_by_length import score_by_length
 from eval.vllm_backend import connect
 
 
@@ -61,8 +61,10 @@ def test_a_served_model_answers_as_it_does_locally(loaded, server):
     served = connect(load(TINY, weights=False), server.url)
     assert all(parameter.is_meta for parameter in served.model.parameters())
     options = {"lengths": [260], "samples": 3}
-    local = run(loaded, "line", **options)
-    assert run(served, "line", batch_size=2, **options) == replace(local, dtype=None)  # the server knows its dtype
+    local = score_by_length(loaded, "line", **options)
+    assert score_by_length(served, "line", batch_size=2, **options) == replace(
+        local, dtype=None
+    )  # the server knows its dtype
     path, body = server.seen[0]
     assert path == "/v1/completions" and len(server.seen) == 3
     assert (body["model"], body["temperature"], body["max_tokens"]) == (str(TINY), 0, 100)

@@ -16,8 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from recipes import bench
-from recipes.tools.cost import cost_lines
-from recipes.tools.estimate import (
+from recipes.tools.cost import (
     CARD_SHARE,
     CARDS,
     Shape,
@@ -31,6 +30,7 @@ from recipes.tools.estimate import (
     training_bytes,
     training_flop,
 )
+from recipes.tools.cost_report import cost_lines
 from recipes.tools.render import device_name, measured_steps, read_matrix
 
 

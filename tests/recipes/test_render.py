@@ -21,11 +21,10 @@ from axolotl_plugins.seal.validation import check_recipe
 from data_gen.dataset import Request, generate
 from eval.__main__ import app as eval_app
 from recipes.__main__ import app
-from recipes.tools.estimate import Shape, recipe_cost
+from recipes.tools.cost import Shape, recipe_cost
 from recipes.tools.methods import METHODS, count_parameters
-from recipes.tools.new import recipe_for
-from recipes.tools.render import Recipe, matrix_recipes, measurement, read_matrix
-from recipes.tools.table import README, readme
+from recipes.tools.new_recipe import recipe_for
+from recipes.tools.render import README, Recipe, matrix_recipes, measurement, read_matrix, readme
 
 TEXTS = {recipe.name: recipe.text for recipe in matrix_recipes()}
 REPRODUCE = ROOT / "docs" / "reproduce.md"
@@ -54,7 +53,7 @@ def test_the_table_of_the_readme_is_what_write_makes():
 
 
 def test_a_readme_without_its_mark_is_not_overwritten(tmp_path, monkeypatch):
-    monkeypatch.setattr("recipes.tools.table.README", tmp_path / "README.md")
+    monkeypatch.setattr("recipes.tools.render.README", tmp_path / "README.md")
     (tmp_path / "README.md").write_text("mine\n")
     with pytest.raises(ValueError, match="the line above its table is missing"):
         readme(matrix_recipes())

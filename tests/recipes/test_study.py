@@ -329,7 +329,7 @@ def test_general_ability_is_that_of_plain_arithmetic():
     from axolotl_plugins.common.tokenizer import load_tokenizer
     from axolotl_plugins.seal import SealConfig
     from eval.controls import seal_layers
-    from eval.general import general_ability
+    from eval.general_ability import general_ability
 
     tokenizer = load_tokenizer(str(TINY))
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(TINY), SealConfig(granularity="head"))
@@ -359,7 +359,7 @@ def test_general_ability_is_that_of_plain_arithmetic():
 
 
 def test_pictures_know_every_method():
-    from eval.plots import COLOURS
+    from eval.score_plots import COLOURS
 
     assert {method for methods in study_results.PLOTS.values() for method in methods} <= COLOURS.keys()
 

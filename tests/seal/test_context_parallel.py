@@ -17,7 +17,7 @@ from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.answer_logits import IGNORED, answers_only, next_labels
 from axolotl_plugins.seal.context_parallel import MODEL_TYPES, ContextParallel, check_model, check_processes
 from recipes import bench
-from recipes.tools.estimate import Shape, StepConfig, training_bytes
+from recipes.tools.cost import Shape, StepConfig, training_bytes
 
 # The last one's frequencies are others for samples longer than 22 tokens, which one process alone can see.
 MODELS = ("llama_mha", "llama_gqa", "mistral", "qwen2", "qwen3", "gpt_neox", "phi3")

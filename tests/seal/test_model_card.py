@@ -15,7 +15,7 @@ from peft import get_peft_model
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.model_card import card, push
 from axolotl_plugins.seal.provenance import record
-from eval.table import score_tables
+from eval.result_tables import score_tables
 
 LONGCHAT = "lmsys/longchat-7b-v1.5-32k"
 

@@ -16,10 +16,10 @@ from transformers import AutoTokenizer
 from axolotl_plugins.common.tokenizer import load_tokenizer
 from axolotl_plugins.seal.merge import merge
 from axolotl_plugins.seal.model_loading import load
-from axolotl_plugins.seal.training_data import prepare_template, recipe_tokenizer
-from eval.run import run as score
-from eval.scoring import prompt_ids
-from recipes.tools.new import recipe_for
+from axolotl_plugins.seal.training_files import prepare_template, recipe_tokenizer
+from eval.score_by_length import score_by_length as score
+from eval.score_samples import prompt_ids
+from recipes.tools.new_recipe import recipe_for
 
 OWN = (TINY / "chat_template.jinja").read_text()
 PROMPT = "{% if add_generation_prompt %}<|assistant|>"

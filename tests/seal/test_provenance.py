@@ -11,7 +11,7 @@ from paths import TINY
 from axolotl_plugins.seal import provenance
 from axolotl_plugins.seal.model_loading import load
 from data_gen.dataset import Request, generate, write
-from eval.run import run
+from eval.score_by_length import score_by_length
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +35,12 @@ def test_samples_that_were_trained_on_are_refused_unless_the_result_says_so(load
     provenance.save(provenance.record([{"path": str(file)}]), tmp_path)
     tuned = replace(loaded, trained_on=provenance.seen_texts(tmp_path))
     with pytest.raises(ValueError, match=r"^2 of 3 samples are in the model's training data: .*--allow-contamination"):
-        run(tuned, "line", lengths=[260], samples=3)
-    allowed = run(tuned, "line", lengths=[260], samples=3, allow_contamination=True)
+        score_by_length(tuned, "line", lengths=[260], samples=3)
+    allowed = score_by_length(tuned, "line", lengths=[260], samples=3, allow_contamination=True)
     assert allowed.contaminated == 2
-    clean = run(loaded, "line", lengths=[260], samples=3)
+    clean = score_by_length(loaded, "line", lengths=[260], samples=3)
     assert clean.contaminated is None and clean.responses == allowed.responses
-    assert run(tuned, "line", lengths=[260], samples=3, seed=1).contaminated == 0
+    assert score_by_length(tuned, "line", lengths=[260], samples=3, seed=1).contaminated == 0
 
 
 def test_record_holds_the_datas_manifest_and_hash(loaded, tmp_path):

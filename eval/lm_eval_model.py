@@ -18,8 +18,8 @@ from axolotl_plugins.seal.model_loading import LoadedModel
 from axolotl_plugins.seal.provenance import text_hash
 from data_gen.tasks import Task
 from eval.generation import generate_answers, stop_ids
-from eval.result_cache import Journal
-from eval.scoring import prompt_text
+from eval.resume import Journal
+from eval.score_samples import prompt_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,7 +136,7 @@ def is_contaminated(document: dict[str, Any], texts: frozenset[str]) -> bool:
 def lm_eval_task(
     task: Task, samples: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, shown: str = ""
 ) -> ConfigurableTask:
-    """Build lm-eval's task of a task with a metric and of samples, rendered by ``eval.scoring.prompt_text``."""
+    """Build lm-eval's task of a task with a metric and of samples, rendered by ``eval.score_samples.prompt_text``."""
     rows = [{**sample, "prompt": prompt_text(tokenizer, sample, shown)} for sample in samples]
     return ConfigurableTask(config={
         "task": f"seal_{task.name}", "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},

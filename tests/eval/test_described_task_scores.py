@@ -17,12 +17,12 @@ from data_gen.tasks import resolve_task
 from eval.__main__ import app
 from eval.evaluate import evaluate
 from eval.probe.head_importance import PROBE_SEED, MapRun, gradient_map
-from eval.probe.plots import scatter
+from eval.probe.probe_plots import scatter
 from eval.probe.sweep import read_recipe, sweep, training_data
 from eval.probe.transfer import score_transfer
-from eval.run import run
+from eval.score_by_length import score_by_length
 from eval.spec import EvalSpec
-from recipes.tools.new import recipe_for
+from recipes.tools.new_recipe import recipe_for
 
 SPEC = str(ROOT / "data_gen/examples/key_value.yml")
 
@@ -69,7 +69,7 @@ def test_a_mixture_is_made_swept_and_scored_by_the_mean_over_its_tasks(loaded, t
     assert result["lengths"] == [280, 300] and result["cells"][0]["samples"] == 4
     assert "Key-value lookup + Line retrieval: mean validation score" in " ".join(capsys.readouterr().out.split())
     options = {"lengths": [280, 300], "samples": 2, "seed": PROBE_SEED, "split": "train"}
-    key_value, line = (run(loaded, name, **options).by_length() for name in (SPEC, "line"))
+    key_value, line = (score_by_length(loaded, name, **options).by_length() for name in (SPEC, "line"))
     assert result["base"] == {str(length): (key_value[length] + line[length]) / 2 for length in (280, 300)}
     chats, _ = training_data(read_recipe(file), loaded.tokenizer, 2, seed=0)
     assert ["configuration store" in chat[0]["content"] for chat in chats] == [True, False]

@@ -10,7 +10,7 @@ from axolotl_plugins.common.console import first_line
 from axolotl_plugins.common.window import context_window, read_config
 from data_gen.dataset import Request, generate
 from data_gen.tasks import resolve_task
-from recipes.tools.estimate import CARDS, Shape
+from recipes.tools.cost import CARDS, Shape
 from recipes.tools.methods import METHODS
 from recipes.tools.render import CARD, FOLDER, TEMPLATES, OwnData, Recipe, rate, read_matrix
 

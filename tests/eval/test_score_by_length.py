@@ -28,11 +28,11 @@ from data_gen.tasks import niah, resolve_task
 from eval.__main__ import app
 from eval.confidence import wilson
 from eval.evaluate import evaluate
-from eval.harness import Harness, Responses
-from eval.plots import labels
-from eval.result_cache import result_name
+from eval.lm_eval_model import Harness, Responses
 from eval.results import from_json, read_results, to_json
-from eval.run import mean_scores, run
+from eval.resume import result_name
+from eval.score_by_length import mean_scores, score_by_length
+from eval.score_plots import labels
 from eval.spec import METRICS, EvalSpec, default_lengths, resolve_tasks
 
 
@@ -159,7 +159,7 @@ def test_the_small_model_and_an_adapter_of_it_are_scored_by_the_command(tmp_path
 
 
 def test_lines_that_the_model_knows_score_and_those_that_it_loses_do_not():
-    short, long = run(load(TINY), "line", lengths=[256, 1960], samples=20).by_length().values()
+    short, long = score_by_length(load(TINY), "line", lengths=[256, 1960], samples=20).by_length().values()
     assert short >= 0.9 and long <= 0.7
 
 
@@ -220,7 +220,9 @@ def test_base_adapter_and_merged_model_are_scored_in_one_dtype(tmp_path):
 
     assert dtypes(half, adapter, TINY) == ["bfloat16"] * 3 and dtypes(TINY, half) == ["float32"] * 2
     assert dtypes(half, adapter, dtype="float16") == ["float16"] * 2
-    results = [run(load(half, dtype=dtype), "line", lengths=[260], samples=1) for dtype in ("auto", "float32")]
+    results = [
+        score_by_length(load(half, dtype=dtype), "line", lengths=[260], samples=1) for dtype in ("auto", "float32")
+    ]
     assert [result.dtype for result in results] == ["bfloat16", "float32"]
     assert labels(results) == ["base, bfloat16", "base, float32"] and labels(results[:1]) == ["base"]
 
@@ -268,12 +270,12 @@ def test_a_finished_evaluation_is_read_and_not_run_again(tmp_path, monkeypatch, 
 def test_several_adapters_share_one_base_and_score_as_they_do_alone(tmp_path):
     folders = {"tenth": tuned(tmp_path / "a", "head", 0.1), "none": tuned(tmp_path / "b", "channel", 1.0)}
     options = {"lengths": [300], "samples": 4}
-    alone = {name: run(load(folder), "line", **options) for name, folder in folders.items()}
+    alone = {name: score_by_length(load(folder), "line", **options) for name, folder in folders.items()}
     together = {}
     models = set()
     for name, loaded in zip(folders, load_each(folders), strict=True):
         models.add(id(loaded.model))
-        together[name] = run(loaded, "line", **options)
+        together[name] = score_by_length(loaded, "line", **options)
     assert len(models) == 1 and together == alone
     assert alone["tenth"].responses != alone["none"].responses
     assert [result.method for result in together.values()] == ["SEAL-H", "SEAL-C"]
@@ -297,7 +299,7 @@ def test_a_recipes_model_config_holds_for_a_base_model(tmp_path):
 )
 def test_prompt_ids_are_the_first_of_the_training_ids(task, version):
     """Also where the prompt goes on into the assistant's turn."""
-    from eval.harness import lm_eval_task
+    from eval.lm_eval_model import lm_eval_task
 
     loaded = load(TINY)
     harness = Harness(pretrained=loaded.model, tokenizer=loaded.tokenizer, add_bos_token=False)
@@ -320,10 +322,10 @@ def test_an_example_with_its_answer_comes_before_the_prompt(monkeypatch):
     key = Responses.key
     monkeypatch.setattr(Responses, "key", staticmethod(lambda request: prompts.append(request[0]) or key(request)))
     loaded = load(TINY)
-    plain = run(loaded, "line", lengths=[300], samples=2)
+    plain = score_by_length(loaded, "line", lengths=[300], samples=2)
     without = list(dict.fromkeys(prompts))
     prompts.clear()
-    shown = run(loaded, "line", lengths=[300], samples=2, shots=1, shot_tokens=300)
+    shown = score_by_length(loaded, "line", lengths=[300], samples=2, shots=1, shot_tokens=300)
     assert shown.shots == 1 and [row["references"] for row in shown.responses] == [
         row["references"] for row in plain.responses
     ]
@@ -349,22 +351,22 @@ def test_an_adapter_is_scored_with_the_text_of_ruler_that_it_was_tuned_on(tmp_pa
     files = [{"path": "d", "sha256": "0", "manifest": {"task": "vt", "ruler_version": 2024}}]
     (folder / "training_data.json").write_text(json.dumps({"files": files, "unread": [], "texts": []}))
     with pytest.raises(ValueError, match="was tuned on vt of RULER 2024: add --ruler-version 2024"):
-        run(load(folder), "vt", lengths=[1500], samples=1)
+        score_by_length(load(folder), "vt", lengths=[1500], samples=1)
     for task, version in (("vt", 2024), ("vt", 2025), ("fwe", None)):
-        assert run(load(folder), task, lengths=[1500], samples=1, ruler_version=version).mean.count == 1
+        assert score_by_length(load(folder), task, lengths=[1500], samples=1, ruler_version=version).mean.count == 1
 
 
 def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(tmp_path, monkeypatch):
     journal, loaded = tmp_path / "journal", load(TINY)
     options = {"lengths": [260, 400], "samples": 3, "journal": journal}
-    uninterrupted = run(loaded, "line", **options)
+    uninterrupted = score_by_length(loaded, "line", **options)
     rows = journal.read_bytes().splitlines(keepends=True)
     assert len(rows) == 6
     journal.write_bytes(b"".join(rows[:4]) + rows[4][:20])  # interrupted within the fifth
     answered = []
     add = Responses.add_partial
     monkeypatch.setattr(Responses, "add_partial", lambda *args: answered.append(args) or add(*args))
-    assert run(loaded, "line", **options) == uninterrupted
+    assert score_by_length(loaded, "line", **options) == uninterrupted
     assert len(answered) == 2 and sorted(journal.read_bytes().splitlines(keepends=True)) == sorted(rows)
 
 
@@ -373,10 +375,10 @@ def test_longevals_own_cases_are_scored_as_they_are(tmp_path):
     case = {"prompt": sample["messages"][0]["content"] + " ", "expected_number": sample["number"], "num_lines": 200}
     (tmp_path / "200_lines.jsonl").write_text(json.dumps(case) + "\n")
     (tmp_path / "30_lines.jsonl").write_text(json.dumps(case | {"num_lines": 30}) + "\n" * 1)
-    result = run(load(TINY), longeval_cases(tmp_path))
+    result = score_by_length(load(TINY), longeval_cases(tmp_path))
     assert [score.length for score in result.scores] == [30, 200]
     assert result.responses[0]["references"] == [str(sample["number"])]
-    assert [score.length for score in run(load(TINY), longeval_cases(tmp_path, [200])).scores] == [200]
+    assert [score.length for score in score_by_length(load(TINY), longeval_cases(tmp_path, [200])).scores] == [200]
     with pytest.raises(ValueError, match=r"has no 300_lines\.jsonl, only those of 30, 200 lines"):
         longeval_cases(tmp_path, [200, 300])
     long = next(generate(Request("line", "2000", samples=1), load(TINY).tokenizer))["messages"][0]["content"]
@@ -384,8 +386,8 @@ def test_longevals_own_cases_are_scored_as_they_are(tmp_path):
     with pytest.raises(
         ValueError, match=r"a prompt of \d+ tokens .* use shorter --lengths \(of published cases --lines\)"
     ):
-        run(load(TINY), longeval_cases(tmp_path))
-    assert len(run(load(TINY), longeval_cases(tmp_path, [200, 30])).scores) == 2
+        score_by_length(load(TINY), longeval_cases(tmp_path))
+    assert len(score_by_length(load(TINY), longeval_cases(tmp_path, [200, 30])).scores) == 2
     (tmp_path / "30_lines.jsonl").write_text('{"prompt": "x"}\n')
     with pytest.raises(ValueError, match=r"30_lines.jsonl, line 1: not a case of LongEval's"):
         longeval_cases(tmp_path)

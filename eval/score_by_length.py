@@ -13,7 +13,7 @@ from axolotl_plugins.seal.model_loading import LoadedModel
 from data_gen.dataset import Request, draw, samples_by_length
 from data_gen.tasks import Split, Task
 from eval.confidence import wilson
-from eval.harness import Harness, Responses, is_contaminated, lm_eval_task
+from eval.lm_eval_model import Harness, Responses, is_contaminated, lm_eval_task
 from eval.results import EvalResult, LengthScore
 from eval.spec import EvalSpec, scored_task
 from eval.vllm_backend import Served, ServedHarness
@@ -44,7 +44,7 @@ def harness_for(
     return harness
 
 
-def run(
+def score_by_length(
     loaded: LoadedModel, task: str | Task, *, split: Split = "test", journal: Path | None = None, **options: Any
 ) -> EvalResult:
     """Score a model on a task.

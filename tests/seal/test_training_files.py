@@ -13,7 +13,7 @@ from paths import TINY
 from transformers import AutoTokenizer
 
 from axolotl_plugins.common.tokenizer import count_tokens
-from axolotl_plugins.seal.training_data import remove_incomplete
+from axolotl_plugins.seal.training_files import remove_incomplete
 from axolotl_plugins.seal.training_rows import chat_lengths, read_chat
 from data_gen.dataset import manifest_path
 

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from eval.plots import draw_curve, draw_scales, finish_accuracy, set_integer_ticks
 from eval.probe.head_importance import changes
 from eval.results import title_of
+from eval.score_plots import draw_curve, draw_scales, finish_accuracy, set_integer_ticks
 
 LABELLED = 12  # heads that are named in a scatter plot
 

@@ -18,7 +18,7 @@ def test_a_shared_adapter_has_its_stated_score(smollm2, name, tokens):
 
     from axolotl_plugins.common.tokenizer import load_tokenizer
     from data_gen.dataset import Request, generate
-    from eval.scoring import score_samples
+    from eval.score_samples import score_samples
 
     task = name.partition("_")[0]
     study = json.loads((ROOT / "results" / "smollm2.json").read_text())

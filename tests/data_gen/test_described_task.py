@@ -18,7 +18,7 @@ from wonderwords import RandomWord
 from axolotl_plugins.common.tokenizer import count_tokens
 from data_gen.__main__ import app
 from data_gen.dataset import Request, generate, manifest_path, write
-from data_gen.description import Description, read_description
+from data_gen.described_task import Description, read_description
 from data_gen.tasks import in_split, resolve_task
 
 EXAMPLES = sorted((ROOT / "data_gen/examples").glob("*.yml"))

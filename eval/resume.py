@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_plugins.common.io import check_output, load_json
-from axolotl_plugins.seal.provenance import texts
+from axolotl_plugins.seal.provenance import base_model, texts
 
 # Of weights, configs, tokenizers, templates, code and samples; not of a model card or of logs.
 SOURCES = {".safetensors", ".json", ".jinja", ".py", ".model", ".jsonl", ".txt"}
@@ -60,18 +61,11 @@ def fingerprint(model: str, *settings: object) -> str:
     Files are those of the model's folder, of the base model's if it is an adapter, and of every path among the settings
     (a chat template, a folder of cases); their state is size and time of change.
     """
-    paths = [model, base_of(model), *texts(settings)]
+    paths = [model, *texts(settings)]
+    with contextlib.suppress(OSError, ValueError):  # no adapter, or one that cannot be loaded
+        paths.insert(1, base_model(model))
     states = [(path, *file_states(Path(path))) for path in dict.fromkeys(paths) if path and os.path.exists(path)]
     return hashlib.sha256(repr([model, *settings, *states]).encode()).hexdigest()[:12]
-
-
-def base_of(model: str) -> str:
-    """Return the base model that an adapter folder names, empty if it is none."""
-    try:
-        config = load_json(Path(model) / "adapter_config.json")
-    except (OSError, ValueError):
-        return ""
-    return str(config.get("base_model_name_or_path") or "") if isinstance(config, dict) else ""
 
 
 def file_states(path: Path) -> list[tuple[str, int, int]]:

@@ -38,7 +38,7 @@ def combine(adapters: list[Path], weights: list[float], out: Path) -> None:
     if len(weights) != len(adapters) or not all(map(math.isfinite, weights)):
         raise ValueError(f"weights: found {weights}, expected a number for each of {len(adapters)} adapters")
     tensors = [saved_tensors(adapter) for adapter in adapters]
-    bases = [str(load_json(adapter / "adapter_config.json").get("base_model_name_or_path")) for adapter in adapters]
+    bases = [provenance.base_model(adapter) for adapter in adapters]
     configs = [model_config(adapter) for adapter in adapters]
     for adapter, base, own, config in zip(adapters, bases, tensors, configs, strict=True):
         if Path(base).resolve() != Path(bases[0]).resolve():

@@ -57,7 +57,7 @@ def card(adapter: Path, scores: Sequence[str] = ()) -> str:
     config = SealConfig.from_pretrained(str(adapter))
     method = method_name(config)
     scales = np.concatenate(list(layers))
-    base = config.base_model_name_or_path
+    base = provenance.base_model(adapter)
     parts = [
         f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [seal, long-context]\n---",
         f"# {method} on {base}",
@@ -85,8 +85,8 @@ def uploaded_files(adapter: Path) -> list[Path]:
 
 def check_base(adapter: Path) -> None:
     """Raise ValueError if the base model of an adapter is a folder, which those who download the adapter lack."""
-    base = SealConfig.from_pretrained(str(adapter)).base_model_name_or_path
-    if Path(str(base)).is_dir():
+    base = provenance.base_model(adapter)
+    if Path(base).is_dir():
         raise ValueError(
             f"{adapter}: names its base model by the folder {base}, which others lack: set `base_model_name_or_path` "
             "in adapter_config.json to its hub id before you upload it"

@@ -22,7 +22,7 @@ from axolotl_plugins.common.tokenizer import set_template
 from axolotl_plugins.common.window import context_window, read_config, ropes
 
 from .model import SealModel  # noqa: F401 - registers the tuner with PEFT
-from .provenance import seen_texts
+from .provenance import base_model, seen_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -253,15 +253,11 @@ def load(
         ValueError: a file is missing, corrupt or does not match the model; the message is one line.
     """
     name = str(name)
-    base = name
     check_name(name)
+    base = base_model(name) if is_adapter(name) else name
     trust = {"trust_remote_code": trust_remote_code}
     try:
         adapter = PeftConfig.from_pretrained(name) if is_adapter(name) else None
-        if adapter is not None:
-            base = adapter.base_model_name_or_path or ""
-            if not base:
-                raise ValueError("adapter_config.json has no base_model_name_or_path")
         source = name if adapter is not None and (Path(name) / "config.json").is_file() else base
         config = read_config(source, model_config, **trust)
         if source != base and hasattr(config, "quantization_config"):
@@ -317,9 +313,7 @@ def load_each(adapters: dict[str, str], **options: Any) -> Iterator[LoadedModel]
     for folder in adapters.values():
         if not is_adapter(folder):
             raise ValueError(f"adapter: {folder} has no adapter_config.json: give the folder that training wrote")
-        settings = load_json(Path(folder) / "adapter_config.json")
-        base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
-        if empty and base != (first := empty[0].base):
+        if empty and (base := base_model(folder)) != (first := empty[0].base):
             raise ValueError(f"adapter: {folder} is of {base}, the first one of {first}: evaluate it on its own")
         adapter_file(Path(folder))
         empty.append(load(folder, **{**options, "weights": False}))

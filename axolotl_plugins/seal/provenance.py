@@ -1,4 +1,4 @@
-"""Record of an adapter's training data, saved in its folder to detect contaminated evaluation."""
+"""Where an adapter comes from: its base model, and a record of its training data to detect contaminated evaluation."""
 
 from __future__ import annotations
 
@@ -14,6 +14,19 @@ from data_gen.dataset import manifest_path
 
 FILE = "training_data.json"
 SHOWN = 600, 300  # characters at the start and at the end of a long example
+
+
+def base_model(adapter: str | Path) -> str:
+    """Return the base model that an adapter's config names: hub id or folder.
+
+    Raises:
+        OSError: the folder has no readable adapter_config.json.
+        ValueError: the config names none.
+    """
+    config = load_json(Path(adapter) / "adapter_config.json")
+    if base := config.get("base_model_name_or_path") if isinstance(config, dict) else None:
+        return str(base)
+    raise ValueError(f"{adapter}: its adapter_config.json names no base_model_name_or_path: set it there")
 
 
 def text_hash(text: str) -> str:

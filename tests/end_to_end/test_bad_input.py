@@ -247,7 +247,7 @@ CASES = [
     ("eval", SCORE + "{adapter}/missing", "missing/adapter_model.safetensors: lacks .*layers.0"),
     ("eval", SCORE + "{adapter}/shape", "cannot load .*/shape: size mismatch: .*it belongs to another model"),
     ("eval", SCORE + "{adapter}/misspelt", "granularity: found 'heads', expected 'head'"),
-    ("eval", SCORE + "{adapter}/homeless", "adapter_config.json has no base_model_name_or_path"),
+    ("eval", SCORE + "{adapter}/homeless", "homeless: its adapter_config.json names no base_model_name_or_path"),
     ("eval", SCORE + "{adapter}/moved", "cannot load .*/moved: .*nowhere"),
     ("eval", SCORE + "{adapter}/layer_9", "cannot load .*/layer_9: no module matches .* in layers \\[9\\]"),
     ("eval", SCORE + "{adapter}/wrong_target", "cannot load .*/wrong_target: .*out_proj"),
@@ -255,7 +255,7 @@ CASES = [
     ("eval", SCORE + "{adapter}/empty", "cannot load .*/empty"),
     ("eval", SCORE + "{adapter}/no_weights", "cannot load .*/no_weights: .*has no adapter_model.safetensors"),
     ("eval", SCORE + "{adapter}/pickled", "cannot load .*/pickled: .*has no adapter_model.safetensors"),
-    ("eval", SCORE + "{adapter}/no_json", "cannot load .*/no_json"),
+    ("eval", SCORE + "{adapter}/no_json", "no_json/adapter_config.json: not JSON"),
     # eval report and probes
     ("eval", "report --results {file}/folder --out {tmp}/r.html", "folder: holds no results"),
     ("eval", "report --results {file}/no --out {tmp}/r.html", "no: holds no results"),

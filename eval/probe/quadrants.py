@@ -10,6 +10,7 @@ import torch
 
 from axolotl_plugins.common.io import load_json, written_whole
 from axolotl_plugins.seal.model_loading import LoadedModel, load
+from axolotl_plugins.seal.provenance import base_model
 from axolotl_plugins.seal.scales import saved_scales
 from data_gen.tasks import Task
 from eval.probe.head_importance import head_quadrants, read_map
@@ -136,7 +137,7 @@ def scale_map(adapter: Path, map_file: Path | None = None) -> dict[str, Any]:
         "mean": mean.tolist(), "spread": values.std(-1).tolist(),
     }  # fmt: skip
     if map_file is not None:
-        quadrants = head_quadrants(read_map(map_file, config["base_model_name_or_path"]))
+        quadrants = head_quadrants(read_map(map_file, base_model(adapter)))
         if quadrants.shape != mean.shape:
             raise ValueError(
                 f"{map_file}: of a model with {quadrants.shape} layers and heads, the adapter has {mean.shape}"

@@ -158,6 +158,7 @@ QUADRANTS = "probe quadrants --model {tiny} --out {tmp}/p.json --from "
 SWEEP = "probe sweep --lengths 300 --out {tmp}/p.json --recipe "
 SCORE = "run --lengths 300 --samples 2 --out {tmp}/r.json --model "
 EACH = "run --lengths 300 --samples 2 --out {tmp} --adapter a={adapter}/good --adapter "
+INSPECT = "probe inspect --out {tmp}/p.json --adapter "
 TRANSFER = "probe transfer --tasks line --lengths 300 --samples 2 --out {tmp}/p.json --model {tiny} --adapter "
 CASES = [
     # data_gen: what is asked for
@@ -272,9 +273,10 @@ CASES = [
     ("eval", QUADRANTS + "{file}/no.json", "no.json: cannot be read"),
     ("eval", QUADRANTS + "{file}/map.json --down nan", "down, up: found nan and 1.1, expected scales above 0"),
     ("eval", "probe transfer --model {tiny} --out {tmp}/p.json --adapter x", "adapter: found 'x', expected NAME="),
-    ("eval", "probe inspect --out {tmp}/p.json --adapter {tiny}", "tiny: not an adapter folder"),
-    ("eval", "probe inspect --out {tmp}/p.json --adapter {model}/merged", "merged: is a merged model, expected an"),
-    ("eval", "probe inspect --out {tmp}/p.json --adapter {adapter}/lora", "lora: found a LORA adapter"),
+    ("eval", INSPECT + "{tiny}", "tiny: not an adapter folder"),
+    ("eval", INSPECT + "{model}/merged", "merged: is a merged model, expected an"),
+    ("eval", INSPECT + "{adapter}/homeless --map {file}/map.json", "homeless: its adapter_config.json names no base"),
+    ("eval", INSPECT + "{adapter}/lora", "lora: found a LORA adapter"),
     ("eval", SWEEP + "{file}/no.yml", "/no.yml: No such file or directory"),
     ("eval", SWEEP + "{file}/list.yml", "list.yml: not a recipe: found list"),
     ("eval", SWEEP + "{file}/broken.yml", "broken.yml: not YAML"),

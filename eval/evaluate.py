@@ -38,7 +38,7 @@ def evaluate(
         on_result: called with each result and its file.
 
     Raises:
-        ValueError: bad input; or a result file holds a result of other samples.
+        ValueError: bad input; or a result file holds a result of another model or of other samples.
     """
     results = []
     resolved = [find_task(task) for task in tasks]
@@ -54,7 +54,7 @@ def evaluate(
                 asked = {**options, **task.identity}
                 journal = journal_file(out, loaded.name, loaded.dtype, *cache_key) if out else None
                 if out:
-                    check_replaced(out, asked)
+                    check_replaced(out, loaded.name, asked)
                 on_start(task.name, options)
                 mark = run_fingerprint(loaded.name, task, spec, cache_key)
                 result = replace(score_task(loaded, task, spec, journal), asked=asked, fingerprint=mark)

@@ -12,6 +12,7 @@ from typing import Any
 
 from axolotl_plugins.common.io import check_output, load_json
 from axolotl_plugins.seal.provenance import base_model, texts
+from eval.results import same_model
 
 # Of weights, configs, tokenizers, templates, code and samples; not of a model card or of logs.
 SOURCES = {".safetensors", ".json", ".jinja", ".py", ".model", ".jsonl", ".txt"}
@@ -27,8 +28,8 @@ def result_file(folder: Path, task: str, name: str) -> Path:
     return folder / f"{result_name(task.removesuffix('.jsonl'))}_{name}.json"
 
 
-def check_replaced(out: Path, options: dict[str, Any]) -> None:
-    """Check that writing a result loses none: an existing one must have the same options of its samples (``asked``).
+def check_replaced(out: Path, model: str, options: dict[str, Any]) -> None:
+    """Check that writing a result loses none: an existing one must be of the same model and samples (``asked``).
 
     Raises:
         ValueError: ``out`` holds anything else.
@@ -39,10 +40,13 @@ def check_replaced(out: Path, options: dict[str, Any]) -> None:
     before = existing.get("asked") if isinstance(existing, dict) else None
     if before is None:
         raise ValueError(f"{out}: is no result of this command: name another file or folder with --out")
-    for key, value in options.items():
-        if before.get(key) != value:
-            raise ValueError(f"{out}: holds a result of other samples ({key}: {before.get(key)!r}, now {value!r}): "
-                             "name another file or folder with --out, or move it away")  # fmt: skip
+    changed = [f"other samples ({key}: {before.get(key)!r}, now {options[key]!r})"
+               for key in options if before.get(key) != options[key]]  # fmt: skip
+    if not same_model(scored := str(existing.get("model")), model):
+        changed.insert(0, f"{scored}, not of {model}")
+    if changed:
+        raise ValueError(f"{out}: holds a result of {changed[0]}: name another file or folder with --out, or move it "
+                         "away")  # fmt: skip
 
 
 def journal_file(out: Path, model: str, *settings: object) -> Path:

@@ -227,18 +227,21 @@ def test_base_adapter_and_merged_model_are_scored_in_one_dtype(tmp_path):
     assert labels(results) == ["base, bfloat16", "base, float32"] and labels(results[:1]) == ["base"]
 
 
-def test_a_result_is_not_lost_to_one_of_other_samples(tmp_path):
-    def score(samples: int) -> None:
+def test_a_result_is_not_lost_to_one_of_other_samples_or_of_another_model(tmp_path):
+    def score(samples: int, model: str = str(TINY)) -> None:
         wanted = ["--lengths", "260", "--samples", str(samples), "--out", str(tmp_path / "r.json")]
-        run_app(app, "python -m eval", ["run", "--model", str(TINY), *wanted])
+        run_app(app, "python -m eval", ["run", "--model", model, *wanted])
 
     score(2)
     first = (tmp_path / "r.json").read_bytes()
     with pytest.raises(SystemExit, match=r"r\.json: holds a result of other samples \(samples: 2, now 3\): name"):
         score(3)
+    with pytest.raises(SystemExit, match=r"r\.json: holds a result of .*/tiny, not of .*/tuned: name another file"):
+        score(2, tuned(tmp_path / "tuned", "head", 0.5))
     assert (tmp_path / "r.json").read_bytes() == first
     score(2)
     assert (tmp_path / "r.json").read_bytes() == first
+    score(2, f"{TINY}/../{TINY.name}")  # the same model
     (tmp_path / "r.json").write_text("{}")
     with pytest.raises(SystemExit, match=r"r\.json: is no result of this command"):
         score(2)

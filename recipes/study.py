@@ -124,6 +124,7 @@ def run_cells(deadline: float, jobs: int, *arguments: Any) -> None:
     context = multiprocessing.get_context("spawn")
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs))
     workers = [context.Process(target=work, args=(*arguments, threads), daemon=True) for _ in range(jobs)]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that workers are terminated too
     try:
         for worker in workers:
             worker.start()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from axolotl_plugins.common.io import load_json, write_text
 from data_gen.tasks import resolve_task
@@ -16,8 +19,11 @@ from recipes.tools.study_cells import (
     BASELINES,
     CONTROLS,
     METHODS,
+    MIXTURES,
     PLACEMENTS,
+    SIZED,
     TASKS,
+    TRANSFERS,
     WEIGHTED,
     Cell,
     choose_rate,
@@ -142,6 +148,15 @@ def save(gathered: dict[str, Any], out: Path) -> None:
         for axes, method in zip(panels, ("SEAL-H", "SEAL-C"), strict=True):
             draw_weights(axes, method, gathered)
         save_figure(figure, out.with_name(f"{out.stem}_weights.png"))
+    measured = {row["method"] for row in gathered["rows"]}
+    for name, methods, draw in (("transfer", TRANSFERS, draw_transfer), ("samples", SIZED, draw_samples)):
+        names = [m for m in ("SEAL-H", "SEAL-C", "LoRA") if measured & {x for x in methods if x.startswith(m)}]
+        if names:
+            figure, panels = plt.subplots(1, len(names), figsize=(5.6 * len(names), 4.6), layout="constrained",
+                                          squeeze=False)  # fmt: skip
+            for axes, method in zip(panels[0], names, strict=True):
+                draw(axes, method, gathered["rows"])
+            save_figure(figure, out.with_name(f"{out.stem}_{name}.png"))
 
 
 def scores_figure(rows: list[dict[str, Any]], methods: tuple[str, ...]) -> Any:
@@ -206,6 +221,43 @@ def draw_weights(axes: Any, method: str, gathered: dict[str, Any]) -> None:
     axes.grid(alpha=0.3)
     if axes.get_lines():
         axes.legend()
+
+
+def draw_transfer(axes: Any, method: str, rows: list[dict[str, Any]]) -> None:
+    """Plot the score on every task of adapters tuned on each, and on mixtures, in the colour of the gain (Figure 8)."""
+    seed = min(row["seed"] for row in rows if row["method"] == method)
+    scores = {(row["task"], row["method"]): mean_score(row) for row in rows if row["seed"] in (seed, None)}
+    tasks = [task for task in TASKS if (task, "base") in scores]
+    tuned = {name for _, name in scores}
+    sources = ["base", *(source for source in (*TASKS, *MIXTURES) if f"{method} from {source}" in tuned)]
+    values = np.full((len(sources), len(tasks)), np.nan)
+    for (row, source), (column, task) in itertools.product(enumerate(sources), enumerate(tasks)):
+        name = "base" if source == "base" else method if source == task else f"{method} from {source}"
+        values[row, column] = scores.get((task, name), np.nan)
+    axes.imshow(values - values[:1], cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            dark = abs(value - values[0, column]) > 0.6
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black")
+    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set_yticks(range(len(sources)), sources)
+    axes.set(xlabel="scored on", ylabel="tuned on", title=f"{method}: mean score, in the colour of the gain")
+
+
+def draw_samples(axes: Any, method: str, rows: list[dict[str, Any]]) -> None:
+    """Plot the mean score over lengths against the number of training samples, one line per task, with the base's."""
+    for task in TASKS:
+        of_task = [row for row in rows if row["task"] == task]
+        seeds = defaultdict(list)  # scores by number of samples, of which each gave one loss
+        for row in of_task:
+            if row["scores"] and (row["method"] in ("base", method) or row["method"].startswith(f"{method} with ")):
+                seeds[len(row.get("losses", []))].append(mean_score(row))
+        if len(seeds) > 2:
+            axes.plot(*zip(*sorted((size, statistics.mean(scores)) for size, scores in seeds.items()), strict=True),
+                      "o-", label=task)  # fmt: skip
+    axes.set(xlabel="training samples", ylabel="mean score over lengths", title=method, ylim=(-0.02, 1.04))
+    axes.grid(alpha=0.3)
+    axes.legend()
 
 
 def tables(gathered: dict[str, Any]) -> str:

@@ -375,3 +375,26 @@ def test_weighted_scales_are_drawn_where_their_perplexity_is_known(base, tmp_pat
              for method, ratio in (("SEAL-C", 1.2), ("SEAL-C at 0.5", 1.1))]  # fmt: skip
     study_results.save({"rows": rows, "general": moved, "rates": []}, tmp_path / "r.json")
     assert (tmp_path / "r_weights.png").exists() == base
+
+
+def test_transfers_and_sizes_are_drawn(tmp_path):
+    import matplotlib.pyplot as plt
+
+    def row(task, method, score, size=50):
+        scores = [{"length": 900, "tokens": 890, "count": 2, "score": score, "low": 0.0, "high": 1.0}]
+        return {"task": task, "method": method, "seed": 0, "rate": 0.02, "losses": [1.0] * size, "scores": scores}
+
+    rows = [row("line", "base", 0.1, 0), row("vt", "base", 0.2, 0), row("line", "SEAL-C", 0.9),
+            row("vt", "SEAL-C", 0.8), row("vt", "SEAL-C from line", 0.3), row("line", "SEAL-C from vt", 0.0),
+            row("line", "SEAL-C from mixture", 0.5), row("line", "SEAL-C with 5 samples", 0.4, 5)]  # fmt: skip
+    study_results.save({"rows": rows, "general": [], "rates": []}, tmp_path / "r.json")
+    assert (tmp_path / "r_transfer.png").exists() and (tmp_path / "r_samples.png").exists()
+    _, (transfer, samples) = plt.subplots(1, 2)
+    study_results.draw_transfer(transfer, "SEAL-C", rows)
+    assert [label.get_text() for label in transfer.get_yticklabels()] == ["base", "line", "vt", "mixture"]
+    cells = {(text.get_position()[1], text.get_position()[0]): text.get_text() for text in transfer.texts}
+    assert cells == {(0, 0): "0.10", (0, 1): "0.20", (1, 0): "0.90", (1, 1): "0.30", (2, 0): "0.00", (2, 1): "0.80",
+                     (3, 0): "0.50"}  # fmt: skip
+    study_results.draw_samples(samples, "SEAL-C", rows)
+    (line,) = samples.get_lines()  # of variable tracking there is one size only
+    assert line.get_xydata().tolist() == [[0, 0.1], [5, 0.4], [50, 0.9]]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from axolotl_plugins.common.console import run as run_app
-from axolotl_plugins.common.io import check_output, load_yaml
+from axolotl_plugins.common.io import check_output
 from data_gen.dataset import remark
 from eval.cli_options import (
     OWN_TASK,
@@ -22,6 +22,7 @@ from eval.cli_options import (
     load_options,
     parse_adapters,
     parse_numbers,
+    read_model_config,
 )
 from eval.probe.cli import app as probe
 from eval.resume import result_file, result_name
@@ -182,18 +183,6 @@ def check_before_loading(
             check_output(file)
     for name in names:
         load(name, weights=False, **options).check_lengths(lengths)
-
-
-def read_model_config(recipe: Path) -> dict[str, Any]:
-    """Return the ``model_config`` of a recipe.
-
-    Raises:
-        ValueError: it has none.
-    """
-    changes = load_yaml(recipe).get("model_config")
-    if not isinstance(changes, dict):
-        raise ValueError(f"model-config: {recipe} has no `model_config:` with settings under it")
-    return changes
 
 
 def output_files(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from axolotl_plugins.common.io import load_yaml
 from axolotl_plugins.common.tokenizer import parse_arguments
 from data_gen.file_task import MAX_NEW_TOKENS, METRIC
 from data_gen.metrics import METRICS
@@ -103,3 +105,15 @@ def parse_heads(text: str) -> list[tuple[int, int]]:
     if not all(matches):
         raise ValueError(f"heads: found {text!r}, expected names such as L1H18,L13H16 (layer and head, from 0)")
     return [(int(match[1]), int(match[2])) for match in matches if match]
+
+
+def read_model_config(recipe: Path) -> dict[str, Any]:
+    """Return the ``model_config`` of a recipe.
+
+    Raises:
+        ValueError: it has none.
+    """
+    changes = load_yaml(recipe).get("model_config")
+    if not isinstance(changes, dict):
+        raise ValueError(f"model-config: {recipe} has no `model_config:` with settings under it")
+    return changes

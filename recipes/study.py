@@ -28,7 +28,7 @@ from axolotl_plugins.common.environment import current_commit
 from axolotl_plugins.common.io import file_hash
 from axolotl_plugins.common.window import context_window, read_config
 from data_gen.dataset import Request
-from eval.cli_options import parse_names, parse_numbers
+from eval.cli_options import parse_names, parse_numbers, read_model_config
 from recipes.tools.study_cells import (
     METHODS,
     TASKS,
@@ -169,7 +169,10 @@ def pairs(text: str, option: str) -> dict[str, str]:
     return values
 
 
-def make_settings(model: Path, longest: int | None, lengths: str, train_tokens: str, **others: Any) -> Settings:
+def make_settings(
+    model: Path, longest: int | None, lengths: str, train_tokens: str, model_config: dict[str, Any] | None = None,
+    **others: Any,
+) -> Settings:  # fmt: skip
     """Return the settings of a study; ``others`` are settings as they are.
 
     Raises:
@@ -180,7 +183,7 @@ def make_settings(model: Path, longest: int | None, lengths: str, train_tokens: 
     weights = sorted(model.glob("*.safetensors"))
     if not weights:
         raise ValueError(f"model: no *.safetensors in {model}: copy the complete folder")
-    window = context_window(read_config(str(model)), str(model))
+    window = context_window(read_config(str(model), model_config), str(model))
     train, tested = capped(longest, pairs(train_tokens, "train-tokens"))
     if "=" in lengths:
         tested |= {task: parse_numbers(values.replace("/", ","), "lengths")
@@ -189,7 +192,8 @@ def make_settings(model: Path, longest: int | None, lengths: str, train_tokens: 
         tested = {task: sorted(set(parse_numbers(lengths, "lengths"))) for task in tested}
     if (longest_test := max(map(max, tested.values()))) > window:
         raise ValueError(f"lengths: {longest_test} tokens do not fit into the window of {window}: see --longest")
-    return Settings(model=file_hash(weights[0]), window=window, train=train, lengths=tested, **others)
+    return Settings(model=file_hash(weights[0]), window=window, train=train, lengths=tested, model_config=model_config,
+                    **others)  # fmt: skip
 
 
 Model = Annotated[Path, typer.Option(help="Folder of the model.")]
@@ -230,6 +234,9 @@ def run(
     tune_samples: Annotated[int, typer.Option(min=2, help="Training samples of a cell.")] = 50,
     shot_tokens: Annotated[int, typer.Option(min=1, help="Longest worked example of one-shot prompts.")] = 1000,
     haystack: Annotated[str, typer.Option(help="Of needles: a folder of text files, essays or prose.")] = "prose",
+    model_config: Annotated[
+        Path | None, typer.Option(help="A recipe whose `model_config` the model gets: NTK, Self-Extend.")
+    ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes; several share one GPU.")] = 1,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run.")] = "auto",
     dtype: Annotated[
@@ -242,7 +249,8 @@ def run(
     """Draw the samples of the cells; unless called as ``data``, tune and score them."""
     deadline = time.monotonic() + 60 * minutes
     settings = make_settings(
-        model, longest, lengths, train_tokens, dtype=dtype, samples=samples, validation_samples=validation_samples,
+        model, longest, lengths, train_tokens, read_model_config(model_config) if model_config else None,
+        dtype=dtype, samples=samples, validation_samples=validation_samples,
         tune_samples=tune_samples, shot_tokens=shot_tokens, haystack=haystack,
     )  # fmt: skip
     chosen = parse_names(tasks, TASKS, "tasks"), parse_names(methods, METHODS, "methods")

@@ -81,6 +81,7 @@ class Settings:
         haystack: of needles, see ``data_gen.dataset.Request``.
         train: task -> length or range of training samples, in tokens.
         lengths: task -> lengths of test samples, in tokens.
+        model_config: keys of the model's config to override, such as for NTK or Self-Extend.
     """
 
     model: str
@@ -93,6 +94,7 @@ class Settings:
     haystack: str
     train: dict[str, str]
     lengths: dict[str, list[int]]
+    model_config: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -333,16 +335,12 @@ class Workbench:
 
     def __init__(self, model: Path, device: str, settings: Settings, data: Path) -> None:
         """Load the model."""
-        import torch
-        from transformers import AutoModelForCausalLM
+        from axolotl_plugins.seal.model_loading import load
 
         self.settings, self.data = settings, data
-        self.tokenizer = load_tokenizer(str(model))
-        dtype = getattr(torch, settings.dtype)
-        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, attn_implementation="sdpa", use_safetensors=True
-        )
-        self.model.to(device).eval().requires_grad_(False)
+        loaded = load(model, dtype=settings.dtype, model_config=settings.model_config, on_cpu=True)
+        self.tokenizer = loaded.tokenizer
+        self.model: PreTrainedModel = loaded.model.to(device).requires_grad_(False)
         self.names = set(self.model.state_dict())
         watched = [name for name in self.model.state_dict() if name.endswith(("q_proj.weight", "o_proj.weight"))]
         self.watched = {name: self.model.state_dict()[name].clone() for name in watched}

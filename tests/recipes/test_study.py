@@ -231,6 +231,25 @@ def test_lengths_of_single_tasks():
     assert settings.lengths["vt"] == [64, 128] and settings.lengths["line"] == [512]
 
 
+@pytest.mark.parametrize("rope", [
+    {"rope_type": "default", "rope_theta": 1e5},
+    {"rope_type": "self_extend", "rope_theta": 1e4, "group_size": 4, "neighbor_window": 64},
+])  # fmt: skip
+def test_a_stretched_window_is_tuned_and_scored(rope, tmp_path):
+    recipe = tmp_path / "stretched.yml"
+    recipe.write_text(json.dumps({"model_config": {"max_position_embeddings": 4096, "rope_parameters": rope}}))
+    options = ["--model", str(TINY), "--out", str(tmp_path / "s"), "--tasks", "line", "--methods", "base,SEAL-H",
+               "--train-tokens", "line=300", "--lengths", "2600", "--samples", "1", "--validation-samples", "1",
+               "--tune-samples", "2", "--seeds", "0"]  # fmt: skip
+    assert "do not fit into the window of 2048" in study("run", *options).stderr
+    done = study("run", *options, "--model-config", str(recipe))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "s" / "settings.json").read_text())["window"] == 4096
+    tested = [cell for cell in cells(tmp_path / "s").values() if cell["purpose"] == "test"]
+    assert {cell["method"] for cell in tested} == {"base", "SEAL-H"}
+    assert all(cell["scores"][0]["tokens"] > 2500 for cell in tested)
+
+
 def test_prompts_fit_into_the_window():
     train, lengths = capped(None)
     settings = Settings("", 8192, "float32", 100, 30, 50, 1000, "prose", train, lengths)

@@ -1,7 +1,7 @@
 """SEAL's whole life on a miniature of every causal language model in Transformers.
 
 ``python tests/sweep.py MODEL_TYPE`` checks one architecture, ``python tests/sweep.py`` checks all and writes
-docs/architectures.md.
+docs/supported-models.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from axolotl_plugins.seal.merge import merge, verify
 from axolotl_plugins.seal.model_loading import LoadedModel, load
 from eval.generation import base_model, default_generation, generate_answers
 
-TABLE = ROOT / "docs/architectures.md"
+TABLE = ROOT / "docs/supported-models.md"
 TIMEOUT = 60  # seconds of CPU time per architecture
 WINDOW = 1024  # tokens
 LARGEST = 1_000_000  # parameters

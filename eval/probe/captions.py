@@ -35,10 +35,12 @@ def ablation(result: dict[str, Any]) -> str:
             for name, row in rows.items()
         ]
         return f"{setting}. Log-probability of the answer: {'; '.join(parts)}."
+    measure = "score" if "score" in result["base"] else "logprob"
     quadrants = head_quadrants(result)
     counts = ", ".join(f"{int((quadrants == number).sum())} in quadrant {number}" for number in (1, 2, 3, 4))
     return (
-        f"{setting}; no head ablated: {by_length(result['base']['score'])}. Of {quadrants.size} heads {counts}. "
+        f"{setting}; {'log-probability of the answer' if measure == 'logprob' else 'score'} with no head ablated: "
+        f"{by_length(result['base'][measure])}. Of {quadrants.size} heads {counts}. "
         f"Ablation at {result['lengths'][-1]} tokens helps and hurts most: {extreme(result)}. "
         f"{result['seconds']:.0f} s."
     )

@@ -26,6 +26,7 @@ from axolotl_plugins.seal.scales import saved_scales
 from data_gen.tasks import TASKS
 from eval.probe import head_importance
 from eval.probe.ablation import HeadAblator
+from eval.probe.captions import CAPTION
 from eval.probe.head_importance import MapRun
 from eval.probe.hooks import decoder_blocks, scaled_input, wrap
 from eval.probe.logit_attribution import decompose, effects
@@ -278,6 +279,7 @@ def test_maps_without_scores_have_the_same_log_probabilities():
     plain = head_importance.ablation_map(MapRun(loaded, "line", [200], samples=1), score=False)
     assert plain["change"] == {"logprob": scored["change"]["logprob"]} and plain["base"].keys() == {"logprob"}
     assert np.abs(head_importance.changes(plain, 200)).max() > 0
+    assert f"{plain['base']['logprob']['200']:.2f} at 200" in CAPTION["removal"](plain)
     with pytest.raises(ValueError, match="sliding window decodes"):
         HeadAblator(wrap(build("mistral")), {STOP}, 0)
 

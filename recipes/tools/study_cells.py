@@ -162,14 +162,20 @@ class Cell:
 
 
 def capped(longest: int | None, tasks: dict[str, str] | None = None) -> tuple[dict[str, str], dict[str, list[int]]]:
-    """Return training ranges, with those of ``tasks`` in the place of the usual, and test lengths, capped at tokens."""
+    """Return training ranges, with those of ``tasks`` in the place of the usual, and test lengths, capped at tokens.
+
+    Raises:
+        ValueError: a range is invalid.
+    """
     limit = longest or max(map(max, TEST_LENGTHS.values()))
     lengths = {task: sorted({min(n, limit) for n in values}) for task, values in TEST_LENGTHS.items()}
     train = {}
     for task, text in {**TRAIN_TOKENS, **(tasks or {})}.items():
-        low, _, high = text.partition(":")
-        shortest, most = min(int(low), limit), min(int(high or low), limit)
-        train[task] = str(most) if shortest == most else f"{shortest}:{most}"
+        try:
+            low, high = (min(tokens, limit) for tokens in Request(task, text).token_range())
+        except ValueError as error:
+            raise ValueError(f"train-{error}") from None
+        train[task] = str(high) if low == high else f"{low}:{high}"
     return train, lengths
 
 

@@ -25,8 +25,10 @@ from axolotl_plugins.seal.__main__ import app as seal
 from data_gen.__main__ import app as data_gen
 from eval.__main__ import app as evaluate
 from recipes.__main__ import app as recipes
+from recipes.study import app as study
 
-PROGRAMS = {"data_gen": data_gen, "eval": evaluate, "axolotl_plugins.seal": seal, "recipes": recipes}
+PROGRAMS = {"data_gen": data_gen, "eval": evaluate, "axolotl_plugins.seal": seal, "recipes": recipes,
+            "recipes.study": study}  # fmt: skip
 
 
 def chat(prompt: str, answer: str) -> dict:
@@ -160,6 +162,7 @@ SCORE = "run --lengths 300 --samples 2 --out {tmp}/r.json --model "
 EACH = "run --lengths 300 --samples 2 --out {tmp} --adapter a={adapter}/good --adapter "
 INSPECT = "probe inspect --out {tmp}/p.json --adapter "
 TRANSFER = "probe transfer --tasks line --lengths 300 --samples 2 --out {tmp}/p.json --model {tiny} --adapter "
+STUDY = "run --model {tiny} --out {tmp}/s --lengths 900 --train-tokens "
 CASES = [
     # data_gen: what is asked for
     ("data_gen", LINE.replace("line ", "lines ", 1), "task: found 'lines', expected one of line"),
@@ -340,6 +343,9 @@ CASES = [
     ("recipes", "cost {file}/no_data.yml", "neither describes its data .* nor names a local JSON"),
     ("recipes", "cost {file}/typo.yml", "seal.granularty: no such setting"),
     ("recipes", "cost {file}/two.yml --gpu a1000", "gpu: found 'a1000', expected one of"),
+    ("recipes.study", STUDY + "line=abc", "train-tokens: found 'abc', expected N or N:M with 0 < N <= M"),
+    ("recipes.study", STUDY + "line=900:400", "train-tokens: found '900:400', expected N or N:M"),
+    ("recipes.study", STUDY + "lines=400", "train-tokens: found 'lines' in 'lines=400', expected TASK=VALUE"),
 ]
 
 

@@ -67,13 +67,18 @@ def parse_adapters(values: list[str]) -> dict[str, str]:
     return folders
 
 
+def split_names(text: str) -> list[str]:
+    """Return the names in a list with commas between, without the blanks around them."""
+    return [name.strip() for name in text.split(",")]
+
+
 def parse_names(text: str, names: Collection[str], option: str) -> list[str]:
     """Return those of ``names`` in a list such as ``line,vt``, in its order; all of them if it is empty.
 
     Raises:
         ValueError: a name is unknown.
     """
-    chosen = [part.strip() for part in text.split(",") if part.strip()]
+    chosen = [name for name in split_names(text) if name]
     if unknown := [name for name in chosen if name not in names]:
         raise ValueError(f"{option}: found {unknown[0]!r}, expected some of {', '.join(names)}")
     return chosen or list(names)
@@ -101,7 +106,7 @@ def parse_heads(text: str) -> list[tuple[int, int]]:
     Raises:
         ValueError: the text has another form.
     """
-    matches = [re.fullmatch(r"L(\d+)H(\d+)", part) for part in text.split(",")]
+    matches = [re.fullmatch(r"L(\d+)H(\d+)", part) for part in split_names(text)]
     if not all(matches):
         raise ValueError(f"heads: found {text!r}, expected names such as L1H18,L13H16 (layer and head, from 0)")
     return [(int(match[1]), int(match[2])) for match in matches if match]

@@ -8,6 +8,7 @@ from typing import Any
 
 from data_gen.file_task import longeval_cases
 from data_gen.tasks import TASKS, Task, TaskAttribute, resolve_task, tasks_of
+from eval.cli_options import split_names
 
 METRICS = TaskAttribute("metric")  # task -> score of a response in [0, 1], from the response and the references
 SEAL_TASKS = tuple(METRICS)
@@ -138,7 +139,7 @@ def resolve_tasks(
     Raises:
         ValueError: the name is unknown, or an option applies to none of the tasks.
     """
-    parts = TASK_GROUPS.get(name) or name.split(",")
+    parts = TASK_GROUPS.get(name) or split_names(name)
     tasks = tuple(find_task(part, metric, max_new_tokens) for part in parts)
     if cases:
         if name != "line":

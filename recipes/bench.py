@@ -34,7 +34,7 @@ from axolotl_plugins.common.console import run as run_app
 from axolotl_plugins.common.environment import machine
 from axolotl_plugins.common.io import load_json, write_text
 from axolotl_plugins.seal.tune import answer_loss
-from eval.cli_options import parse_names, parse_numbers
+from eval.cli_options import parse_names, parse_numbers, split_names
 from recipes.tools.cost import BACKENDS, Shape, StepConfig, training_flop
 from recipes.tools.methods import peft_config
 from recipes.tools.render import read_matrix
@@ -356,14 +356,14 @@ def bench(
     if (shortest := min([*lengths, warmup or lengths[0]])) <= ANSWER:
         raise ValueError(f"tokens: found {shortest}, expected more than the answer's {ANSWER}")
     sizes = shapes[shape] | ({"num_hidden_layers": layers} if layers else {})
-    check_settings(settings.split(","), device, sizes["model_type"])
+    check_settings(split_names(settings), device, sizes["model_type"])
     rows = load_json(out)["rows"] if out.exists() else []
     name = torch.cuda.get_device_name() if device == "cuda" else machine()
     shared = {"device": name, "torch": torch.__version__, "shape": shape, "layers": sizes["num_hidden_layers"],
               "rate": matmul_rate(device)}  # fmt: skip
     print(f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads, sdpa; matrix products "
           f"{shared['rate'] / 1e12:.2f} TFLOP/s")  # fmt: skip
-    fill(rows, sizes, shared, device, chosen, lengths, settings.split(","), timing, out)
+    fill(rows, sizes, shared, device, chosen, lengths, split_names(settings), timing, out)
     device_rows = [row for row in rows if all(row[key] == shared[key] for key in KEY[:4])]
     if all("error" in row for row in device_rows):
         raise ValueError("nothing was measured: ask for fewer --tokens or more --minutes")

@@ -25,6 +25,7 @@ from eval.cli_options import (
     parse_adapters,
     parse_heads,
     parse_numbers,
+    split_names,
 )
 from eval.results import title_of
 from eval.resume import journal_file
@@ -279,8 +280,8 @@ def transfer(
     folders = parse_adapters(adapter)
     if "base" in folders:
         raise ValueError("adapter: found the name 'base', which is --model's: give it another")
-    files = [task for task in tasks.split(",") if task.endswith(".jsonl")]
-    own = [scored_task(task, *((metric, max_new_tokens) if task in files else ())) for task in tasks.split(",")]
+    files = [task for task in split_names(tasks) if task.endswith(".jsonl")]
+    own = [scored_task(task, *((metric, max_new_tokens) if task in files else ())) for task in split_names(tasks)]
     check_output(out)
     result, journals = score_transfer(
         model, folders, own, out=out, options=load_options(chat_template, chat_template_kwargs, dtype=dtype),

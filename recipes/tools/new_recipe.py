@@ -10,6 +10,7 @@ from axolotl_plugins.common.console import first_line
 from axolotl_plugins.common.window import context_window, read_config
 from data_gen.dataset import Request, generate
 from data_gen.tasks import resolve_task
+from eval.cli_options import split_names
 from recipes.tools.cost import CARDS, Shape
 from recipes.tools.methods import METHODS
 from recipes.tools.render import CARD, FOLDER, TEMPLATES, OwnData, Recipe, rate, read_matrix
@@ -53,7 +54,8 @@ def recipe_for(
     for option, value, expected in (("method", method, METHODS), ("card", card, CARDS)):
         if value not in expected:
             raise ValueError(f"{option}: found {value!r}, expected one of {', '.join(map(str, expected))}")
-    parts = task.split(",")
+    parts = split_names(task)
+    task = ",".join(parts)
     if len(set(parts)) < len(parts) or len(parts) > SAMPLES // 2:
         raise ValueError(f"task: found {task!r}, expected at most {SAMPLES // 2} tasks, each once")
     name = data.stem if data else "_".join(resolve_task(part).name for part in parts)

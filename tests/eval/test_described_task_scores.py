@@ -55,7 +55,7 @@ def test_the_commands_score_it_and_report_it(tmp_path):
 
 def test_a_mixture_is_made_swept_and_scored_by_the_mean_over_its_tasks(loaded, tmp_path, capsys):
     file, out = tmp_path / "mine.yml", tmp_path / "sweep.json"
-    text, _ = recipe_for(str(TINY), f"{SPEC},line", "sealh", "280:300", out=file, gpu=False)
+    text, _ = recipe_for(str(TINY), f"{SPEC}, line", "sealh", "280:300", out=file, gpu=False)
     recipe = yaml.safe_load(text)
     assert [part["task"] for part in recipe["seal"]["data"]] == [SPEC, "line"]
     assert [part["path"] for part in recipe["datasets"]] == ["data/mine_key_value.jsonl", "data/mine_line.jsonl"]

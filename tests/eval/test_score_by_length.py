@@ -26,6 +26,7 @@ from data_gen.file_task import longeval_cases
 from data_gen.metrics import last_integer
 from data_gen.tasks import niah, resolve_task
 from eval.__main__ import app
+from eval.cli_options import parse_heads
 from eval.confidence import wilson
 from eval.evaluate import evaluate
 from eval.lm_eval_model import Harness, Responses
@@ -347,6 +348,13 @@ def test_an_example_with_its_answer_comes_before_the_prompt(monkeypatch):
 def test_lengths_are_chosen_in_one_way(lengths, options, message):
     with pytest.raises(ValueError, match=message):
         resolve_tasks("line", EvalSpec(lengths=lengths), **options)
+
+
+def test_blanks_between_names_do_not_matter():
+    assert [task.name for task in resolve_tasks("line, vt ,cwe", EvalSpec())] == ["line", "vt", "cwe"]
+    assert parse_heads("L1H18, L13H16") == [(1, 18), (13, 16)]
+    with pytest.raises(ValueError, match="task: found ''"):
+        resolve_tasks("line,", EvalSpec())
 
 
 def test_an_adapter_is_scored_with_the_text_of_ruler_that_it_was_tuned_on(tmp_path):

@@ -315,7 +315,7 @@ def test_a_recipe_for_the_small_model_and_what_cannot_be_tuned(tmp_path):
         ((tiny, "line", "sealc", "300:"), "tokens: found '300:', expected N or N:M"),
         ((tiny, "line", "sealc", "300:2048"), "tokens: 2048 do not fit into the window of 2048"),
         ((tiny, "lines", "sealc"), "task: found 'lines'"),
-        ((tiny, "line,vt,line", "sealc"), "task: found 'line,vt,line', expected at most 25 tasks, each once"),
+        ((tiny, "line, vt, line", "sealc"), "task: found 'line,vt,line', expected at most 25 tasks, each once"),
         ((tiny, "line", "seal"), "method: found 'seal'"),
         ((tiny, "line", "sealc", "5000"), "tokens: 5000 do not fit into the window of 2048"),
         ((tiny, "line", "sealc", None, "nope"), "chat-template: found 'nope', expected one of vicuna_v1.1$"),

@@ -22,10 +22,10 @@ BatchSize = Annotated[
 OWN_TASK = "a file of samples (.jsonl), a description (.yml), or module:object"
 Metric = Annotated[
     str | None,
-    typer.Option(help=f"For a file of samples: {', '.join(METRICS)}, or module:function; default: {METRIC}."),
+    typer.Option(help=f"For files of samples: {', '.join(METRICS)}, or module:function; default: {METRIC}."),
 ]
 MaxNewTokens = Annotated[
-    int | None, typer.Option(help=f"For a file of samples: longest response; default: {MAX_NEW_TOKENS} tokens.")
+    int | None, typer.Option(help=f"For files of samples: longest response; default: {MAX_NEW_TOKENS} tokens.")
 ]
 
 ChatTemplate = Annotated[

@@ -25,12 +25,11 @@ from eval.cli_options import (
     parse_adapters,
     parse_heads,
     parse_numbers,
-    split_names,
 )
 from eval.results import title_of
 from eval.resume import journal_file
 from eval.spec import METRICS as SCORED
-from eval.spec import scored_task
+from eval.spec import find_tasks, scored_task
 
 if TYPE_CHECKING:
     from eval.probe.head_importance import MapRun
@@ -280,8 +279,7 @@ def transfer(
     folders = parse_adapters(adapter)
     if "base" in folders:
         raise ValueError("adapter: found the name 'base', which is --model's: give it another")
-    files = [task for task in split_names(tasks) if task.endswith(".jsonl")]
-    own = [scored_task(task, *((metric, max_new_tokens) if task in files else ())) for task in split_names(tasks)]
+    own = [scored_task(task) for task in find_tasks(tasks, metric, max_new_tokens)]
     check_output(out)
     result, journals = score_transfer(
         model, folders, own, out=out, options=load_options(chat_template, chat_template_kwargs, dtype=dtype),

@@ -15,6 +15,7 @@ from axolotl_plugins.seal.model_loading import load
 from axolotl_plugins.seal.provenance import text_hash
 from data_gen.dataset import Request, draw, generate
 from data_gen.file_task import file_task
+from data_gen.tasks import resolve_task
 from eval.evaluate import evaluate
 from eval.lm_eval_model import Harness, lm_eval_task
 from eval.probe.head_importance import PROBE_SEED, MapRun, gradient_map
@@ -24,7 +25,7 @@ from eval.result_tables import score_tables
 from eval.results import read_results
 from eval.score_by_length import score_by_length
 from eval.score_samples import prompt_ids, score_samples
-from eval.spec import EvalSpec
+from eval.spec import EvalSpec, resolve_tasks
 
 LENGTHS = [512, 900, 1500]
 
@@ -70,6 +71,13 @@ def test_the_command_line_scores_a_file_and_resumes(file, tmp_path):
         [*command[:-4], "--metric", "exact", *command[-2:]], cwd=ROOT, capture_output=True, text=True
     )
     assert "holds a result of other samples (samples: 2, now None)" in other.stderr
+
+
+def test_of_several_tasks_only_files_of_samples_get_a_metric(file):
+    line, own = resolve_tasks(f"line, {file}", EvalSpec(), metric="exact", max_new_tokens=7)
+    assert line == resolve_task("line") and own.identity["metric"] == "exact" and own.max_new_tokens == 7
+    with pytest.raises(ValueError, match="metric: line has its own; only a file of samples"):
+        resolve_tasks("line,vt", EvalSpec(), metric="exact")
 
 
 def test_an_interrupted_run_on_a_file_resumes(loaded, file, tmp_path):

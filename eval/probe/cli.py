@@ -188,8 +188,16 @@ def gradient(
 
     own, scales = read_task(task, metric, max_new_tokens, lengths), parse_numbers(points, "points", float)
     exact = read_map(compare, model) if compare else None
+
+    def check_compared(token_lengths: list[int] | None) -> None:
+        if exact and token_lengths and not set(exact["lengths"]) <= set(token_lengths):
+            wanted = ",".join(map(str, exact["lengths"]))
+            raise ValueError(f"compare: {compare} is of the lengths {wanted}: name them all by --lengths")
+
+    check_compared(own[1])
     options = load_options(chat_template, chat_template_kwargs, dtype=dtype)
     probe = start_map("gradient", out, model, own, samples, options, scales)
+    check_compared(probe.lengths)  # of a file, whose lengths are known only now
     result = gradient_map(probe, points=tuple(scales))
     if exact is not None:
         result["spearman"] = agreement(exact, result)

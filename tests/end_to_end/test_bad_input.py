@@ -121,6 +121,8 @@ def make_files(folder: Path) -> None:
     (folder / "stale.jsonl.manifest.json").write_text("{}")
     (folder / "map.json").write_text('{"kind": "scales"}')
     (folder / "map_of_other.json").write_text('{"kind": "removal", "unit": "head", "model": "other"}')
+    weightless = {"kind": "removal", "unit": "head", "model": "weightless", "lengths": [200, 300]}
+    (folder / "weightless.json").write_text(json.dumps(weightless))
     (folder / "list.yml").write_text("- a\n")
     (folder / "broken.yml").write_text("a: [\n")
     (folder / "no_data.yml").write_text(f"base_model: {TINY}\nseal: {{granularity: head}}\n")
@@ -378,6 +380,7 @@ ARGUMENTS = [
     ("run --lengths 300 --model {tiny} --model {model}/no_template", "no_template.* has no chat template"),
     ("probe heads --lengths 5000", "lengths: 5000 tokens do not fit"),
     ("probe gradient --lengths 5000", "lengths: 5000 tokens do not fit"),
+    ("probe gradient --lengths 300 --compare {file}/weightless.json", "weightless.json is of the lengths 200,300: name"),
     ("probe channels --lengths 300 --heads L9H0", "heads: L9H0 is not in a model of 3 layers x 4 heads"),
     ("probe channels --lengths 300 --heads L1", "heads: found 'L1'"),
 ]

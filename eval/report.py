@@ -84,7 +84,27 @@ def embed(figure: plt.Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
     plt.close(figure)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_url(buffer.getvalue())
+
+
+def data_url(png: bytes) -> str:
+    """Return the content of a PNG file as a data URL."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def figure_files(folder: Path, studies: Sequence[Path]) -> dict[Path | None, list[dict[str, Any]]]:
+    """Return sections on the PNG files that are not drawn from a JSON file of the same name.
+
+    Each is of the study whose name it begins with, as ``smollm2_tasks.png`` of ``smollm2.json``, else of None.
+    """
+    sections = defaultdict(list)
+    for file in [*sorted(folder.glob("*.png")), *sorted((folder / "probes").glob("*.png"))]:
+        if not file.with_suffix(".json").exists():
+            owners = [study for study in studies if file.name.startswith(f"{study.stem}_")]
+            owner = max(owners, key=lambda study: len(study.stem), default=None)
+            title = file.stem.removeprefix(f"{owner.stem}_" if owner else "").replace("_", " ")
+            sections[owner].append({"title": title, "figures": [data_url(file.read_bytes())], "tables": []})
+    return sections
 
 
 def score_table(results: Sequence[EvalResult]) -> dict[str, Any]:
@@ -217,7 +237,7 @@ def study_section(file: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_report(folder: Path, out: Path) -> int:
-    """Write the page, with its figures embedded: results, studies and the demo, and probes from ``folder/probes``.
+    """Write the page: results, studies, the demo, probes from ``folder/probes``, and the figures of both folders.
 
     Returns:
         The number of results it shows.
@@ -234,11 +254,18 @@ def write_report(folder: Path, out: Path) -> int:
     by_base: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         by_base[result.base].append(result)
+    figures = figure_files(folder, [file for file, _ in studies])
+    bases = [base_section(base, rows) for base, rows in by_base.items()]
+    for file, values in studies:
+        bases.append(section := study_section(file, values))
+        section["sections"] += figures[file]
+    if None in figures:
+        bases.append({"name": "Other figures", "sections": figures[None]})
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.get_template("report.html").render(
-        bases=[base_section(base, rows) for base, rows in by_base.items()] + [study_section(*pair) for pair in studies],
+        bases=bases,
         probes=[probe_section(result) for result in probes],
     )
     write_text(out, page)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -141,6 +142,22 @@ def test_page_shows_studies_and_the_demo(tmp_path):
     assert sorted(map(float, shown)) == pytest.approx(sorted(expected), abs=0.0051)
     assert page.count("data:image/png;base64,") == len({row["task"] for row in study["rows"]}) + 1 + len(demo["scales"])
     assert all(escape(prompt["answers"]["SEAL-C"]) in page for prompt in demo["prompts"])
+
+
+def test_every_figure_of_the_repositorys_results_is_on_the_page(tmp_path):
+    results = ROOT / "results"
+    write_report(results, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    files = [*results.glob("*.png"), *results.glob("probes/*.png")]
+    drawn = {file.stem for file in files if file.with_suffix(".json").exists()}
+    assert {"demo", "smollm2_line_direct"} <= drawn and len(files) > len(drawn) + 4
+    for file in files:
+        assert (base64.b64encode(file.read_bytes()).decode() in page) == (file.stem not in drawn), file
+    headings = re.findall("<h[23]>([^<]*)", page)
+    study, controls, other = (next(place for place, text in enumerate(headings) if text.startswith(start))
+                              for start in ("smollm2.json", "smollm2_controls.json", "Other figures"))  # fmt: skip
+    assert "placements" in headings[study:controls] and "weights" in headings[controls:other]
+    assert headings[other + 1] == "bench memory"
 
 
 def test_studies_are_means_over_seeds():

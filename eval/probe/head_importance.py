@@ -228,7 +228,7 @@ def gradient_map(probe: MapRun, *, points: tuple[float, ...] = (1.0,)) -> dict[s
 
     Returns:
         See ``MapRun.result``; its measures are ``logprob`` and ``importance`` (minus the mean magnitude of a head's
-        gradient), and it also has ``channels``: the change of ``logprob`` by channel.
+        gradient).
     """
     blocks, cache = probe.blocks, probe.cache
     for prompt in tqdm(probe.prompts, desc="gradients"):
@@ -237,16 +237,14 @@ def gradient_map(probe: MapRun, *, points: tuple[float, ...] = (1.0,)) -> dict[s
             cache.add("seconds", probe.seconds())
     base: dict[str, Any] = {"logprob": {}}
     change: dict[str, Any] = {"logprob": {}, "importance": {}}
-    channels: dict[str, Any] = {}
     for length in probe.lengths:
         rows = [cache.values[prompt.key] for prompt in probe.prompts if prompt.length == length]
         base["logprob"][str(length)] = float(np.mean([row[0] for row in rows]))
         gradients = np.array([row[1] for row in rows])
         heads = gradients.reshape(len(rows), len(blocks), blocks[0].heads, -1).sum(-1)
-        channels[str(length)] = gradients.mean(0).tolist()
         change["logprob"][str(length)] = heads.mean(0).tolist()
         change["importance"][str(length)] = (-np.abs(heads).mean(0)).tolist()
-    return {**probe.result("gradient", "head", base, change), "points": list(points), "channels": {"logprob": channels}}
+    return {**probe.result("gradient", "head", base, change), "points": list(points)}
 
 
 def prompt_gradient(model: Any, blocks: list[Block], prompt: Prompt, points: tuple[float, ...]) -> list[Any]:

@@ -83,7 +83,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("MPLBACKEND", "Agg")  # plots are files, also where there is a display
     # torchao logs kernels built for other machines, torch an enum that torchao registers, lm-eval that tasks take other
-    # arguments, bitsandbytes a missing kernel that is not called.
-    for name in ("torchao", "torch.utils._pytree", "lm_eval", "bitsandbytes.backends.cpu.ops"):
+    # arguments, bitsandbytes a missing kernel that is not called, Transformers each dequantised model.
+    for name in ("torchao", "torch.utils._pytree", "lm_eval", "bitsandbytes.backends.cpu.ops",
+                 "transformers.integrations.bitsandbytes"):  # fmt: skip
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "Skipping publisher trust check", UserWarning)

@@ -4,31 +4,45 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from axolotl_plugins.common.console import first_line
 from axolotl_plugins.common.io import check_output, file_hash, load_json, written_whole
+from axolotl_plugins.common.window import read_config
 
 from . import provenance
 from .layer import SealLayer
+from .merge_quantised import ABSMAX, MAX_RELATIVE_ERROR, block_changes, dequantise, quantisation, read_weight
 from .model_files import (
     TOKENIZER_FILES,
+    Change,
     Place,
     check_copy,
     copy_model,
     find_tensors,
     model_folder,
     read_tensor,
+    times,
     write_config,
 )
-from .model_loading import RECORD, LoadedModel, check_adapter, check_name, load
+from .model_loading import (
+    RECORD,
+    LoadedModel,
+    adapter_file,
+    apply_adapter,
+    cannot_load,
+    check_adapter,
+    check_name,
+    load,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,23 +135,27 @@ def scale_factors(model: nn.Module, into: Literal["o_proj", "v_proj"]) -> dict[s
 
 def choose(
     loaded: LoadedModel, into: Into, report: Callable[[str], object]
-) -> tuple[dict[str, torch.Tensor], dict[str, Place]]:
-    """Return ``scale_factors``, and where they belong in the base model's files: parameter name -> tensor.
+) -> tuple[dict[str, torch.Tensor], dict[str, Place], dict[Place, Change | None]]:
+    """Return ``scale_factors``, where they belong in the base model's files, and the changes of the files.
 
-    If ``auto`` does not take ``v_proj``, the reason is reported.
+    The second maps parameter names to tensors of the files, for the last see ``copy_model``. If ``auto`` does not take
+    ``v_proj``, the reason is reported.
 
     Raises:
         ValueError: the architecture does not allow ``into``, or the files hold a tensor in another form.
     """
     try:
         factors = scale_factors(loaded.model, "o_proj" if into == "o_proj" else "v_proj")
+        folder = model_folder(loaded.base)
+        if method := quantisation(loaded.base, load_json(folder / "config.json").get("quantization_config")):
+            return factors, *block_changes(folder, method, factors)
         parameters = loaded.model.get_base_model().named_parameters(remove_duplicate=False)
         values = {name.replace(".base_layer.", "."): value for name, value in parameters}
-        places = find_tensors(model_folder(loaded.base), {name: values[name] for name in factors})
+        places = find_tensors(folder, {name: values[name] for name in factors})
         if missing := sorted(factors.keys() - places.keys()):
             raise ValueError(f"{loaded.base}: its files hold {missing[0]} in another form: load it in Transformers, "
                              "save it, and tune the copy")  # fmt: skip
-        return factors, places
+        return factors, places, {places[name]: times(factor) for name, factor in factors.items()}
     except ValueError as error:
         if into != "auto":
             raise
@@ -183,19 +201,30 @@ def prompts_for(loaded: LoadedModel) -> list[torch.Tensor]:
 
 
 def load_adapter(adapter: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> LoadedModel:
-    """Load a SEAL adapter and its base model, which must not be quantised.
+    """Load a SEAL adapter and its base model, dequantised; on the meta device if only kernels of GPUs can load it.
 
     Raises:
-        ValueError: the folder is not a SEAL adapter, or its base model is quantised.
+        ValueError: the folder is not a SEAL adapter, or its base model is quantised in a way that takes no scales.
     """
     check_name(str(adapter))
     check_adapter(adapter)
+    base = provenance.base_model(adapter)
+    try:
+        config = read_config(base, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise cannot_load(str(adapter), error) from error
+    method = quantisation(base, getattr(config, "quantization_config", None))
     loaded = load(adapter, dtype=dtype, default_window=PROOF_WINDOW, needs_template=False, on_cpu=True,
-                  trust_remote_code=trust_remote_code)  # fmt: skip
+                  trust_remote_code=trust_remote_code, weights=method in (None, "bitsandbytes"))  # fmt: skip
     if not loaded.method.startswith("SEAL"):
         raise ValueError(f"{adapter}: found a {loaded.method} adapter; use `axolotl merge-lora` for it")
-    if load_json(model_folder(loaded.base) / "config.json").get("quantization_config"):
-        raise ValueError(f"{loaded.base}: is quantised: merge into the full-precision model that it was quantised from")
+    if loaded.model.device.type == "meta":
+        model = apply_adapter(loaded.model, adapter).eval()
+        scales = {f"{name}.default": scale for name, scale in load_file(adapter_file(adapter)).items()}
+        model.load_state_dict(scales, strict=False, assign=True)
+        return replace(loaded, model=model)
+    if method:
+        dequantise(loaded.model.get_base_model())
     return loaded
 
 
@@ -206,21 +235,25 @@ class MergeResult:
     Attributes:
         factors: see ``choose``.
         places: see ``choose``.
-        prompts: on which logits were compared, see ``prompts_for``.
+        changes: see ``choose``.
+        prompts: on which logits were compared, see ``prompts_for``; none if only kernels of GPUs can load the model.
         unmerged: their logits with the adapter, see ``last_logits``.
-        difference: maximum change of any logit.
+        difference: maximum change of any logit; None without prompts.
     """
 
     factors: dict[str, torch.Tensor]
     places: dict[str, Place]
+    changes: dict[Place, Change | None]
     prompts: list[torch.Tensor]
     unmerged: list[torch.Tensor]
-    difference: float
+    difference: float | None
 
     @property
-    def file_factors(self) -> dict[Place, torch.Tensor]:
-        """Tensor in the files -> what the merge multiplies it by."""
-        return {place: self.factors[name] for name, place in self.places.items()}
+    def summary(self) -> str:
+        """Line that states whether logits agree."""
+        if self.difference is None:
+            return "only kernels of GPUs can load the model: its tensors are compared, and no logits"
+        return f"float32: the merge changes no logit by more than {self.difference:.1e}"
 
 
 def fold(loaded: LoadedModel, into: Into, report: Callable[[str], object]) -> MergeResult:
@@ -230,8 +263,10 @@ def fold(loaded: LoadedModel, into: Into, report: Callable[[str], object]) -> Me
         ValueError: see ``choose``; or a logit changes by more than ``MAX_LOGIT_DIFFERENCE`` in float32 and, to rule
             out rounding, in float64.
     """
+    factors, places, changes = choose(loaded, into, report)
+    if loaded.model.device.type == "meta":
+        return MergeResult(factors, places, changes, [], [], None)
     prompts = prompts_for(loaded)
-    factors, places = choose(loaded, into, report)
     unmerged, merged = logits_of_both(loaded, factors, prompts)
     change = difference(merged, unmerged)
     if not change <= MAX_LOGIT_DIFFERENCE:
@@ -241,7 +276,7 @@ def fold(loaded: LoadedModel, into: Into, report: Callable[[str], object]) -> Me
         if not exact <= MAX_LOGIT_DIFFERENCE:
             raise ValueError(f"merging would change logits by {change:.1e} in float32 and {exact:.1e} in float64, more "
                              f"than {MAX_LOGIT_DIFFERENCE:.0e}")  # fmt: skip
-    return MergeResult(factors, places, prompts, unmerged, change)
+    return MergeResult(factors, places, changes, prompts, unmerged, change)
 
 
 @torch.no_grad()
@@ -257,21 +292,32 @@ def logits_of_both(
     return unmerged, last_logits(plain, prompts)
 
 
-def check_saved(folder: Path, base: str, merged: MergeResult, **trust: bool) -> tuple[int, float]:
+def check_saved(folder: Path, base: str, merged: MergeResult, **trust: bool) -> tuple[int, float | None]:
     """Compare every tensor in a merged folder's files with the base model's, and its logits with the unmerged model's.
 
     Returns:
-        Number of tensors in the files, and the maximum difference of logits, due to rounding to the base's dtype.
+        Number of tensors in the files, and the maximum difference of logits, due to rounding to the base's dtype; None
+        if only kernels of GPUs can load it.
 
     Raises:
         ValueError: a tensor differs; the message names it.
     """
-    count = check_copy(model_folder(base), folder, merged.file_factors)
+    original = model_folder(base)
+    count = check_copy(original, folder, merged.changes)
+    if merged.difference is None:
+        return count, None
     saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **trust).eval()
+    if getattr(saved, "is_quantized", False):
+        dequantise(saved)
     parameters = dict(saved.named_parameters(remove_duplicate=False))
     for name, place in merged.places.items():
-        if not torch.equal(parameters[name], read_tensor(folder, place).float()):
+        weight = read_weight(folder, place)
+        if not torch.equal(parameters[name].cpu(), weight):
             raise ValueError(f"{folder}: {name} is not read from {place.name}, into which it was merged")
+        if place.name.endswith(ABSMAX):
+            expected = read_weight(original, place) * merged.factors[name]
+            if not torch.allclose(weight, expected, rtol=MAX_RELATIVE_ERROR, atol=0):
+                raise ValueError(f"{folder}: {name} differs from the dequantised product: merge again")
     return count, difference(last_logits(saved, merged.prompts), merged.unmerged)
 
 
@@ -320,10 +366,10 @@ def merge(
 ) -> dict[str, Any]:  # fmt: skip
     """Write a plain Hugging Face folder with a SEAL adapter's scales in its weights.
 
-    The base model's files are copied and only scaled tensors are overwritten. The folder is renamed to ``out`` after it
-    was verified: every tensor in its files is the base model's byte by byte or its product with the scales, and in
-    float32 its logits are those of the unmerged model. Otherwise nothing is left. The folder records the merge in
-    ``RECORD``, so that ``verify`` can repeat the check.
+    The base model's files are copied and only scaled tensors are overwritten, of quantised weights their scales. The
+    folder is renamed to ``out`` after it was verified: every tensor in its files is the base model's byte by byte or
+    its product with the scales, and in float32 its logits are those of the unmerged model. Otherwise nothing is left.
+    The folder records the merge in ``RECORD``, so that ``verify`` can repeat the check.
 
     Args:
         adapter: folder of a SEAL adapter.
@@ -335,9 +381,9 @@ def merge(
 
     Returns:
         ``adapter`` and ``base`` (names), ``method``, ``into`` (the argument), ``changed`` (parameter names), ``dtype``
-        (of the changed tensors), ``difference`` (maximum change of any logit by the merge, in float32),
-        ``rounded_difference`` (the same after rounding to ``dtype``), and ``adapter_files``, ``base_files`` and
-        ``files`` (file name -> SHA-256; the last are the merged folder's).
+        (of the changed tensors), ``difference`` (maximum change of any logit by the merge, in float32; None if only
+        kernels of GPUs can load the model), ``rounded_difference`` (the same after rounding to ``dtype``), and
+        ``adapter_files``, ``base_files`` and ``files`` (file name -> SHA-256; the last are the merged folder's).
 
     Raises:
         ValueError: invalid input, or verification failed; the message is one line.
@@ -351,14 +397,14 @@ def merge(
     report(f"{loaded.method} on {loaded.base}")
     merged = fold(loaded, into, report)
     del loaded  # frees its memory
-    report(f"float32: the merge changes no logit by more than {merged.difference:.1e}")
+    report(merged.summary)
     with written_whole(out) as partial:
-        copy_model(base, partial, merged.file_factors)
+        copy_model(base, partial, merged.changes)
         write_config(base, adapter if (adapter / "config.json").is_file() else base, partial, **trust)
         write_tokenizer(tokenizer, base, partial, **trust)
         provenance.copy(adapter, partial)
         count, rounded = check_saved(partial, record["base"], merged, **trust)
-        dtype = read_tensor(base, next(iter(merged.places.values()))).dtype
+        dtype = read_tensor(partial, next(iter(merged.places.values()))).dtype
         record |= {
             "changed": sorted(merged.factors),
             "dtype": str(dtype).removeprefix("torch."),
@@ -370,9 +416,9 @@ def merge(
         }
         (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     modules = sorted({name.split(".")[-2] for name in merged.factors})
-    report(f"{out}: {len(merged.factors)} of {count} tensors changed ({', '.join(modules)}), all others unchanged")
+    report(f"{out}: {len(merged.changes)} of {count} tensors changed ({', '.join(modules)}), all others unchanged")
     if dtype != torch.float32:
-        report(f"rounded to {record['dtype']}, logits differ by up to {rounded:.1e}")
+        report(f"rounded to {record['dtype']}" + (f", logits differ by up to {rounded:.1e}" if rounded else ""))
     return record
 
 
@@ -408,8 +454,10 @@ def verify(
     if sorted(merged.factors) != changed:
         raise ValueError(f"{folder}: merging changes other tensors than its {RECORD} lists: merge again")
     count, rounded = check_saved(folder, base, merged, trust_remote_code=trust_remote_code)
+    logits = "no logits compared, which takes kernels of GPUs"
+    if merged.difference is not None:
+        logits = f"logits differ by {merged.difference:.1e} in float32, by {rounded:.1e} as saved"
     report(
-        f"{folder}: {len(files)} files, the adapter and the base model unchanged; {len(changed)} of {count} tensors "
-        f"merged, all others equal the base model's; logits differ by {merged.difference:.1e} in float32, by "
-        f"{rounded:.1e} as saved"
+        f"{folder}: {len(files)} files, the adapter and the base model unchanged; {len(merged.changes)} of {count} "
+        f"tensors merged, all others equal the base model's; {logits}"
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from axolotl_plugins.common.io import load_json
@@ -19,6 +20,7 @@ from axolotl_plugins.common.window import read_config
 from .model_loading import BROKEN, WRITER_KEYS
 from .provenance import FILE as TRAINING_DATA
 
+Change = Callable[[torch.Tensor], torch.Tensor]  # of a tensor of the files
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Files of a model folder that are not copied: weights in other formats, which would stay without scales, and notes.
 OTHER_WEIGHTS = (
@@ -114,17 +116,21 @@ def read_tensor(folder: Path, place: Place) -> torch.Tensor:
         return tensors.get_tensor(place.name)
 
 
-def scaled_tensor(folder: Path, place: Place, factor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of the files times a factor, computed in float32 or wider, in the tensor's own dtype.
+def times(factor: torch.Tensor) -> Change:
+    """Return the change of a tensor to its product with a factor, computed in float32 or wider, in its own dtype."""
+    return lambda tensor: (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor).to(tensor.dtype)
+
+
+def changed_tensor(folder: Path, place: Place, change: Change) -> torch.Tensor:
+    """Return what a change makes of a tensor of the files.
 
     Raises:
-        ValueError: the product overflows the dtype.
+        ValueError: it overflows the dtype.
     """
-    tensor = read_tensor(folder, place)
-    product = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor).to(tensor.dtype)
-    if not torch.isfinite(product).all():
+    tensor = change(read_tensor(folder, place))
+    if not torch.isfinite(tensor).all():
         raise ValueError(f"{place.name}: scaled values overflow {tensor.dtype}: train again at a lower learning rate")
-    return product
+    return tensor
 
 
 def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
@@ -132,48 +138,76 @@ def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
     return tensor.contiguous().view(torch.uint8).flatten().numpy()
 
 
-def copy_model(folder: Path, out: Path, factors: dict[Place, torch.Tensor]) -> None:
-    """Copy a model folder to a new one, and multiply some tensors by factors that broadcast to their shapes.
+def copy_model(folder: Path, out: Path, changes: dict[Place, Change | None]) -> None:
+    """Copy a model folder to a new one with some tensors changed, or left out where the change is None.
 
-    Memory holds one of them at a time.
+    Memory holds one of them at a time; of files in which a size changes, all tensors.
 
     Raises:
-        ValueError: a product overflows the tensor's dtype.
+        ValueError: a changed tensor overflows its dtype.
     """
     out.mkdir()
     for file in [*weight_files(folder), *other_files(folder)]:
         target = out / file.relative_to(folder)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target)
-    for place, factor in factors.items():
+    resized: dict[str, dict[str, torch.Tensor | None]] = {}
+    for place, change in changes.items():
         header, offset = read_header(out / place.file)
-        values = tensor_bytes(scaled_tensor(folder, place, factor))
+        begin, end = header[place.name]["data_offsets"]
+        tensor = None if change is None else changed_tensor(folder, place, change)
+        if tensor is None or tensor.nbytes != end - begin:
+            resized.setdefault(place.file, {})[place.name] = tensor
+            continue
         with (out / place.file).open("r+b") as stream:
-            stream.seek(offset + header[place.name]["data_offsets"][0])
-            stream.write(values.tobytes())
+            stream.seek(offset + begin)
+            stream.write(tensor_bytes(tensor).tobytes())
+    for name, tensors in resized.items():
+        replace_tensors(out / name, tensors)
 
 
-def check_copy(folder: Path, copy: Path, factors: dict[Place, torch.Tensor]) -> int:
-    """Compare every tensor that ``copy_model`` wrote into ``copy``, byte by byte; return their number.
+def replace_tensors(file: Path, changed: dict[str, torch.Tensor | None]) -> None:
+    """Write a safetensors file of a model folder with some tensors replaced, or left out where they are None."""
+    with safe_open(file, "pt") as source:
+        tensors = {name: source.get_tensor(name) for name in source.keys()} | changed  # noqa: SIM118
+        metadata = source.metadata()
+    left_out = {name for name, tensor in changed.items() if tensor is None}
+    partial = file.with_suffix(".partial")
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, partial, metadata)
+    partial.replace(file)
+    if (path := file.parent / INDEX).is_file():
+        index = load_json(path)
+        index["weight_map"] = {name: at for name, at in index["weight_map"].items() if name not in left_out}
+        path.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def check_copy(folder: Path, copy: Path, changes: dict[Place, Change | None]) -> int:
+    """Compare every tensor that ``copy_model`` wrote into ``copy``, byte by byte; return their number in ``folder``.
 
     Raises:
-        ValueError: a tensor differs from the original in ``folder``, or its product; the message names it.
+        ValueError: a tensor differs from the original in ``folder``, or its change; the message names it.
     """
     count = 0
     for file in weight_files(folder):
         (header, offset), (saved_header, saved_offset) = read_header(file), read_header(copy / file.name)
-        if header != saved_header:
+        left_out = {place.name for place, change in changes.items() if place.file == file.name and change is None}
+        metadata = header.pop("__metadata__", None)
+        if metadata != saved_header.pop("__metadata__", None) or saved_header.keys() != header.keys() - left_out:
             raise ValueError(f"{copy / file.name}: has other tensors than {file}: merge again")
         data = np.memmap(file, np.uint8, "r", offset=offset)
         saved = np.memmap(copy / file.name, np.uint8, "r", offset=saved_offset)
-        for name in header.keys() - {"__metadata__"}:
-            begin, end = header[name]["data_offsets"]
+        for name, info in saved_header.items():
             place = Place(file.name, name)
-            scaled = place in factors
-            expected = tensor_bytes(scaled_tensor(folder, place, factors[place])) if scaled else data[begin:end]
-            if not np.array_equal(saved[begin:end], expected):
+            if change := changes.get(place):
+                expected, found = changed_tensor(folder, place, change), read_tensor(copy, place)
+                same = (found.dtype, found.shape) == (expected.dtype, expected.shape)
+                same = same and np.array_equal(tensor_bytes(found), tensor_bytes(expected))
+            else:
+                at, saved_at = (slice(*each.pop("data_offsets")) for each in (header[name], info))
+                same = info == header[name] and np.array_equal(saved[saved_at], data[at])
+            if not same:
                 raise ValueError(f"{copy}: {name} differs from a merge into {folder}: merge again")
-            count += 1
+        count += len(header)
     return count
 
 

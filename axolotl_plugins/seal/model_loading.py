@@ -260,11 +260,13 @@ def load(
         adapter = PeftConfig.from_pretrained(name) if is_adapter(name) else None
         source = name if adapter is not None and (Path(name) / "config.json").is_file() else base
         config = read_config(source, model_config, **trust)
-        if source != base and hasattr(config, "quantization_config"):
-            # Quantisation during training is not part of the model: evaluate and merge on the base model's weights.
-            del config.quantization_config
         if source != base:
-            config.dtype = read_config(base, trust_remote_code=trust_remote_code).dtype
+            # Quantisation during training is not part of the model: evaluate and merge on the base model's weights.
+            original = read_config(base, trust_remote_code=trust_remote_code)
+            config.dtype = original.dtype
+            vars(config).pop("quantization_config", None)
+            if quantised := getattr(original, "quantization_config", None):
+                config.quantization_config = quantised
         model: PreTrainedModel | PeftModel
         if weights:
             model = load_weights(base, config, dtype, trust_remote_code, on_cpu)

@@ -58,8 +58,7 @@ def combine(adapters: list[Path], weights: list[float], out: Path) -> None:
     with written_whole(out) as partial:
         shutil.copytree(adapters[0], partial, ignore=shutil.ignore_patterns(*OWN))
         save_file(combined, partial / WEIGHTS, metadata={"format": "pt"})
-        if (record := combined_record(adapters)) is not None:
-            provenance.save(record, partial)
+        provenance.save(combined_record(adapters, weights), partial)
 
 
 def model_config(adapter: Path) -> tuple[dict[str, Any], str]:
@@ -72,15 +71,19 @@ def model_config(adapter: Path) -> tuple[dict[str, Any], str]:
     )
 
 
-def combined_record(adapters: list[Path]) -> dict[str, object] | None:
-    """Return the record of all adapters' training data; None if any has none."""
-    files = [adapter / provenance.FILE for adapter in adapters]
-    if not all(file.is_file() for file in files):
-        return None
+def combined_record(adapters: list[Path], weights: list[float]) -> dict[str, Any]:
+    """Return the record of all adapters' training data (``unread`` without one), with their weights as ``sources``.
+
+    Raises:
+        ValueError: a record is corrupt.
+    """
+    records = []
     for adapter in adapters:
-        provenance.seen_texts(adapter)  # raises if a record is corrupt
-    records = [load_json(file) for file in files]
+        provenance.seen_texts(adapter)  # raises if the record is corrupt
+        file = adapter / provenance.FILE
+        records.append(load_json(file) if file.is_file() else {"files": [], "unread": [str(adapter)], "texts": []})
     return {
+        "sources": [{"adapter": str(a), "weight": weight} for a, weight in zip(adapters, weights, strict=True)],
         "files": [file for record in records for file in record["files"]],
         "unread": sorted({name for record in records for name in record["unread"]}),
         "texts": sorted({text for record in records for text in record["texts"]}),

@@ -21,10 +21,12 @@ PAPER = "[arXiv 2501.15225](https://arxiv.org/abs/2501.15225)"
 
 
 def data_section(adapter: Path) -> list[str]:
-    """Return the Markdown paragraphs on an adapter's training data: its files, each with an example; lengths."""
+    """Return the Markdown paragraphs on an adapter's training data: sources, files, each with an example; lengths."""
     path = adapter / provenance.FILE
     record = load_json(path) if path.is_file() else {"files": []}
-    parts = []
+    parts = [f"- {source['weight']:g} of the adapter {source['adapter']}" for source in record.get("sources", ())]
+    if parts:
+        parts.insert(0, "A weighted combination (`1 + sum(weight * (scale - 1))`), trained on the data of all sources:")
     for file in record["files"]:
         manifest = file.get("manifest") or {}
         origin = ", ".join(f"{key} {manifest[key]}" for key in ("task", "tokens", "samples", "seed") if key in manifest)

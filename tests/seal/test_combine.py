@@ -12,6 +12,7 @@ from paths import ROOT, TINY
 
 from axolotl_plugins.seal import provenance
 from axolotl_plugins.seal.combine import combine
+from axolotl_plugins.seal.model_card import card
 from axolotl_plugins.seal.model_loading import load
 from axolotl_plugins.seal.scales import saved_tensors
 from eval.probe.quadrants import save_scales
@@ -30,11 +31,15 @@ def test_scales_add_up_and_both_records_are_kept(tmp_path):
     texts = provenance.seen_texts(tmp_path / "both")
     assert texts == provenance.seen_texts(first) | provenance.seen_texts(second) and len(texts) >= 100
     assert not (tmp_path / "both" / "README.md").exists()  # the card is of the first adapter alone
+    text = card(tmp_path / "both")
+    assert f"- 0.5 of the adapter {first}\n" in text and f"- -0.25 of the adapter {second}\n" in text
+    assert "weighted combination" in text and "weighted combination" not in card(first)
     (tmp_path / "unknown").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / "unknown" / name).write_bytes((first / name).read_bytes())
     combine([second, tmp_path / "unknown"], [1, 1], tmp_path / "of_unknown")
     assert provenance.seen_texts(tmp_path / "of_unknown") is None
+    assert f"- 1 of the adapter {tmp_path}/unknown\n" in card(tmp_path / "of_unknown")
 
 
 def test_half_an_adapter_is_a_model_between_base_and_tuned(tmp_path):

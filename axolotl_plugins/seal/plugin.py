@@ -65,8 +65,9 @@ def prepare_window(cfg: dict[str, Any]) -> None:
 def quantise_for_seal() -> None:
     """Patch Axolotl's model loader to apply ``load_in_8bit`` and ``load_in_4bit`` with ``adapter: seal``.
 
-    Axolotl quantises for LoRA and QLoRA only and silently loads full precision for any other adapter. It has no hook
-    for this: its loader reads the adapter before a plugin's first hook, ``pre_model_load``, which gets no loader.
+    Axolotl quantises for LoRA and QLoRA only and silently loads full precision for any other adapter. A plugin's first
+    hook, ``pre_model_load``, comes after that and gets no loader; ``model_kwargs`` of a recipe would work, but without
+    what the loader sets by type of model (Jamba, Falcon-H1, Nemotron-H, Qwen2-MoE), dtype and ``bnb_config_kwargs``.
     """
     from axolotl.loaders.model import ModelLoader
 

@@ -19,6 +19,7 @@ from eval.cli_options import (
     MaxNewTokens,
     Metric,
     TemplateArguments,
+    TrustRemoteCode,
     load_options,
     parse_adapters,
     parse_numbers,
@@ -93,7 +94,6 @@ Out = Annotated[
 AllowContamination = Annotated[
     bool, typer.Option(help="Also score samples that the model was tuned on; the result states how many.")
 ]
-TrustRemoteCode = Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")]
 
 
 @app.callback()

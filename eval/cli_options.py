@@ -41,6 +41,8 @@ Dtype = Annotated[
     typer.Option(help="Of all models' weights; default: the first base checkpoint's."),
 ]
 
+TrustRemoteCode = Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")]
+
 
 def load_options(chat_template: str | None, chat_template_kwargs: str | None, **options: Any) -> dict[str, Any]:
     """Return options of ``load`` from those of a command.

@@ -12,6 +12,7 @@ from axolotl_plugins.common.console import run
 from axolotl_plugins.common.io import check_output, write_text
 from axolotl_plugins.common.tokenizer import parse_arguments
 from data_gen.tasks import TASKS
+from eval.cli_options import TrustRemoteCode
 from recipes.tools.cost import CARDS, GPUS
 from recipes.tools.fetch_smollm2 import MODEL
 from recipes.tools.methods import METHODS
@@ -85,6 +86,7 @@ def new(
     card: Annotated[
         int, typer.Option(help=f"GiB of the GPU, one of {', '.join(map(str, CARDS))}: the fastest setting that fits.")
     ] = CARD,
+    trust_remote_code: TrustRemoteCode = False,
     out: Annotated[Path | None, typer.Option(help="File to write; left out, the recipe is printed.")] = None,
 ) -> None:
     """Make a recipe for any model that SEAL can wrap."""
@@ -96,7 +98,7 @@ def new(
         raise ValueError("data: the file's samples have a task and lengths: leave out --task and --tokens")
     arguments = parse_arguments(chat_template_kwargs)
     text, modules = recipe_for(
-        base, task or "line", method, tokens, chat_template, out, gpu, card, window, arguments, data
+        base, task or "line", method, tokens, chat_template, out, gpu, card, window, arguments, data, trust_remote_code
     )
     if out is None:
         print(text, end="")

@@ -21,6 +21,7 @@ from eval.cli_options import (
     MaxNewTokens,
     Metric,
     TemplateArguments,
+    TrustRemoteCode,
     load_options,
     parse_adapters,
     parse_heads,
@@ -134,12 +135,12 @@ def heads(
     batch: Annotated[int, typer.Option(min=1, help="Heads ablated in one batch; more need more memory.")] = 8,
     score: Score = True,
     dtype: Dtype = "auto", chat_template: ChatTemplate = None, chat_template_kwargs: TemplateArguments = None,
-    out: Out = Path("results/probes/heads.json"),
+    trust_remote_code: TrustRemoteCode = False, out: Out = Path("results/probes/heads.json"),
 ) -> None:  # fmt: skip
     """Ablate every head, one at a time, and score the answers (Figure 2b). If interrupted, rerun it to resume."""
     from eval.probe.head_importance import ablation_map, changes
 
-    options = load_options(chat_template, chat_template_kwargs, dtype=dtype)
+    options = load_options(chat_template, chat_template_kwargs, dtype=dtype, trust_remote_code=trust_remote_code)
     own = read_task(task, metric, max_new_tokens, lengths)
     probe = start_map("heads", out, model, own, samples, options, score)
     result = ablation_map(probe, batch=batch, score=score)
@@ -158,7 +159,7 @@ def channels(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Channels ablated in one batch.")] = 8, score: Score = True,
     dtype: Dtype = "auto", chat_template: ChatTemplate = None, chat_template_kwargs: TemplateArguments = None,
-    out: Out = Path("results/probes/channels.json"),
+    trust_remote_code: TrustRemoteCode = False, out: Out = Path("results/probes/channels.json"),
 ) -> None:  # fmt: skip
     """Ablate every channel of some heads, one at a time (Figure 2d)."""
     from eval.probe.head_importance import ablation_map
@@ -167,7 +168,7 @@ def channels(
     chosen = parse_heads(heads)
     if samples is None and own[0].rows is None:
         samples = 20
-    options = load_options(chat_template, chat_template_kwargs, dtype=dtype)
+    options = load_options(chat_template, chat_template_kwargs, dtype=dtype, trust_remote_code=trust_remote_code)
     probe = start_map("channels", out, model, own, samples, options, score, chosen, heads=chosen)
     finish(ablation_map(probe, heads=chosen, batch=batch, score=score), out, probe.cache.file)
 
@@ -181,7 +182,7 @@ def gradient(
     ] = "1",
     compare: Annotated[Path | None, typer.Option(help="Map of `heads` to compare with (Spearman).")] = None,
     dtype: Dtype = "auto", chat_template: ChatTemplate = None, chat_template_kwargs: TemplateArguments = None,
-    out: Out = Path("results/probes/gradient.json"),
+    trust_remote_code: TrustRemoteCode = False, out: Out = Path("results/probes/gradient.json"),
 ) -> None:  # fmt: skip
     """Predict the effect of ablating every head, from one forward and one backward pass per prompt."""
     from eval.probe.head_importance import agreement, changes, gradient_map, read_map
@@ -195,7 +196,7 @@ def gradient(
             raise ValueError(f"compare: {compare} is of the lengths {wanted}: name them all by --lengths")
 
     check_compared(own[1])
-    options = load_options(chat_template, chat_template_kwargs, dtype=dtype)
+    options = load_options(chat_template, chat_template_kwargs, dtype=dtype, trust_remote_code=trust_remote_code)
     probe = start_map("gradient", out, model, own, samples, options, scales)
     check_compared(probe.lengths)  # of a file, whose lengths are known only now
     result = gradient_map(probe, points=tuple(scales))
@@ -217,7 +218,7 @@ def quadrants(
     task: Annotated[str, typer.Option(help=f"Default: the map's. Or another, or your own: {OWN_TASK}.")] = "",
     metric: Metric = None, max_new_tokens: MaxNewTokens = None, lengths: TestLengths = "", samples: TestSamples = None,
     batch_size: BatchSize = None, dtype: Dtype = "auto", chat_template: ChatTemplate = None,
-    chat_template_kwargs: TemplateArguments = None,
+    chat_template_kwargs: TemplateArguments = None, trust_remote_code: TrustRemoteCode = False,
     adapters: Annotated[Path, typer.Option(help="Folder for the SEAL-H adapters.")] = Path("outputs/quadrants"),
     out: Out = Path("results/probes/quadrants.json"),
 ) -> None:  # fmt: skip
@@ -233,7 +234,7 @@ def quadrants(
     own = scored_task(task or head_map["task"], metric, max_new_tokens)
     result, journals = score_quadrants(
         model, head_map, own, down=down, up=up, adapters=adapters, out=out,
-        options=load_options(chat_template, chat_template_kwargs, dtype=dtype),
+        options=load_options(chat_template, chat_template_kwargs, dtype=dtype, trust_remote_code=trust_remote_code),
         lengths=parse_numbers(lengths, "lengths") if lengths else None, samples=samples, batch_size=batch_size,
     )  # fmt: skip
     finish({**result, "map": str(source)}, out, *journals)
@@ -256,7 +257,7 @@ def direct(
         bool, typer.Option(help="Apply the final norm, so that effects sum to the logit; the paper omits it.")
     ] = False,
     dtype: Dtype = "auto", chat_template: ChatTemplate = None, chat_template_kwargs: TemplateArguments = None,
-    out: Out = Path("results/probes/direct.json"),
+    trust_remote_code: TrustRemoteCode = False, out: Out = Path("results/probes/direct.json"),
 ) -> None:  # fmt: skip
     """Attribute the right and the wrong token's logits to heads and MLPs where answers diverge (Figure 4)."""
     from axolotl_plugins.seal.model_loading import load
@@ -265,7 +266,7 @@ def direct(
 
     check_output(out)
     own, _ = read_task(task, metric, max_new_tokens, str(length or ""))
-    options = load_options(chat_template, chat_template_kwargs, dtype=dtype)
+    options = load_options(chat_template, chat_template_kwargs, dtype=dtype, trust_remote_code=trust_remote_code)
     models = [load(name, **options) for name in (model, *adapter)]
     for loaded in models:
         wrap(loaded.model)
@@ -279,7 +280,8 @@ def transfer(
     tasks: Annotated[str, typer.Option(help="Tasks to score each adapter on, or files of samples.")] = "vt,cwe,fwe",
     metric: Metric = None, max_new_tokens: MaxNewTokens = None, lengths: TestLengths = "", samples: TestSamples = None,
     batch_size: BatchSize = None, dtype: Dtype = "auto", chat_template: ChatTemplate = None,
-    chat_template_kwargs: TemplateArguments = None, out: Out = Path("results/probes/transfer.json"),
+    chat_template_kwargs: TemplateArguments = None, trust_remote_code: TrustRemoteCode = False,
+    out: Out = Path("results/probes/transfer.json"),
 ) -> None:  # fmt: skip
     """Score every adapter on every task: gain over the range of the base model's scores (equation 2, Figure 8)."""
     from eval.probe.transfer import score_transfer
@@ -290,7 +292,8 @@ def transfer(
     own = [scored_task(task) for task in find_tasks(tasks, metric, max_new_tokens)]
     check_output(out)
     result, journals = score_transfer(
-        model, folders, own, out=out, options=load_options(chat_template, chat_template_kwargs, dtype=dtype),
+        model, folders, own, out=out,
+        options=load_options(chat_template, chat_template_kwargs, dtype=dtype, trust_remote_code=trust_remote_code),
         lengths=parse_numbers(lengths, "lengths") if lengths else None, samples=samples, batch_size=batch_size,
     )  # fmt: skip
     finish(result, out, *journals)

@@ -39,8 +39,8 @@ def read_recipe(file: Path) -> dict[str, Any]:
 
     Returns:
         ``base_model``, ``model_config``, ``chat_template`` (file or None), ``template_arguments`` (of it, or None),
-        ``dtype`` (``auto``, the checkpoint's), ``scales`` (settings of ``SealConfig``), ``requests`` (of its data; none
-        for a file of the user's), ``rows`` (of that file), ``rate``, ``epochs``.
+        ``trust_remote_code``, ``dtype`` (``auto``, the checkpoint's), ``scales`` (settings of ``SealConfig``),
+        ``requests`` (of its data; none for a file of the user's), ``rows`` (of that file), ``rate``, ``epochs``.
 
     Raises:
         ValueError: the file is not a SEAL recipe of data to generate or of one file, or a row of that is not a chat.
@@ -56,6 +56,7 @@ def read_recipe(file: Path) -> dict[str, Any]:
             "model_config": recipe.get("model_config"),
             "chat_template": recipe.get("chat_template_jinja"),
             "template_arguments": recipe.get("chat_template_kwargs"),
+            "trust_remote_code": recipe.get("trust_remote_code") is True,
             "dtype": "auto",
             "scales": block.adapter_settings(),
             "requests": [Request(**part.model_dump()) for part in block.data or ()],
@@ -86,7 +87,7 @@ def training_rows(recipe: Path, datasets: list[dict[str, Any]]) -> list[dict[str
 
 def load_untuned(recipe: dict[str, Any]) -> LoadedModel:
     """Load a recipe's base model with new scales, all 1."""
-    options = ("dtype", "chat_template", "template_arguments", "model_config")
+    options = ("dtype", "chat_template", "template_arguments", "model_config", "trust_remote_code")
     loaded = load(recipe["base_model"], **{option: recipe[option] for option in options})
     return with_adapter(loaded, SealConfig(**recipe["scales"]))
 

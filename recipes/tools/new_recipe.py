@@ -25,7 +25,7 @@ PAPER_WINDOW_SHARE = (31, 32)  # of the window that the longest training sample 
 def recipe_for(
     base: str, task: str, method: str, tokens: str | None = None, chat_template: str | None = None,
     out: Path | None = None, gpu: bool | None = None, card: int = CARD, window: int | None = None,
-    template_arguments: dict[str, Any] | None = None, data: Path | None = None,
+    template_arguments: dict[str, Any] | None = None, data: Path | None = None, trust_remote_code: bool = False,
 ) -> tuple[str, str]:  # fmt: skip
     """Render a recipe, and return it with the names of the modules that it scales.
 
@@ -41,6 +41,7 @@ def recipe_for(
         window: context window in tokens, for a model whose config states none.
         template_arguments: variables of the chat template, see ``axolotl_plugins.common.tokenizer.with_arguments``.
         data: JSON lines file of chats to train on instead of a task's samples.
+        trust_remote_code: run code from the checkpoint; so does the recipe.
 
     Raises:
         ValueError: SEAL cannot wrap the model, it has no chat template, an option is invalid, or a sample is too long.
@@ -62,15 +63,17 @@ def recipe_for(
     out = out or FOLDER.relative_to(FOLDER.parent) / f"{Path(base).name.lower().replace('.', '_')}_{name}_{method}.yml"
     if not re.fullmatch(r"\w[\w.+-]*\.ya?ml", out.name):  # it is part of names in the recipe as well
         raise ValueError(f"out: found the name {out.name!r}, expected letters, digits and any of . _ + -, then .yml")
-    tokenizer = load_tokenizer(base, str(template_file(chat_template)) if chat_template else None, template_arguments)
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    template = str(template_file(chat_template)) if chat_template else None
+    tokenizer = load_tokenizer(base, template, template_arguments, **trust)
     own = OwnData(str(data), tuple(chat_lengths(data, {}, tokenizer).values())) if data else None
     changes = {"max_position_embeddings": window} if window else {}
-    model = meta_model(base, changes)
+    model = meta_model(base, changes, **trust)
     modules = find_attention_outputs(model)
     entry = model_entry(model, base, len(tokenizer), own)
     entry |= {
         "gpu": torch.cuda.is_available() if gpu is None else gpu, "template": chat_template, "model_config": changes,
-        "template_arguments": template_arguments,
+        "template_arguments": template_arguments, **trust,
     }  # fmt: skip
     entry["tokens"] = None if own else sample_lengths(entry["window"], parts[0], tokens)
     rates = read_matrix()["rates"]
@@ -134,8 +137,10 @@ def template_file(name: str) -> Path:
     return TEMPLATES / f"{name}.jinja"
 
 
-def meta_model(base: str, changes: dict[str, Any] | None = None) -> PreTrainedModel:
+def meta_model(base: str, changes: dict[str, Any] | None = None, **trust: bool) -> PreTrainedModel:
     """Build a model on the meta device, without weights; ``changes`` override keys of its config.
+
+    ``trust`` may be ``trust_remote_code``.
 
     Raises:
         ValueError: its config cannot be loaded.
@@ -143,10 +148,10 @@ def meta_model(base: str, changes: dict[str, Any] | None = None) -> PreTrainedMo
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    config = read_config(base, changes)
+    config = read_config(base, changes, **trust)
     try:
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, **trust)
     except ValueError as error:
         raise ValueError(f"cannot build the model of {base!r}: {first_line(error)}") from error
     model.tie_weights()  # moving to the meta device untied them

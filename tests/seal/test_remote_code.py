@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 
 import pytest
 import torch
+import yaml
 from axolotl_runs import launch, write_recipe
 from paths import TINY
 from peft import PeftModel
@@ -17,6 +19,7 @@ from axolotl_plugins.seal.__main__ import app as seal
 from axolotl_plugins.seal.merge import merge
 from axolotl_plugins.seal.model_loading import load
 from eval.__main__ import app as evaluate
+from recipes.__main__ import app as recipes
 
 CONFIG_CODE = """
 from transformers import LlamaConfig
@@ -40,6 +43,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 """
 CODE = {"configuration_own.py": CONFIG_CODE, "modeling_own.py": MODEL_CODE}
 IDS = torch.arange(3, 43)[None]
+REFUSED = r"seal: .*code of its own, which only --trust-remote-code"
 
 
 @torch.no_grad()
@@ -72,7 +76,7 @@ def test_commands_run_a_checkpoints_own_code_only_if_asked(folder, monkeypatch):
         (seal, "verify merged"),
         (seal, "export out ia3"),
     ):
-        with pytest.raises(SystemExit, match=r"seal: .*code of its own, which only --trust-remote-code"):
+        with pytest.raises(SystemExit, match=REFUSED):
             run(app, "it", command.split())
         run(app, "it", [*command.split(), "--trust-remote-code"])
     tuned = logits(load(folder / "out", trust_remote_code=True).model)
@@ -83,6 +87,43 @@ def test_commands_run_a_checkpoints_own_code_only_if_asked(folder, monkeypatch):
     torch.testing.assert_close(logits(merged), tuned, atol=5e-4, rtol=0)
     assert (logits(base) - tuned).abs().max() > 1e-3
     torch.testing.assert_close(logits(PeftModel.from_pretrained(base, folder / "ia3")), tuned, atol=5e-4, rtol=0)
+
+
+PROBED = "--lengths 300 --samples 1 --out p.json"
+
+
+@pytest.mark.parametrize(
+    ("command", "end"),
+    [
+        ("heads --model out " + PROBED, ""),
+        ("channels --model out --heads L0H0 " + PROBED, ""),
+        ("gradient --model out " + PROBED, ""),
+        ("direct --model base --adapter out --length 300 --find 1 --out p.json", "search more with --find"),
+        ("transfer --model base --adapter a=out --tasks line " + PROBED, "line: the base model scores .* at every"),
+    ],
+)
+def test_probes_run_a_checkpoints_own_code_only_if_asked(command, end, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit, match=REFUSED):
+        run(evaluate, "it", ["probe", *command.split()])
+    with pytest.raises(SystemExit, match=end) if end else contextlib.nullcontext():
+        run(evaluate, "it", ["probe", *command.split(), "--trust-remote-code"])
+
+
+def test_a_recipe_runs_a_checkpoints_own_code_only_if_asked(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    command = ["new", "base", "--tokens", "300", "--no-gpu", "--out", "new.yml"]
+    with pytest.raises(SystemExit, match=REFUSED):
+        run(recipes, "it", command)
+    run(recipes, "it", [*command, "--trust-remote-code"])
+    text = (folder / "new.yml").read_text()
+    assert yaml.safe_load(text)["trust_remote_code"] is True
+    sweep = ["probe", "sweep", "--rates", "0.01", "--samples", "2", "--validation", "1", "--lengths", "300"]
+    run(evaluate, "it", [*sweep, "--recipe", "new.yml", "--out", "s.json"])
+    assert json.loads((folder / "s.json").read_text())["cells"]
+    (folder / "new.yml").write_text(text.replace("trust_remote_code: true\n", ""))
+    with pytest.raises(SystemExit, match=REFUSED):
+        run(evaluate, "it", [*sweep, "--recipe", "new.yml", "--out", "t.json"])
 
 
 def test_a_stretched_window_is_merged_into_the_checkpoints_own_config(folder, tmp_path, monkeypatch):

@@ -92,19 +92,12 @@ def data_url(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def figure_files(folder: Path, studies: Sequence[Path]) -> dict[Path | None, list[dict[str, Any]]]:
-    """Return sections on the PNG files that are not drawn from a JSON file of the same name.
-
-    Each is of the study whose name it begins with, as ``smollm2_tasks.png`` of ``smollm2.json``, else of None.
-    """
-    sections = defaultdict(list)
-    for file in [*sorted(folder.glob("*.png")), *sorted((folder / "probes").glob("*.png"))]:
-        if not file.with_suffix(".json").exists():
-            owners = [study for study in studies if file.name.startswith(f"{study.stem}_")]
-            owner = max(owners, key=lambda study: len(study.stem), default=None)
-            title = file.stem.removeprefix(f"{owner.stem}_" if owner else "").replace("_", " ")
-            sections[owner].append({"title": title, "figures": [data_url(file.read_bytes())], "tables": []})
-    return sections
+def figure_section(folder: Path) -> dict[str, Any]:
+    """Return the page's section on the PNG files that are not drawn from a JSON file of the same name."""
+    files = [*sorted(folder.glob("*.png")), *sorted((folder / "probes").glob("*.png"))]
+    shown = [file for file in files if not file.with_suffix(".json").exists()]
+    sections = [{"title": file.stem.replace("_", " "), "figures": [data_url(file.read_bytes())]} for file in shown]
+    return {"name": "Other figures", "sections": sections}
 
 
 def score_table(results: Sequence[EvalResult]) -> dict[str, Any]:
@@ -254,13 +247,9 @@ def write_report(folder: Path, out: Path) -> int:
     by_base: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         by_base[result.base].append(result)
-    figures = figure_files(folder, [file for file, _ in studies])
-    bases = [base_section(base, rows) for base, rows in by_base.items()]
-    for file, values in studies:
-        bases.append(section := study_section(file, values))
-        section["sections"] += figures[file]
-    if None in figures:
-        bases.append({"name": "Other figures", "sections": figures[None]})
+    bases = [base_section(base, rows) for base, rows in by_base.items()] + [study_section(*pair) for pair in studies]
+    if (figures := figure_section(folder))["sections"]:
+        bases.append(figures)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )

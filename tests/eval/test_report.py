@@ -154,10 +154,7 @@ def test_every_figure_of_the_repositorys_results_is_on_the_page(tmp_path):
     for file in files:
         assert (base64.b64encode(file.read_bytes()).decode() in page) == (file.stem not in drawn), file
     headings = re.findall("<h[23]>([^<]*)", page)
-    study, controls, other = (next(place for place, text in enumerate(headings) if text.startswith(start))
-                              for start in ("smollm2.json", "smollm2_controls.json", "Other figures"))  # fmt: skip
-    assert "placements" in headings[study:controls] and "weights" in headings[controls:other]
-    assert headings[other + 1] == "bench memory"
+    assert {"smollm2 placements", "bench memory"} <= set(headings[headings.index("Other figures") :])
 
 
 def test_studies_are_means_over_seeds():

@@ -42,11 +42,10 @@ def check_replaced(out: Path, model: str, options: dict[str, Any]) -> None:
         raise ValueError(f"{out}: is no result of this command: name another file or folder with --out")
     changed = [f"other samples ({key}: {before.get(key)!r}, now {options[key]!r})"
                for key in options if before.get(key) != options[key]]  # fmt: skip
-    if not same_model(scored := str(existing.get("model")), model):
-        changed.insert(0, f"{scored}, not of {model}")
+    if not same_model(str(existing["model"]), model):
+        changed = [f"{existing['model']}, not of {model}"]
     if changed:
-        raise ValueError(f"{out}: holds a result of {changed[0]}: name another file or folder with --out, or move it "
-                         "away")  # fmt: skip
+        raise ValueError(f"{out}: holds a result of {changed[0]}: move it away, or name another with --out")
 
 
 def journal_file(out: Path, model: str, *settings: object) -> Path:

@@ -122,17 +122,6 @@ def scored_task(name: str | Task, metric: str | None = None, max_new_tokens: int
     return task
 
 
-def find_tasks(names: str, metric: str | None = None, max_new_tokens: int | None = None) -> tuple[Task, ...]:
-    """Return the tasks of a group, or of a list with commas between; options are of its files of samples, if any.
-
-    Raises:
-        ValueError: see ``find_task``.
-    """
-    parts = TASK_GROUPS.get(names) or split_names(names)
-    files = [part for part in parts if part.endswith(".jsonl")] or parts
-    return tuple(find_task(part, *((metric, max_new_tokens) if part in files else ())) for part in parts)
-
-
 def resolve_tasks(
     name: str, spec: EvalSpec, *, metric: str | None = None, max_new_tokens: int | None = None,
     cases: str | None = None, lines: list[int] | None = None,
@@ -140,17 +129,19 @@ def resolve_tasks(
     """Return the tasks that a task's or group's name stands for.
 
     Args:
-        name: see ``find_tasks``.
+        name: of a group, or see ``find_task``, several with commas between.
         spec: its options are checked.
-        metric: see ``find_tasks``.
-        max_new_tokens: see ``find_tasks``.
+        metric: see ``find_task``; of several tasks, it is of the files of samples.
+        max_new_tokens: as ``metric``.
         cases: folder of LongEval's published cases, the samples of ``line`` then.
         lines: numbers of lines of the files of ``cases`` to score; None scores all.
 
     Raises:
         ValueError: the name is unknown, or an option applies to none of the tasks.
     """
-    tasks = find_tasks(name, metric, max_new_tokens)
+    parts = TASK_GROUPS.get(name) or split_names(name)
+    files = [part for part in parts if part.endswith(".jsonl")] or parts
+    tasks = tuple(find_task(part, *((metric, max_new_tokens) if part in files else ())) for part in parts)
     if cases:
         if name != "line":
             raise ValueError(f"cases: {name} has no such option, only line")

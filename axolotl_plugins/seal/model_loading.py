@@ -313,8 +313,7 @@ def load_each(adapters: dict[str, str], **options: Any) -> Iterator[LoadedModel]
     """
     empty: list[LoadedModel] = []
     for folder in adapters.values():
-        if not is_adapter(folder):
-            raise ValueError(f"adapter: {folder} has no adapter_config.json: give the folder that training wrote")
+        check_adapter(Path(folder))
         if empty and (base := base_model(folder)) != (first := empty[0].base):
             raise ValueError(f"adapter: {folder} is of {base}, the first one of {first}: evaluate it on its own")
         adapter_file(Path(folder))

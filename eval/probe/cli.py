@@ -30,7 +30,7 @@ from eval.cli_options import (
 from eval.results import title_of
 from eval.resume import journal_file
 from eval.spec import METRICS as SCORED
-from eval.spec import find_tasks, scored_task
+from eval.spec import EvalSpec, resolve_tasks, scored_task
 
 if TYPE_CHECKING:
     from eval.probe.head_importance import MapRun
@@ -189,16 +189,10 @@ def gradient(
 
     own, scales = read_task(task, metric, max_new_tokens, lengths), parse_numbers(points, "points", float)
     exact = read_map(compare, model) if compare else None
-
-    def check_compared(token_lengths: list[int] | None) -> None:
-        if exact and token_lengths and not set(exact["lengths"]) <= set(token_lengths):
-            wanted = ",".join(map(str, exact["lengths"]))
-            raise ValueError(f"compare: {compare} is of the lengths {wanted}: name them all by --lengths")
-
-    check_compared(own[1])
+    if exact and own[1] and not set(exact["lengths"]) <= set(own[1]):
+        raise ValueError(f"compare: {compare} is of the lengths {exact['lengths']}: name them all by --lengths")
     options = load_options(chat_template, chat_template_kwargs, dtype=dtype, trust_remote_code=trust_remote_code)
     probe = start_map("gradient", out, model, own, samples, options, scales)
-    check_compared(probe.lengths)  # of a file, whose lengths are known only now
     result = gradient_map(probe, points=tuple(scales))
     if exact is not None:
         result["spearman"] = agreement(exact, result)
@@ -289,7 +283,7 @@ def transfer(
     folders = parse_adapters(adapter)
     if "base" in folders:
         raise ValueError("adapter: found the name 'base', which is --model's: give it another")
-    own = [scored_task(task) for task in find_tasks(tasks, metric, max_new_tokens)]
+    own = [*map(scored_task, resolve_tasks(tasks, EvalSpec(), metric=metric, max_new_tokens=max_new_tokens))]
     check_output(out)
     result, journals = score_transfer(
         model, folders, own, out=out,

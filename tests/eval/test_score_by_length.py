@@ -235,9 +235,9 @@ def test_a_result_is_not_lost_to_one_of_other_samples_or_of_another_model(tmp_pa
 
     score(2)
     first = (tmp_path / "r.json").read_bytes()
-    with pytest.raises(SystemExit, match=r"r\.json: holds a result of other samples \(samples: 2, now 3\): name"):
+    with pytest.raises(SystemExit, match=r"r\.json: holds a result of other samples \(samples: 2, now 3\): move"):
         score(3)
-    with pytest.raises(SystemExit, match=r"r\.json: holds a result of .*/tiny, not of .*/tuned: name another file"):
+    with pytest.raises(SystemExit, match=r"r\.json: holds a result of .*/tiny, not of .*/tuned: move it"):
         score(2, tuned(tmp_path / "tuned", "head", 0.5))
     assert (tmp_path / "r.json").read_bytes() == first
     score(2)

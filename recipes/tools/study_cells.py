@@ -149,7 +149,7 @@ class Cell:
     def file_name(self) -> str:
         """File name of the result in the folder of cells."""
         rate = "" if self.rate is None else f"_{self.rate:g}"
-        return f"{self.task}_{self.method.replace(' ', '-')}_{self.purpose}_{self.seed}{rate}.json"
+        return f"{self.task}_{self.method}_{self.purpose}_{self.seed}{rate}.json".replace(" ", "-")
 
     def file(self, study: Path) -> Path:
         """Return the file of the result in the folder of a study."""

@@ -222,7 +222,7 @@ def test_sizes_and_mixtures_take_the_first_samples_of_every_source():
         assert [request.samples for request in requests] == [max(50, count)] * (5 if "mixture" in method else 1)
         assert cell.tuned_as == cell.rated_as == "SEAL-C"
     names = {Cell("line", method, "test", rate=0.1).tuned_cell.file_name for method in counts}
-    assert len(names) == len(counts)  # each has an adapter of its own
+    assert len(names) == len(counts) and " " not in "".join(names)  # each has an adapter of its own
 
 
 def test_lengths_of_single_tasks():

@@ -95,7 +95,7 @@ def data_url(png: bytes) -> str:
 def figure_section(folder: Path) -> dict[str, Any]:
     """Return the page's section on the PNG files that are not drawn from a JSON file of the same name."""
     files = [*sorted(folder.glob("*.png")), *sorted((folder / "probes").glob("*.png"))]
-    shown = [file for file in files if not file.with_suffix(".json").exists()]
+    shown = [file for file in files if file.is_file() and not file.with_suffix(".json").exists()]
     sections = [{"title": file.stem.replace("_", " "), "figures": [data_url(file.read_bytes())]} for file in shown]
     return {"name": "Other figures", "sections": sections}
 

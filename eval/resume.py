@@ -37,8 +37,8 @@ def check_replaced(out: Path, model: str, options: dict[str, Any]) -> None:
     if not out.is_file():
         return
     existing = load_json(out)
-    before = existing.get("asked") if isinstance(existing, dict) else None
-    if before is None:
+    before = existing.get("asked") if isinstance(existing, dict) and "model" in existing else None
+    if not isinstance(before, dict):
         raise ValueError(f"{out}: is no result of this command: name another file or folder with --out")
     changed = [f"other samples ({key}: {before.get(key)!r}, now {options[key]!r})"
                for key in options if before.get(key) != options[key]]  # fmt: skip

@@ -31,6 +31,7 @@ from data_gen.dataset import Request
 from eval.cli_options import parse_names, parse_numbers, read_model_config
 from recipes.tools.study_cells import (
     METHODS,
+    MIXTURES,
     TASKS,
     Cell,
     Settings,
@@ -161,7 +162,10 @@ def pairs(text: str, option: str) -> dict[str, str]:
     Raises:
         ValueError: a task is unknown or has no value.
     """
-    values = dict(part.strip().partition("=")[::2] for part in text.split(",") if part.strip())
+    parts = [part.strip().partition("=") for part in text.split(",") if part.strip()]
+    values = {task: value for task, _, value in parts}
+    if len(values) < len(parts):
+        raise ValueError(f"{option}: found {text!r}, which names a task twice")
     if wrong := [task for task, value in values.items() if task not in TASKS or not value]:
         raise ValueError(
             f"{option}: found {wrong[0]!r} in {text!r}, expected TASK=VALUE with TASK in {', '.join(TASKS)}"
@@ -170,10 +174,10 @@ def pairs(text: str, option: str) -> dict[str, str]:
 
 
 def make_settings(
-    model: Path, longest: int | None, lengths: str, train_tokens: str, model_config: dict[str, Any] | None = None,
-    **others: Any,
+    model: Path, tasks: list[str], longest: int | None, lengths: str, train_tokens: str,
+    model_config: dict[str, Any] | None = None, **others: Any,
 ) -> Settings:  # fmt: skip
-    """Return the settings of a study; ``others`` are settings as they are.
+    """Return the settings of a study of these tasks; ``others`` are settings as they are.
 
     Raises:
         ValueError: the model is missing, or a length exceeds its window.
@@ -186,11 +190,11 @@ def make_settings(
     window = context_window(read_config(str(model), model_config), str(model))
     train, tested = capped(longest, pairs(train_tokens, "train-tokens"))
     if "=" in lengths:
-        tested |= {task: parse_numbers(values.replace("/", ","), "lengths")
+        tested |= {task: sorted(set(parse_numbers(values.replace("/", ","), "lengths")))
                    for task, values in pairs(lengths, "lengths").items()}  # fmt: skip
     elif lengths:
         tested = {task: sorted(set(parse_numbers(lengths, "lengths"))) for task in tested}
-    if (longest_test := max(map(max, tested.values()))) > window:
+    if (longest_test := max(max(tested[task]) for task in tasks)) > window:
         raise ValueError(f"lengths: {longest_test} tokens do not fit into the window of {window}: see --longest")
     return Settings(model=file_hash(weights[0]), window=window, train=train, lengths=tested, model_config=model_config,
                     **others)  # fmt: skip
@@ -248,13 +252,16 @@ def run(
 ) -> None:
     """Draw the samples of the cells; unless called as ``data``, tune and score them."""
     deadline = time.monotonic() + 60 * minutes
+    chosen = parse_names(tasks, TASKS, "tasks"), parse_names(methods, METHODS, "methods")
     settings = make_settings(
-        model, longest, lengths, train_tokens, read_model_config(model_config) if model_config else None,
+        model, chosen[0], longest, lengths, train_tokens, read_model_config(model_config) if model_config else None,
         dtype=dtype, samples=samples, validation_samples=validation_samples,
         tune_samples=tune_samples, shot_tokens=shot_tokens, haystack=haystack,
     )  # fmt: skip
-    chosen = parse_names(tasks, TASKS, "tasks"), parse_names(methods, METHODS, "methods")
     cells = plan(*chosen, parse_numbers(seeds, "seeds", zero=True))
+    if tune_samples % len(TASKS) and any(cell.method.endswith(f"from {MIXTURES[0]}") for cell in cells):
+        raise ValueError(f"tune-samples: {tune_samples} cannot be shared equally by the mixture's {len(TASKS)} tasks: "
+                         f"name a multiple of {len(TASKS)}")  # fmt: skip
     requests = data_requests(settings, cells)
     if context.info_name == "data":
         count = draw_missing(requests, model, out / "data", jobs)
@@ -267,8 +274,8 @@ def run(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         settings = replace(settings, dtype="bfloat16" if device == "cuda" else "float32")
-    store_settings(out, settings)
     draw_missing(requests, model, out / "data", jobs)
+    store_settings(out, settings)
     before = open_cells(out, cells)
     run_cells(deadline, min(jobs, max(1, len(before))), model, device, settings, out, before, current_commit())
     remaining = open_cells(out, before)

@@ -32,6 +32,8 @@ def quantisation(base: str, config: dict[str, Any] | None) -> str | None:
     """
     if not config:
         return None
+    if not isinstance(config, dict):
+        raise ValueError(f"{base}: quantization_config of its config.json: found {config!r}, expected settings")
     method = str(config.get("quant_method"))
     layout = next((str(config[key]) for key in ("checkpoint_format", "version", "format") if config.get(key)), "")
     if method == "bitsandbytes":
@@ -78,10 +80,32 @@ def block_changes(
         elif method == "bitsandbytes":
             changes |= absmax_changes(folder, place, factor)
         else:
-            size, groups = factor.shape[1], read_tensor(folder, place).shape[0]
-            index = read_tensor(folder, stored[needed[1]]) if method == "gptq" else torch.arange(size) * groups // size
-            changes[place] = times(by_block(factor, index.long(), place.name).T)
+            index = group_index(folder, stored, prefix, method)
+            if len(factor.T) not in (1, len(index)):
+                raise ValueError(f"{folder}: {place.name} is of {len(index)} columns, expected {len(factor.T)}: {FULL}")
+            changes[place] = times(by_block(factor, index, place.name).T)
     return places, changes
+
+
+def group_index(folder: Path, stored: dict[str, Place], prefix: str, method: str) -> torch.Tensor:
+    """Return the group of each column of a GPTQ or AWQ weight, whose scales have the shape (groups, outputs).
+
+    Raises:
+        ValueError: the weight is missing, or its shape, its scales' and its index's do not match.
+    """
+    try:
+        weight, scales = (read_tensor(folder, stored[prefix + part]).shape for part in ("qweight", "scales"))
+    except KeyError as error:
+        raise ValueError(f"{folder}: its files lack {error}, as weights of {method} have it: {FULL}") from None
+    groups, outputs = scales
+    if method == "gptq":  # (columns * bits / 32, outputs)
+        index, matches = read_tensor(folder, stored[f"{prefix}g_idx"]).long(), weight[1] == outputs
+    else:  # (columns, outputs * 4 / 32)
+        index, matches = torch.arange(weight[0]) * groups // weight[0], weight[1] * 8 == outputs
+        matches &= weight[0] % groups == 0
+    if not matches or index.ndim != 1 or index.min() < 0 or index.max() >= groups:
+        raise ValueError(f"{folder}: {prefix}scales, of shape {(groups, outputs)}, do not match the weight: {FULL}")
+    return index
 
 
 def by_block(factor: torch.Tensor, index: torch.Tensor, name: str) -> torch.Tensor:
@@ -117,7 +141,7 @@ def absmax_changes(folder: Path, place: Place, factor: torch.Tensor) -> dict[Pla
     """Return the changes of the tensors beside a 4-bit weight: of absmax, which become float32 if they are quantised.
 
     Raises:
-        ValueError: weights of one block have different factors.
+        ValueError: weights of one block have different factors, or absmax does not match the weight.
     """
     from bitsandbytes.functional import QuantState, dequantize_blockwise
 
@@ -125,6 +149,8 @@ def absmax_changes(folder: Path, place: Place, factor: torch.Tensor) -> dict[Pla
     rows, columns = state.shape
     if columns % state.blocksize:
         raise ValueError(f"{place.name}: {SPANS}: {FULL}")
+    if state.absmax.numel() * state.blocksize != rows * columns:
+        raise ValueError(f"{folder}: {place.name} does not match the weight: {FULL}")
     absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
     absmax = absmax.view(rows, -1) * by_block(factor, torch.arange(columns) // state.blocksize, place.name)
     plain = QuantState(absmax.flatten(), state.shape, state.code, state.blocksize, state.quant_type, state.dtype)

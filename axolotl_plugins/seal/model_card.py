@@ -27,6 +27,8 @@ def data_section(adapter: Path) -> list[str]:
     parts = [f"- {source['weight']:g} of the adapter {source['adapter']}" for source in record.get("sources", ())]
     if parts:
         parts.insert(0, "A weighted combination (`1 + sum(weight * (scale - 1))`), trained on the data of all sources:")
+    if record.get("unread"):
+        parts.append(f"Not recorded: the data of {', '.join(Path(name).name for name in record['unread'])}.")
     for file in record["files"]:
         manifest = file.get("manifest") or {}
         origin = ", ".join(f"{key} {manifest[key]}" for key in ("task", "tokens", "samples", "seed") if key in manifest)

@@ -30,9 +30,12 @@ def share(study: Path, gathered: dict[str, Any], model: Path, out: Path) -> list
         out: gets one folder per task and method, as ``line_sealc`` or ``mixture_sealc``; all are returned.
 
     Raises:
-        ValueError: the study has no tested adapter.
+        ValueError: the study has no tested adapter, or changed the model's config.
     """
     settings = Settings(**load_json(study / "settings.json"))
+    if settings.model_config:
+        raise ValueError(f"{study}: its adapters are of a model with changed config, which their folders would not "
+                         "state: tune such a model by a recipe with `model_config`")  # fmt: skip
     tokenizer = load_tokenizer(str(model))
     written: dict[str, Path] = {}
     for row in gathered["rows"]:

@@ -133,7 +133,6 @@ def save(gathered: dict[str, Any], out: Path) -> None:
 
     from eval.score_plots import save_figure
 
-    write_text(out, json.dumps(gathered, indent=1) + "\n")
     for name, methods in PLOTS.items():
         rows = [row for row in gathered["rows"] if row["method"] in methods and row["scores"]]
         if name != "tasks" and not {row["method"] for row in rows} - set(PLOTS["tasks"]):
@@ -148,7 +147,7 @@ def save(gathered: dict[str, Any], out: Path) -> None:
         for axes, method in zip(panels, ("SEAL-H", "SEAL-C"), strict=True):
             draw_weights(axes, method, gathered)
         save_figure(figure, out.with_name(f"{out.stem}_weights.png"))
-    measured = {row["method"] for row in gathered["rows"]}
+    measured = {row["method"] for row in gathered["rows"] if (row["task"], "base") in scored and row["scores"]}
     for name, methods, draw in (("transfer", TRANSFERS, draw_transfer), ("samples", SIZED, draw_samples)):
         names = [m for m in ("SEAL-H", "SEAL-C", "LoRA") if measured & {x for x in methods if x.startswith(m)}]
         if names:
@@ -157,6 +156,7 @@ def save(gathered: dict[str, Any], out: Path) -> None:
             for axes, method in zip(panels[0], names, strict=True):
                 draw(axes, method, gathered["rows"])
             save_figure(figure, out.with_name(f"{out.stem}_{name}.png"))
+    write_text(out, json.dumps(gathered, indent=1) + "\n")  # last: a result has all its plots
 
 
 def scores_figure(rows: list[dict[str, Any]], methods: tuple[str, ...]) -> Any:
@@ -225,8 +225,9 @@ def draw_weights(axes: Any, method: str, gathered: dict[str, Any]) -> None:
 
 def draw_transfer(axes: Any, method: str, rows: list[dict[str, Any]]) -> None:
     """Plot the score on every task of adapters tuned on each, and on mixtures, in the colour of the gain (Figure 8)."""
-    seed = min(row["seed"] for row in rows if row["method"] == method)
-    scores = {(row["task"], row["method"]): mean_score(row) for row in rows if row["seed"] in (seed, None)}
+    seeds = {seed: index for index, seed in enumerate(sorted({row["seed"] for row in rows}, reverse=True))}
+    rows = sorted((row for row in rows if row["scores"]), key=lambda row: seeds[row["seed"]])
+    scores = {(row["task"], row["method"]): mean_score(row) for row in rows}  # of each the smallest seed's
     tasks = [task for task in TASKS if (task, "base") in scores]
     tuned = {name for _, name in scores}
     sources = ["base", *(source for source in (*TASKS, *MIXTURES) if f"{method} from {source}" in tuned)]
@@ -252,7 +253,7 @@ def draw_samples(axes: Any, method: str, rows: list[dict[str, Any]]) -> None:
         for row in of_task:
             if row["scores"] and (row["method"] in ("base", method) or row["method"].startswith(f"{method} with ")):
                 seeds[len(row.get("losses", []))].append(mean_score(row))
-        if len(seeds) > 2:
+        if len(seeds.keys() - {0}) > 1:
             axes.plot(*zip(*sorted((size, statistics.mean(scores)) for size, scores in seeds.items()), strict=True),
                       "o-", label=task)  # fmt: skip
     axes.set(xlabel="training samples", ylabel="mean score over lengths", title=method, ylim=(-0.02, 1.04))

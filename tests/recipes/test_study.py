@@ -226,7 +226,7 @@ def test_sizes_and_mixtures_take_the_first_samples_of_every_source():
 
 
 def test_lengths_of_single_tasks():
-    settings = make_settings(TINY, 512, "vt=64/128", "", dtype="float32", samples=1, validation_samples=1,
+    settings = make_settings(TINY, ["vt"], 512, "vt=128/64/64", "", dtype="float32", samples=1, validation_samples=1,
                              tune_samples=2, shot_tokens=10, haystack="prose")  # fmt: skip
     assert settings.lengths["vt"] == [64, 128] and settings.lengths["line"] == [512]
 
@@ -417,3 +417,20 @@ def test_transfers_and_sizes_are_drawn(tmp_path):
     study_results.draw_samples(samples, "SEAL-C", rows)
     (line,) = samples.get_lines()  # of variable tracking there is one size only
     assert line.get_xydata().tolist() == [[0, 0.1], [5, 0.4], [50, 0.9]]
+    alone = [
+        row("line", "base", 0.1, 0),
+        row("line", "SEAL-C from mixture", 0.5),
+        row("vt", "SEAL-C from mixture", 0.5),
+    ]
+    for rows in (alone, alone[1:]):  # without the method itself, and without the base
+        study_results.save({"rows": rows, "general": [], "rates": []}, tmp_path / f"{len(rows)}.json")
+    assert (tmp_path / "3_transfer.png").exists() and not (tmp_path / "2_transfer.png").exists()
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--lengths", "line=256,line=300"], "names a task twice"),
+    (["--methods", "SEAL-C from mixture", "--tune-samples", "12"], "name a multiple of 5"),
+])  # fmt: skip
+def test_bad_options_start_no_study(options, message, tmp_path):
+    tried = study("run", "--model", str(TINY), "--longest", "900", "--out", str(tmp_path / "s"), *options)
+    assert tried.returncode and message in tried.stderr and not (tmp_path / "s").exists()

@@ -283,6 +283,22 @@ def test_groups_within_heads_take_the_scales(plain, method, order, settings, tmp
         verify(tmp_path / "merged", report=said.append)
 
 
+@pytest.mark.parametrize(
+    ("method", "part", "change"),
+    [("gptq", "g_idx", lambda t: t[:-1]), ("gptq", "g_idx", lambda t: t + 100), ("gptq", "g_idx", lambda t: t - 1),
+     ("gptq", "scales", lambda t: t.T.contiguous()), ("awq", "scales", lambda t: t.T.contiguous())],
+)  # fmt: skip
+def test_tensors_that_do_not_match_are_refused(plain, method, part, change, tmp_path):
+    base = save_groups(plain, tmp_path / "base", method)
+    tensors = load_file(base / "model.safetensors")
+    tensors[f"{O_PROJ[0]}.{part}"] = change(tensors[f"{O_PROJ[0]}.{part}"])
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    save_adapter(base, plain, tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"do not match the weight|is of 255 columns"):
+        merge(tmp_path / "adapter", tmp_path / "merged", report=lambda _: None)
+    assert not (tmp_path / "merged").exists()
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_value_rows_of_groups_take_any_scales(method, tmp_path):
     plain = save_plain(tmp_path / "plain", num_key_value_heads=HEADS)

@@ -379,7 +379,7 @@ class Workbench:
                 if cell.method in WEIGHTED:
                     weight_scales(peft_model, float(cell.method.split(" at ")[1]))
                 result |= self.score(peft_model.base_model.model, cell)
-                if cell.purpose == "test" and cell.method not in (*CONTROLS, *TRANSFERS):
+                if cell.purpose == "test" and cell.method not in CONTROLS and cell.task in cell.sources:
                     rows = [row for _, row in read_rows(TEXTS)]
                     parts = ([row[key] for row in rows if key in row] for key in ("text", "messages"))
                     result["general"] = general_ability(peft_model, self.tokenizer, *parts)

@@ -82,7 +82,7 @@ def gather(folder: Path, commit: str | None) -> dict[str, Any]:
         "command": "seal study run",
         "date": datetime.date.today().isoformat(),
         "commit": only([cell.get("commit") or commit for cell in cells]),
-        "device": only([cell["device"] for cell in cells]),
+        "device": only([cell["device"] for cell in tested]),
         "versions": only([cell["versions"] for cell in cells]),
         "settings": settings,
         "rates": rates,

@@ -11,7 +11,9 @@ ADAPTERS = ROOT / "results" / "adapters" / "smollm2-135m"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "tokens"), [("vt_sealc", 1024), ("vt_sealh", 1024), ("line_sealc", 512)])
+@pytest.mark.parametrize(
+    ("name", "tokens"), [("vt_sealc", 1024), ("vt_sealh", 1024), ("line_sealc", 512), ("mixture_sealc", 1024)]
+)
 def test_a_shared_adapter_has_its_stated_score(smollm2, name, tokens):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -20,11 +22,14 @@ def test_a_shared_adapter_has_its_stated_score(smollm2, name, tokens):
     from data_gen.dataset import Request, generate
     from eval.score_samples import score_samples
 
-    task = name.partition("_")[0]
-    study = json.loads((ROOT / "results" / "smollm2.json").read_text())
+    source, _, key = name.partition("_")
+    mixture = source == "mixture"
+    task = "vt" if mixture else source
+    study = json.loads((ROOT / "results" / ("smollm2_transfer.json" if mixture else "smollm2.json")).read_text())
+    tuned_as = {"sealc": "SEAL-C", "sealh": "SEAL-H"}[key] + " from full mixture" * mixture
     stated = {
         method: next(row for row in study["rows"] if (row["task"], row["method"]) == (task, method))["scores"]
-        for method in ("base", {"sealc": "SEAL-C", "sealh": "SEAL-H"}[name.partition("_")[2]])
+        for method in ("base", tuned_as)
     }
     base, tuned = (next(s["score"] for s in scores if s["length"] == tokens) for scores in stated.values())
     tokenizer = load_tokenizer(str(smollm2))

@@ -139,6 +139,24 @@ def run_cells(deadline: float, jobs: int, *arguments: Any) -> None:
             worker.kill()
 
 
+def run_open_cells(
+    deadline: float, jobs: int, model: Path, device: str, settings: Settings, out: Path, cells: list[Cell]
+) -> None:
+    """Run the cells without a result, see ``run_cells``; print how many were done.
+
+    Raises:
+        ValueError: cells failed.
+    """
+    before = open_cells(out, cells)
+    run_cells(deadline, min(jobs, max(1, len(before))), model, device, settings, out, before, current_commit())
+    remaining = open_cells(out, before)
+    timely = time.monotonic() < deadline
+    more = ", more are open: run the same command again" if remaining and not timely else ""
+    print(f"{len(before) - len(remaining)} cells done now{more}")
+    if remaining and timely:
+        raise ValueError(f"{len(remaining)} cells failed, the first is {remaining[0]}: see above")
+
+
 def draw_missing(requests: list[Request], model: Path, folder: Path, jobs: int) -> int:
     """Draw the missing sample files, and return their number."""
     missing = [wanted for wanted in requests if not data_file(folder, wanted).exists()]
@@ -226,11 +244,7 @@ def run(
     seeds: Annotated[str, typer.Option(help="Of tuned cells; learning rates are chosen under seed 0.")] = "0,1,2",
     longest: Annotated[int | None, typer.Option(help="Cap of all training and test lengths, in tokens.")] = None,
     lengths: Annotated[
-        str,
-        typer.Option(
-            help="Test lengths instead of the built-in ones: of all tasks, as 512,1024, or of "
-            "each, as line=512/1024,vt=1024."
-        ),
+        str, typer.Option(help="Test lengths: of all tasks, as 512,1024, or of some, as line=512/1024,vt=1024.")
     ] = "",
     train_tokens: Annotated[str, typer.Option(help="Training lengths of tasks, as line=512:2048,vt=1024.")] = "",
     samples: Annotated[int, typer.Option(min=1, help="Test samples per length.")] = 100,
@@ -276,14 +290,7 @@ def run(
         settings = replace(settings, dtype="bfloat16" if device == "cuda" else "float32")
     draw_missing(requests, model, out / "data", jobs)
     store_settings(out, settings)
-    before = open_cells(out, cells)
-    run_cells(deadline, min(jobs, max(1, len(before))), model, device, settings, out, before, current_commit())
-    remaining = open_cells(out, before)
-    timely = time.monotonic() < deadline
-    more = ", more are open: run the same command again" if remaining and not timely else ""
-    print(f"{len(before) - len(remaining)} cells done now{more}")
-    if remaining and timely:
-        raise ValueError(f"{len(remaining)} cells failed, the first is {remaining[0]}: see above")
+    run_open_cells(deadline, jobs, model, device, settings, out, cells)
 
 
 @app.command(epilog="Example: seal study collect --out outputs/study --result results/smollm2.json")

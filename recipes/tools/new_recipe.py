@@ -52,13 +52,9 @@ def recipe_for(
     from axolotl_plugins.seal import find_attention_outputs
     from axolotl_plugins.seal.training_rows import chat_lengths
 
-    for option, value, expected in (("method", method, METHODS), ("card", card, CARDS)):
-        if value not in expected:
-            raise ValueError(f"{option}: found {value!r}, expected one of {', '.join(map(str, expected))}")
     parts = split_names(task)
+    check_options(parts, method, card)
     task = ",".join(parts)
-    if len(set(parts)) < len(parts) or len(parts) > SAMPLES // 2:
-        raise ValueError(f"task: found {task!r}, expected at most {SAMPLES // 2} tasks, each once")
     name = data.stem if data else "_".join(resolve_task(part).name for part in parts)
     out = out or FOLDER.relative_to(FOLDER.parent) / f"{Path(base).name.lower().replace('.', '_')}_{name}_{method}.yml"
     if not re.fullmatch(r"\w[\w.+-]*\.ya?ml", out.name):  # it is part of names in the recipe as well
@@ -86,6 +82,15 @@ def recipe_for(
     if not own:
         check_shortest(recipe, tokenizer)
     return recipe.text, ", ".join(modules)
+
+
+def check_options(tasks: list[str], method: str, card: int) -> None:
+    """Raise ValueError if a method or card is unknown, or if tasks repeat or are too many to share the samples."""
+    for option, value, expected in (("method", method, METHODS), ("card", card, CARDS)):
+        if value not in expected:
+            raise ValueError(f"{option}: found {value!r}, expected one of {', '.join(map(str, expected))}")
+    if len(set(tasks)) < len(tasks) or len(tasks) > SAMPLES // 2:
+        raise ValueError(f"task: found {','.join(tasks)!r}, expected at most {SAMPLES // 2} tasks, each once")
 
 
 def model_entry(model: PreTrainedModel, base: str, vocabulary: int, own: OwnData | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import TYPE_CHECKING, Any
 
 from axolotl_plugins.common.console import first_line
@@ -22,7 +23,7 @@ def read_config(name: str, changes: dict[str, Any] | None = None, **options: Any
         options: of ``AutoConfig.from_pretrained``.
 
     Raises:
-        ValueError: the config cannot be loaded.
+        ValueError: the config cannot be loaded, or a key to add is a misspelt one of its.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -37,7 +38,10 @@ def read_config(name: str, changes: dict[str, Any] | None = None, **options: Any
                 "it has code of its own, which only --trust-remote-code (in a recipe `trust_remote_code: true`) runs"
             )
         raise ValueError(f"cannot load the config of {name!r}: {reason}") from error
-    for key in changes.keys() - config.to_dict().keys():  # Transformers ignores changes of keys that a config lacks
+    known = config.to_dict().keys() | config.attribute_map.keys()
+    for key in sorted(changes.keys() - known):  # Transformers ignores changes of keys that a config lacks
+        if close := difflib.get_close_matches(key, known, n=1, cutoff=0.9):
+            raise ValueError(f"model_config: {key}: {name} has no such setting; is {close[0]} meant?")
         setattr(config, key, changes[key])
     if linear := condensed(config):
         for key, value in linear.items():

@@ -96,3 +96,11 @@ def test_a_config_that_cannot_be_read_is_one_line(config, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         read_config(write(tmp_path, config))
     assert "\n" not in str(error.value)
+
+
+def test_a_misspelt_key_is_refused_and_another_one_added(tmp_path):
+    name = write(tmp_path, LLAMA)
+    with pytest.raises(ValueError, match=r"max_position_embedings: .* is max_position_embeddings meant"):
+        read_config(name, {"max_position_embedings": 512})
+    assert read_config(name, {"rope_condense_ratio": 1}).rope_condense_ratio == 1
+    assert read_config(name, {"max_position_embeddings": 512}).max_position_embeddings == 512

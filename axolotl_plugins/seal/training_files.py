@@ -136,14 +136,16 @@ def generate_files(cfg: dict[str, Any], block: SealBlock, template: str | None) 
 def remove_incomplete(prepared: Path) -> None:
     """Remove prepared datasets that an interrupted run left incomplete: Axolotl takes them for complete and fails.
 
-    One that changed in the last seconds may be another run's in progress, and is left.
+    One that changed in the last seconds may be another run's in progress: wait until it is complete or stays as it is.
     """
     if int(os.environ.get("LOCAL_RANK", "0")) != 0:
         return  # the first process of a run checks before it writes
     for folder in prepared.glob("[0-9a-f]" * 32):
-        complete = any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
-        if folder.is_dir() and not complete and time.time() - folder.stat().st_mtime > RECENT:
-            remove(folder)
+        while folder.is_dir() and not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            if abs(time.time() - folder.stat().st_mtime) > RECENT:
+                remove(folder)
+            else:
+                time.sleep(0.1)
 
 
 def file_lengths(cfg: dict[str, Any]) -> Iterator[tuple[Path, dict[int, int]]]:

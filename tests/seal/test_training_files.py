@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from paths import TINY
 from transformers import AutoTokenizer
 
 from axolotl_plugins.common.tokenizer import count_tokens
+from axolotl_plugins.seal import training_files
 from axolotl_plugins.seal.training_files import remove_incomplete
 from axolotl_plugins.seal.training_rows import chat_lengths, read_chat
 from data_gen.dataset import manifest_path
@@ -174,15 +176,20 @@ def test_an_unknown_key_of_the_data_names_the_nearest(folder):
     assert re.search(r"seal\.data\.sample: no such setting; is samples meant\?", refusal(folder))
 
 
-def test_prepared_data_that_was_cut_short_is_removed(tmp_path):
-    """Not another run's in progress, and not what is complete."""
-    names = {state: character * 32 for state, character in (("cut", "a"), ("recent", "b"), ("complete", "c"))}
+def test_prepared_data_that_was_cut_short_is_removed(tmp_path, monkeypatch):
+    """Not another run's in progress, for which it waits, and not what is complete."""
+    monkeypatch.setattr(training_files, "RECENT", 1.0)
+    states = ("cut", "just cut", "written", "complete")
+    names = {state: character * 32 for state, character in zip(states, "abcd", strict=True)}
     for name in (*names.values(), "folder of the user's"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "data-00000-of-00001.arrow").write_bytes(b"")
     (tmp_path / names["complete"] / "state.json").write_text("{}")
     for state in ("cut", "complete"):
         os.utime(tmp_path / names[state], (0, 0))
+    other_run = threading.Timer(0.5, (tmp_path / names["written"] / "state.json").write_text, ["{}"])
+    other_run.start()
     remove_incomplete(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {names["recent"], names["complete"], "folder of the user's"}
+    other_run.join()
+    assert {path.name for path in tmp_path.iterdir()} == {names["written"], names["complete"], "folder of the user's"}
     remove_incomplete(tmp_path / "missing")

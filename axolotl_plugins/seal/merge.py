@@ -20,7 +20,15 @@ from axolotl_plugins.common.window import read_config
 
 from . import provenance
 from .layer import SealLayer
-from .merge_quantised import ABSMAX, MAX_RELATIVE_ERROR, block_changes, dequantise, quantisation, read_weight
+from .merge_quantised import (
+    ABSMAX,
+    MAX_RELATIVE_ERROR,
+    block_changes,
+    dequantise,
+    quantisation,
+    read_weight,
+    stored_tensors,
+)
 from .model_files import (
     TOKENIZER_FILES,
     Change,
@@ -310,12 +318,13 @@ def check_saved(folder: Path, base: str, merged: MergeResult, **trust: bool) -> 
     if getattr(saved, "is_quantized", False):
         dequantise(saved)
     parameters = dict(saved.named_parameters(remove_duplicate=False))
+    stored, stored_before = stored_tensors(folder), stored_tensors(original)
     for name, place in merged.places.items():
-        weight = read_weight(folder, place)
+        weight = read_weight(folder, stored, place)
         if not torch.equal(parameters[name].cpu(), weight):
             raise ValueError(f"{folder}: {name} is not read from {place.name}, into which it was merged")
         if place.name.endswith(ABSMAX):
-            expected = read_weight(original, place) * merged.factors[name]
+            expected = read_weight(original, stored_before, place) * merged.factors[name]
             if not torch.allclose(weight, expected, rtol=MAX_RELATIVE_ERROR, atol=0):
                 raise ValueError(f"{folder}: {name} differs from the dequantised product: merge again")
     return count, difference(last_logits(saved, merged.prompts), merged.unmerged)

@@ -78,7 +78,7 @@ def block_changes(
         if name.endswith(".bias"):
             changes[place] = times(factor)
         elif method == "bitsandbytes":
-            changes |= absmax_changes(folder, place, factor)
+            changes |= absmax_changes(folder, stored, place, factor)
         else:
             index = group_index(folder, stored, prefix, method)
             if len(factor.T) not in (1, len(index)):
@@ -128,16 +128,18 @@ def by_block(factor: torch.Tensor, index: torch.Tensor, name: str) -> torch.Tens
     return blocks
 
 
-def read_state(folder: Path, place: Place) -> tuple[dict[str, Place], QuantState]:
+def read_state(folder: Path, stored: dict[str, Place], place: Place) -> tuple[dict[str, Place], QuantState]:
     """Return the tensors in the files beside the 4-bit weight whose absmax is at ``place``, and the state they hold."""
     from bitsandbytes.functional import QuantState
 
     prefix = place.name.removesuffix("absmax")
-    parts = {key.removeprefix(prefix): at for key, at in stored_tensors(folder).items() if key.startswith(prefix)}
+    parts = {key.removeprefix(prefix): at for key, at in stored.items() if key.startswith(prefix)}
     return parts, QuantState.from_dict({key: read_tensor(folder, at) for key, at in parts.items()}, torch.device("cpu"))
 
 
-def absmax_changes(folder: Path, place: Place, factor: torch.Tensor) -> dict[Place, Change | None]:
+def absmax_changes(
+    folder: Path, stored: dict[str, Place], place: Place, factor: torch.Tensor
+) -> dict[Place, Change | None]:
     """Return the changes of the tensors beside a 4-bit weight: of absmax, which become float32 if they are quantised.
 
     Raises:
@@ -145,7 +147,7 @@ def absmax_changes(folder: Path, place: Place, factor: torch.Tensor) -> dict[Pla
     """
     from bitsandbytes.functional import QuantState, dequantize_blockwise
 
-    parts, state = read_state(folder, place)
+    parts, state = read_state(folder, stored, place)
     rows, columns = state.shape
     if columns % state.blocksize:
         raise ValueError(f"{place.name}: {SPANS}: {FULL}")
@@ -172,12 +174,12 @@ def dequantise(model: PreTrainedModel) -> None:
     model.dequantize(model.dtype)
 
 
-def read_weight(folder: Path, place: Place) -> torch.Tensor:
+def read_weight(folder: Path, stored: dict[str, Place], place: Place) -> torch.Tensor:
     """Return a tensor of the files in float32; for the absmax of a 4-bit weight that weight, dequantised."""
     if not place.name.endswith(ABSMAX):
         return read_tensor(folder, place).float()
     from bitsandbytes.functional import dequantize_4bit
 
-    state = read_state(folder, place)[1]
+    state = read_state(folder, stored, place)[1]
     state.dtype = torch.float32
-    return dequantize_4bit(read_tensor(folder, stored_tensors(folder)[place.name.removesuffix(ABSMAX)]), state)
+    return dequantize_4bit(read_tensor(folder, stored[place.name.removesuffix(ABSMAX)]), state)

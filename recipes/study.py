@@ -272,7 +272,11 @@ def run(
         dtype=dtype, samples=samples, validation_samples=validation_samples,
         tune_samples=tune_samples, shot_tokens=shot_tokens, haystack=haystack,
     )  # fmt: skip
-    cells = plan(*chosen, parse_numbers(seeds, "seeds", zero=True))
+    cells = plan(*chosen, parse_numbers(seeds, "seeds", zero=True), settings.train)
+    if methods and (none := [name for name in chosen[1] if all(cell.method != name for cell in cells)]):
+        raise ValueError(
+            f"methods: {none[0]!r} applies to none of the tasks {', '.join(chosen[0])}: see --train-tokens"
+        )
     if tune_samples % len(TASKS) and any(cell.method.endswith(f"from {MIXTURES[0]}") for cell in cells):
         raise ValueError(f"tune-samples: {tune_samples} cannot be shared equally by the mixture's {len(TASKS)} tasks: "
                          f"name a multiple of {len(TASKS)}")  # fmt: skip

@@ -209,6 +209,7 @@ def quadrants(
     source: Annotated[Path, typer.Option("--from", help="Map of `heads` or `gradient` at two lengths.")],
     down: Annotated[float, typer.Option(help="Scale of heads whose ablation helps at both lengths.")] = 0.9,
     up: Annotated[float, typer.Option(help="Scale of heads whose ablation hurts at both lengths.")] = 1.1,
+    random: Annotated[int, typer.Option(min=0, help="Random choices of as many heads to score beside.")] = 0,
     task: Annotated[str, typer.Option(help=f"Default: the map's. Or another, or your own: {OWN_TASK}.")] = "",
     metric: Metric = None, max_new_tokens: MaxNewTokens = None, lengths: TestLengths = "", samples: TestSamples = None,
     batch_size: BatchSize = None, dtype: Dtype = "auto", chat_template: ChatTemplate = None,
@@ -227,7 +228,7 @@ def quadrants(
         raise ValueError(f"task: missing: {source} is of {head_map['task']}; name a file of other samples to score")
     own = scored_task(task or head_map["task"], metric, max_new_tokens)
     result, journals = score_quadrants(
-        model, head_map, own, down=down, up=up, adapters=adapters, out=out,
+        model, head_map, own, down=down, up=up, random=random, adapters=adapters, out=out,
         options=load_options(chat_template, chat_template_kwargs, dtype=dtype, trust_remote_code=trust_remote_code),
         lengths=parse_numbers(lengths, "lengths") if lengths else None, samples=samples, batch_size=batch_size,
     )  # fmt: skip

@@ -89,7 +89,9 @@ def bars(result: dict[str, Any]) -> Figure:
 
 def quadrants(result: dict[str, Any]) -> Figure:
     """Plot scores over lengths with heads scaled by quadrant (Figure 2c)."""
-    runs = {name: [scores] for name, scores in result["scores"].items()}
+    runs: dict[str, list[Any]] = {}
+    for name, scores in result["scores"].items():
+        runs.setdefault("random heads" if name.startswith("random ") else name, []).append(scores)
     return score_curves(runs, f"{title_of(result)}: scales from a map, nothing trained")
 
 

@@ -20,10 +20,13 @@ from eval.score_by_length import score_by_length
 
 # The paper's three settings: heads of the first quadrant down, of the third up, and both.
 KINDS = {"Q1 down": (1,), "Q3 up": (3,), "Q1 down, Q3 up": (1, 3)}
+BOTH = "Q1 down, Q3 up"
 
 
-def quadrant_scales(head_map: dict[str, Any], kind: str, down: float, up: float) -> np.ndarray:
+def quadrant_scales(head_map: dict[str, Any], kind: str, down: float, up: float, seed: int | None = None) -> np.ndarray:
     """Return scales of shape (layers, heads) for one of ``KINDS``: ``down`` in quadrant 1, ``up`` in quadrant 3.
+
+    A seed permutes them over all layers and heads, as a control.
 
     Raises:
         ValueError: no head of the map lies in these quadrants.
@@ -31,7 +34,8 @@ def quadrant_scales(head_map: dict[str, Any], kind: str, down: float, up: float)
     quadrants, scaled = head_quadrants(head_map), KINDS[kind]
     if not np.isin(quadrants, scaled).any():
         raise ValueError(f"map: no head lies in quadrant {' or '.join(map(str, scaled))}, so there is nothing to scale")
-    return np.select([(quadrants == number) & (number in scaled) for number in (1, 3)], [down, up], 1.0)
+    scales = np.select([(quadrants == number) & (number in scaled) for number in (1, 3)], [down, up], 1.0)
+    return scales if seed is None else np.random.default_rng(seed).permutation(scales.ravel()).reshape(scales.shape)
 
 
 def save_scales(loaded: LoadedModel, scales: np.ndarray, out: Path) -> None:
@@ -57,27 +61,31 @@ def save_scales(loaded: LoadedModel, scales: np.ndarray, out: Path) -> None:
 
 
 def save_quadrant_adapters(
-    model: str, head_map: dict[str, Any], down: float, up: float, folder: Path, options: dict[str, Any]
+    model: str, head_map: dict[str, Any], down: float, up: float, random: int, folder: Path, options: dict[str, Any]
 ) -> dict[str, Path]:
-    """Write an adapter for each of ``KINDS`` whose quadrants hold a head, unless it exists; return their folders."""
+    """Write an adapter for each of ``KINDS`` whose quadrants hold a head, unless it exists; return their folders.
+
+    So many ``random`` ones with the scales of both quadrants permuted follow.
+    """
     # Names depend on the model, how it is loaded, the map and both scales.
     digest = fingerprint(model, head_map, down, up, options)[:8]
     adapters: dict[str, Path] = {}
-    for kind in KINDS:
+    kinds: dict[str, tuple[str, int | None]] = {kind: (kind, None) for kind in KINDS}
+    for name, (kind, seed) in (kinds | {f"random {seed}": (BOTH, seed) for seed in range(random)}).items():
         try:
-            scales = quadrant_scales(head_map, kind, down, up)
+            scales = quadrant_scales(head_map, kind, down, up, seed)
         except ValueError as error:
-            print(f"{kind}: {error}")
+            print(f"{name}: {error}")
             continue
-        adapters[kind] = folder / f"{kind.lower().replace(', ', '_').replace(' ', '_')}_{digest}"
-        if not adapters[kind].exists():
-            save_scales(load(model, **options), scales, adapters[kind])
+        adapters[name] = folder / f"{name.lower().replace(', ', '_').replace(' ', '_')}_{digest}"
+        if not adapters[name].exists():
+            save_scales(load(model, **options), scales, adapters[name])
     return adapters
 
 
 def score_quadrants(
-    model: str, head_map: dict[str, Any], task: Task, *, down: float, up: float, adapters: Path, out: Path,
-    options: dict[str, Any], **spec: Any,
+    model: str, head_map: dict[str, Any], task: Task, *, down: float, up: float, random: int, adapters: Path,
+    out: Path, options: dict[str, Any], **spec: Any,
 ) -> tuple[dict[str, Any], list[Path]]:  # fmt: skip
     """Score a model with its heads scaled by quadrant.
 
@@ -87,6 +95,7 @@ def score_quadrants(
         task: to score.
         down: scale of heads in quadrant 1.
         up: scale of heads in quadrant 3.
+        random: how many random choices of as many heads are scored beside.
         adapters: folder for the adapters.
         out: result file, beside which responses are cached.
         options: of ``load``.
@@ -99,24 +108,22 @@ def score_quadrants(
         ValueError: no head lies in quadrant 1 or 3; or see ``score_by_length``.
     """
     loaded = load(model, **options)
-    journals = {
-        name: journal_file(out, model, "quadrants", head_map, dict(task.identity), down, up, options, name)
-        for name in ("base", *KINDS)
-    }  # fmt: skip
-    folders = save_quadrant_adapters(model, head_map, down, up, adapters, options)
+    folders = save_quadrant_adapters(model, head_map, down, up, random, adapters, options)
     if not folders:
         raise ValueError("map: no head helps or hurts at both lengths, so there is nothing to scale")
-    scores = {}
+    scores, journals = {}, []
     models: dict[str, str | Path] = {"base": model, **folders}
     for name, folder in models.items():
-        result = score_by_length(load(folder, **options), task, journal=journals[name], **spec)
+        identity = (model, "quadrants", head_map, dict(task.identity), down, up, options, name)
+        journals.append(journal_file(out, *identity))
+        result = score_by_length(load(folder, **options), task, journal=journals[-1], **spec)
         scores[name] = {str(length): score for length, score in result.by_length().items()}
     return {
         "kind": "quadrants", "model": model, "base_model": loaded.base, "dtype": loaded.dtype, "task": task.name,
         "title": task.title,
         "down": down, "up": up, "samples": max(score.count for score in result.scores), "scores": scores,
         "adapters": {name: str(folder) for name, folder in folders.items()},
-    }, list(journals.values())  # fmt: skip
+    }, journals  # fmt: skip
 
 
 def scale_map(adapter: Path, map_file: Path | None = None) -> dict[str, Any]:

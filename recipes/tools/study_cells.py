@@ -57,8 +57,11 @@ MIXTURES = ("mixture", "full mixture")  # of all tasks: as many samples in all a
 TRANSFERS = tuple(f"{method} from {source}" for method in ("SEAL-H", "SEAL-C") for source in (*TASKS, *MIXTURES))
 SIZES = (5, 10, 25, 100)  # of training samples, beside the usual number
 SIZED = tuple(f"{method} with {size} samples" for method in ("SEAL-H", "SEAL-C", "LoRA") for size in SIZES)
+CAPS = (256, 512, 1024, 2048, 4096)  # of the length of training samples, in tokens
+CAPPED = tuple(f"{method} up to {cap} tokens" for method in ("SEAL-H", "SEAL-C", "LoRA") for cap in CAPS)
 METHODS = (
-    *UNTUNED, "SEAL-H", "SEAL-C", "LoRA", "DoRA", *WEIGHTED, *SIZED, *CONTROLS, *PLACEMENTS, *BASELINES, *TRANSFERS,
+    *UNTUNED, "SEAL-H", "SEAL-C", "LoRA", "DoRA", *WEIGHTED, *SIZED, *CAPPED, *CONTROLS, *PLACEMENTS, *BASELINES,
+    *TRANSFERS,
 )  # fmt: skip
 VALIDATION_LENGTHS = 3  # the longest ones of a task
 VALIDATION_SEED = 9000  # of training-split samples that no cell is tuned on
@@ -132,6 +135,10 @@ class Cell:
             return int(self.method.split(" ")[2])
         return usual // len(self.sources) if self.method.endswith(f"from {MIXTURES[0]}") else usual
 
+    def train_tokens(self, usual: str) -> str:
+        """Return the length or range of the cell's training samples in tokens; ``usual`` is a study's of the task."""
+        return at_most(int(self.method.split(" ")[3]), usual) if self.method in CAPPED else usual
+
     @property
     def rated_as(self) -> str | None:
         """The method whose validation chooses the learning rate; None if nothing is tuned."""
@@ -140,7 +147,7 @@ class Cell:
     @property
     def tuned_cell(self) -> Cell:
         """The cell with the same adapter: of another task, or before its scales are shuffled or weighted."""
-        if self.method.endswith("wrong answers") or self.method in SIZED:
+        if self.method.endswith("wrong answers") or self.method in (*SIZED, *CAPPED):
             return self
         source = self.method.partition(" from ")[2] or self.task
         return replace(self, task=source, method=self.tuned_as or self.method)
@@ -161,6 +168,12 @@ class Cell:
         return f"{self.task} {self.method} {self.purpose} seed {self.seed}{rate}"
 
 
+def at_most(limit: int, tokens: str) -> str:
+    """Cap a length or range of lengths such as ``512:2048``."""
+    low, high = (min(int(bound), limit) for bound in (tokens.split(":")[0], tokens.split(":")[-1]))
+    return str(high) if low == high else f"{low}:{high}"
+
+
 def capped(longest: int | None, tasks: dict[str, str] | None = None) -> tuple[dict[str, str], dict[str, list[int]]]:
     """Return training ranges, with those of ``tasks`` in the place of the usual, and test lengths, capped at tokens.
 
@@ -172,11 +185,17 @@ def capped(longest: int | None, tasks: dict[str, str] | None = None) -> tuple[di
     train = {}
     for task, text in {**TRAIN_TOKENS, **(tasks or {})}.items():
         try:
-            low, high = (min(tokens, limit) for tokens in Request(task, text).token_range())
+            Request(task, text).token_range()
         except ValueError as error:
             raise ValueError(f"train-{error}") from None
-        train[task] = str(high) if low == high else f"{low}:{high}"
+        train[task] = at_most(limit, text)
     return train, lengths
+
+
+def shortens(method: str, usual: str) -> bool:
+    """Return whether a method's cap lies within a range of training lengths; True for methods without a cap."""
+    low, _, high = usual.partition(":")
+    return method not in CAPPED or int(low) <= int(method.split(" ")[3]) < int(high or low)
 
 
 def validation_cells(task: str, method: str) -> list[Cell]:
@@ -184,22 +203,29 @@ def validation_cells(task: str, method: str) -> list[Cell]:
     return [Cell(task, method, "validation", 0, rate) for rate in RATES[method]]
 
 
-def plan(tasks: list[str], methods: list[str], seeds: list[int]) -> list[Cell]:
-    """Return all cells in order of priority, those of validation before the tests that use their rates."""
+def plan(tasks: list[str], methods: list[str], seeds: list[int], train: dict[str, str] = TRAIN_TOKENS) -> list[Cell]:
+    """Return all cells in order of priority, those of validation before the tests that use their rates.
+
+    Args:
+        tasks: some of ``TASKS``.
+        methods: some of ``METHODS``; a cap on training lengths applies to the tasks whose range it shortens.
+        seeds: of training samples; learning rates are chosen under seed 0.
+        train: task -> length or range of training samples, in tokens.
+    """
     first, others = seeds[:1], seeds[1:]
     seal = ("SEAL-H", "SEAL-C")
     stages: list[tuple[tuple[str, ...], list[int]]] = [
         (("base",), first), (seal, first), (("LoRA",), first), (PLACEMENTS[:1], first), (("one-shot", "DoRA"), first),
         (tuple(f"SEAL-C from {mixture}" for mixture in MIXTURES), first),
         *(((*seal, "LoRA", *PLACEMENTS[:1]), [seed]) for seed in others), (TRANSFERS, first), (WEIGHTED, first),
-        (SIZED, first), (PLACEMENTS[1:], first), (CONTROLS, first), (BASELINES, first),
-        (("DoRA", *WEIGHTED, *SIZED, *PLACEMENTS[1:], *BASELINES, *CONTROLS, *TRANSFERS), others),
+        (SIZED, first), (CAPPED, first), (PLACEMENTS[1:], first), (CONTROLS, first), (BASELINES, first),
+        (("DoRA", *WEIGHTED, *SIZED, *CAPPED, *PLACEMENTS[1:], *BASELINES, *CONTROLS, *TRANSFERS), others),
     ]  # fmt: skip
     cells: list[Cell] = []
     for stage, of_seeds in stages:
         tested = [
             Cell(task, method, "test") for task in TASKS if task in tasks for method in stage
-            if method in methods and not method.endswith(f" from {task}")
+            if method in methods and not method.endswith(f" from {task}") and shortens(method, train[task])
         ]  # fmt: skip
         for cell in tested:
             for source in cell.sources if cell.rated_as else ():
@@ -231,7 +257,10 @@ def request(settings: Settings, task: str, tokens: str | int, samples: int, seed
 def training_requests(settings: Settings, cell: Cell) -> list[Request]:
     """Return the requests for a cell's training samples, of which it may use the first ones, by source."""
     samples = max(settings.tune_samples, cell.samples_per_source(settings.tune_samples))
-    return [request(settings, task, settings.train[task], samples, cell.seed, "train") for task in cell.sources]
+    return [
+        request(settings, task, cell.train_tokens(settings.train[task]), samples, cell.seed, "train")
+        for task in cell.sources
+    ]
 
 
 def example_request(settings: Settings, task: str) -> Request:

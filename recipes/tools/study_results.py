@@ -17,6 +17,7 @@ from data_gen.tasks import resolve_task
 from eval.confidence import wilson
 from recipes.tools.study_cells import (
     BASELINES,
+    CAPPED,
     CONTROLS,
     METHODS,
     MIXTURES,
@@ -148,13 +149,14 @@ def save(gathered: dict[str, Any], out: Path) -> None:
             draw_weights(axes, method, gathered)
         save_figure(figure, out.with_name(f"{out.stem}_weights.png"))
     measured = {row["method"] for row in gathered["rows"] if (row["task"], "base") in scored and row["scores"]}
-    for name, methods, draw in (("transfer", TRANSFERS, draw_transfer), ("samples", SIZED, draw_samples)):
+    pictures = ("transfer", TRANSFERS, draw_transfer), ("samples", SIZED, draw_samples), ("lengths", CAPPED, draw_caps)
+    for name, methods, draw in pictures:
         names = [m for m in ("SEAL-H", "SEAL-C", "LoRA") if measured & {x for x in methods if x.startswith(m)}]
         if names:
             figure, panels = plt.subplots(1, len(names), figsize=(5.6 * len(names), 4.6), layout="constrained",
                                           squeeze=False)  # fmt: skip
             for axes, method in zip(panels[0], names, strict=True):
-                draw(axes, method, gathered["rows"])
+                draw(axes, method, gathered)
             save_figure(figure, out.with_name(f"{out.stem}_{name}.png"))
     write_text(out, json.dumps(gathered, indent=1) + "\n")  # last: a result has all its plots
 
@@ -223,10 +225,9 @@ def draw_weights(axes: Any, method: str, gathered: dict[str, Any]) -> None:
         axes.legend()
 
 
-def draw_transfer(axes: Any, method: str, rows: list[dict[str, Any]]) -> None:
+def draw_transfer(axes: Any, method: str, gathered: dict[str, Any]) -> None:
     """Plot the score on every task of adapters tuned on each, and on mixtures, in the colour of the gain (Figure 8)."""
-    seeds = {seed: index for index, seed in enumerate(sorted({row["seed"] for row in rows}, reverse=True))}
-    rows = sorted((row for row in rows if row["scores"]), key=lambda row: seeds[row["seed"]])
+    rows = sorted((row for row in gathered["rows"] if row["scores"]), key=lambda row: -row["seed"])
     scores = {(row["task"], row["method"]): mean_score(row) for row in rows}  # of each the smallest seed's
     tasks = [task for task in TASKS if (task, "base") in scores]
     tuned = {name for _, name in scores}
@@ -245,10 +246,32 @@ def draw_transfer(axes: Any, method: str, rows: list[dict[str, Any]]) -> None:
     axes.set(xlabel="scored on", ylabel="tuned on", title=f"{method}: mean score, in the colour of the gain")
 
 
-def draw_samples(axes: Any, method: str, rows: list[dict[str, Any]]) -> None:
+def draw_caps(axes: Any, method: str, gathered: dict[str, Any]) -> None:
+    """Plot the score at each test length against the longest training sample, one line per task and test length."""
+    scores = defaultdict(list)
+    for row in gathered["rows"]:
+        if row["method"] == method or row["method"].startswith(f"{method} up to "):
+            usual = gathered["settings"]["train"][row["task"]]
+            longest = int(Cell(row["task"], row["method"], "test").train_tokens(usual).split(":")[-1])
+            for score in row["scores"]:
+                scores[row["task"], score["length"], longest].append(score["score"])
+    for task, length in dict.fromkeys((task, length) for task, length, _ in sorted(scores)):
+        caps = sorted(cap for of_task, tested, cap in scores if (of_task, tested) == (task, length))
+        if len(caps) > 1:
+            means = [statistics.mean(scores[task, length, cap]) for cap in caps]
+            axes.plot(caps, means, "o-", label=f"{task}, tested at {length:,}")
+    axes.set_xscale("log", base=2)
+    ticks = sorted({cap for _, _, cap in scores})
+    axes.set_xticks(ticks, [f"{cap:,}" for cap in ticks])
+    axes.set(xlabel="longest training sample, tokens", ylabel="score", title=method, ylim=(-0.02, 1.04))
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def draw_samples(axes: Any, method: str, gathered: dict[str, Any]) -> None:
     """Plot the mean score over lengths against the number of training samples, one line per task, with the base's."""
     for task in TASKS:
-        of_task = [row for row in rows if row["task"] == task]
+        of_task = [row for row in gathered["rows"] if row["task"] == task]
         seeds = defaultdict(list)  # scores by number of samples, of which each gave one loss
         for row in of_task:
             if row["scores"] and (row["method"] in ("base", method) or row["method"].startswith(f"{method} with ")):

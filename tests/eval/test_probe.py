@@ -319,6 +319,9 @@ def test_quadrants_are_the_papers():
     head_map = {"unit": "head", "lengths": [1, 2], "change": {"score": {"1": short, "2": long}}}
     assert head_importance.head_quadrants(head_map).tolist() == [[1, 2, 3], [4, 0, 1]]
     assert quadrant_scales(head_map, "Q1 down, Q3 up", 0.9, 1.1).tolist() == [[0.9, 1.0, 1.1], [1.0, 1.0, 0.9]]
+    controls = [quadrant_scales(head_map, "Q1 down, Q3 up", 0.9, 1.1, seed).ravel().tolist() for seed in (0, 0, 1, 2)]
+    assert controls[0] == controls[1] and len({*map(tuple, controls)}) > 1
+    assert {tuple(sorted(scales)) for scales in controls} == {(0.9, 0.9, 1.0, 1.0, 1.0, 1.1)}
 
 
 RECIPE = """
@@ -408,7 +411,21 @@ def test_commands_write_results_with_pictures(tmp_path):
         ("channels", *tiny, "--heads", "L0H0", *short, "--samples", "1", "--dtype", "bfloat16", "--out", "c.json"),
         ("quadrants", *tiny, "--from", "h.json", *short, "--samples", "2", "--out", "q.json"),
         ("inspect", "--adapter", "Q3 up", "--map", "h.json", "--out", "i.json"),
-        ("quadrants", *tiny, "--from", "h.json", "--up", "1.9", *short, "--samples", "2", "--out", "u.json"),
+        (
+            "quadrants",
+            *tiny,
+            "--from",
+            "h.json",
+            "--up",
+            "1.9",
+            "--random",
+            "2",
+            *short,
+            "--samples",
+            "2",
+            "--out",
+            "u.json",
+        ),
     ):
         if "Q3 up" in arguments:
             made = json.loads((folder / "q.json").read_text())["adapters"]

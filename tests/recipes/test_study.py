@@ -409,12 +409,12 @@ def test_transfers_and_sizes_are_drawn(tmp_path):
     study_results.save({"rows": rows, "general": [], "rates": []}, tmp_path / "r.json")
     assert (tmp_path / "r_transfer.png").exists() and (tmp_path / "r_samples.png").exists()
     _, (transfer, samples) = plt.subplots(1, 2)
-    study_results.draw_transfer(transfer, "SEAL-C", rows)
+    study_results.draw_transfer(transfer, "SEAL-C", {"rows": rows})
     assert [label.get_text() for label in transfer.get_yticklabels()] == ["base", "line", "vt", "mixture"]
     cells = {(text.get_position()[1], text.get_position()[0]): text.get_text() for text in transfer.texts}
     assert cells == {(0, 0): "0.10", (0, 1): "0.20", (1, 0): "0.90", (1, 1): "0.30", (2, 0): "0.00", (2, 1): "0.80",
                      (3, 0): "0.50"}  # fmt: skip
-    study_results.draw_samples(samples, "SEAL-C", rows)
+    study_results.draw_samples(samples, "SEAL-C", {"rows": rows})
     (line,) = samples.get_lines()  # of variable tracking there is one size only
     assert line.get_xydata().tolist() == [[0, 0.1], [5, 0.4], [50, 0.9]]
     alone = [
@@ -427,7 +427,40 @@ def test_transfers_and_sizes_are_drawn(tmp_path):
     assert (tmp_path / "3_transfer.png").exists() and not (tmp_path / "2_transfer.png").exists()
 
 
+def test_longest_training_lengths_are_capped_and_drawn(tmp_path):
+    import matplotlib.pyplot as plt
+
+    methods = ["SEAL-C", *(f"SEAL-C up to {cap} tokens" for cap in (256, 512, 1024, 2048))]
+    train = capped(None, {"line": "300:1500"})[0]
+    cells = {cell.method: cell for cell in plan(["line"], methods, [0], train) if cell.purpose == "test"}
+    assert list(cells) == ["SEAL-C", "SEAL-C up to 512 tokens", "SEAL-C up to 1024 tokens"]  # others shorten nothing
+    lengths = capped(None)[1]
+    settings = Settings("", 8192, "float32", 100, 30, 50, 1000, "prose", train, lengths)
+    drawn = [training_requests(settings, cell)[0] for cell in cells.values()]
+    assert [request.tokens for request in drawn] == ["300:1500", "300:512", "300:1024"]
+    assert len({cell.tuned_cell.file_name for cell in cells.values()}) == 3  # each has an adapter of its own
+    assert {cell.rated_as for cell in cells.values()} == {"SEAL-C"}
+    only = plan(["niah"], ["SEAL-C up to 7680 tokens", "SEAL-C up to 1024 tokens"], [0], train)
+    assert not [cell for cell in only if cell.purpose == "test"]  # needles have one length
+
+    def row(method, scores):
+        rows = [{"length": at, "tokens": at, "count": 2, "score": score, "low": 0.0, "high": 1.0}
+                for at, score in zip((512, 1024), scores, strict=True)]  # fmt: skip
+        return {"task": "line", "method": method, "seed": 0, "rate": 0.02, "losses": [1.0], "scores": rows}
+
+    rows = [row("base", (0.1, 0.0)), row("SEAL-C", (0.9, 0.8)), row("SEAL-C up to 512 tokens", (0.7, 0.3))]
+    gathered = {"rows": rows, "general": [], "rates": [], "settings": {"train": train}}
+    study_results.save(gathered, tmp_path / "r.json")
+    assert (tmp_path / "r_lengths.png").exists()
+    _, axes = plt.subplots()
+    study_results.draw_caps(axes, "SEAL-C", gathered)
+    assert {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()} == {
+        "line, tested at 512": [[512, 0.7], [1500, 0.9]], "line, tested at 1,024": [[512, 0.3], [1500, 0.8]]
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(("options", "message"), [
+    (["--tasks", "niah", "--methods", "SEAL-C up to 512 tokens"], "applies to none of the tasks niah"),
     (["--lengths", "line=256,line=300"], "names a task twice"),
     (["--methods", "SEAL-C from mixture", "--tune-samples", "12"], "name a multiple of 5"),
 ])  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ def probe_section(result: dict[str, Any]) -> dict[str, Any]:
     return {
         "title": TITLE[kind], "figure": embed(DRAW[kind](result)),
         "table": rate_table(result) if kind == "sweep" else None, "caption": CAPTION[kind](result),
+        "source": source_of(result),
     }  # fmt: skip
 
 
@@ -92,12 +93,26 @@ def data_url(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def figure_section(folder: Path) -> dict[str, Any]:
-    """Return the page's section on the PNG files that are not drawn from a JSON file of the same name."""
+def source_of(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the ``command`` of a result, and as ``note`` its date, commits and machine."""
+    made = {**values, **(values.get("origin") or {})}
+    parts = (made.get(key) for key in ("date", "commit", "device", "machine"))
+    note = ", ".join(" and ".join(part) if isinstance(part, list) else str(part) for part in parts if part)
+    return {"command": made.get("command") or "", "note": note}
+
+
+def figure_section(folder: Path, studies: Collection[str]) -> dict[str, Any]:
+    """Return the page's section on the PNG files that belong to no JSON file, nor to a study of these names."""
     files = [*sorted(folder.glob("*.png")), *sorted((folder / "probes").glob("*.png"))]
-    shown = [file for file in files if file.is_file() and not file.with_suffix(".json").exists()]
+    shown = [file for file in files if file.is_file() and not file.with_suffix(".json").exists()
+             and study_of(file, studies) is None]  # fmt: skip
     sections = [{"title": file.stem.replace("_", " "), "figures": [data_url(file.read_bytes())]} for file in shown]
     return {"name": "Other figures", "sections": sections}
+
+
+def study_of(figure: Path, studies: Collection[str]) -> str | None:
+    """Return the study, by the stem of its JSON file, that a figure such as ``smollm2_transfer_samples.png`` is of."""
+    return max((name for name in studies if figure.stem.startswith(f"{name}_")), key=len, default=None)
 
 
 def score_table(results: Sequence[EvalResult]) -> dict[str, Any]:
@@ -165,8 +180,8 @@ def scale_figures(results: Sequence[Result]) -> list[str]:
     return figures
 
 
-def base_section(base: str, results: Sequence[Result]) -> dict[str, Any]:
-    """Return the page's sections on one base model: by task, then scales."""
+def base_section(name: str, results: Sequence[Result]) -> dict[str, Any]:
+    """Return the page's sections on one base model in one folder: by task, then scales."""
     scored: dict[str, list[EvalResult]] = defaultdict(list)
     benchmarks: dict[str, list[BenchmarkResult]] = defaultdict(list)
     for result in results:
@@ -176,7 +191,9 @@ def base_section(base: str, results: Sequence[Result]) -> dict[str, Any]:
             benchmarks[result.task].append(result)
     sections = [task_section(rows) for rows in scored.values()]
     sections += [benchmark_section(task, rows) for task, rows in benchmarks.items()]
-    return {"name": base, "sections": sections, "scales": scale_figures(results)}
+    sources = [source_of(vars(result)) for result in results if result.origin]
+    sources = [source for place, source in enumerate(sources) if source not in sources[:place]]
+    return {"name": name, "sources": sources, "sections": sections, "scales": scale_figures(results)}
 
 
 def study_runs(values: dict[str, Any]) -> list[dict[str, Any]]:
@@ -208,8 +225,8 @@ def study_table(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"rows_are": "method", "columns": lengths, "rows": rows}
 
 
-def study_section(file: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the page's section on a study or the demo: by task a plot and a table, then scales and answers."""
+def study_section(file: Path, values: dict[str, Any], figures: Sequence[Path] = ()) -> dict[str, Any]:
+    """Return the page's section on a study or the demo: by task a plot and a table, its figures, scales and answers."""
     by_task: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for run in study_runs(values):
         by_task[run["task"]].append(run)
@@ -223,14 +240,23 @@ def study_section(file: Path, values: dict[str, Any]) -> dict[str, Any]:
         figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
         draw_scales(figure, axes, np.array(scales), f"{method}: mean scale of each head")
         maps.append(embed(figure))
-    measured = (values.get(key) for key in ("date", "commit", "device", "machine"))
-    note = ", ".join(" and ".join(value) if isinstance(value, list) else str(value) for value in measured if value)
-    name = f"{file.name} ({note})"
-    return {"name": name, "sections": sections, "scales": maps, "prompts": values.get("prompts", [])}
+    sections += [
+        {"title": figure.stem.replace("_", " "), "figures": [data_url(figure.read_bytes())]} for figure in figures
+    ]
+    return {"name": file.name, "sources": [source_of(values)], "sections": sections, "scales": maps,
+            "prompts": values.get("prompts", [])}  # fmt: skip
+
+
+def result_folders(folder: Path) -> list[Path]:
+    """Return a folder of results and its subfolders of results: not those of probes, models and adapters."""
+    inner = [part for part in sorted(folder.glob("*/")) if part.name != "probes"]
+    return [folder, *(part for part in inner if not any(part.glob("*config.json")))]
 
 
 def write_report(folder: Path, out: Path) -> int:
     """Write the page: results, studies, the demo, probes from ``folder/probes``, and the figures of both folders.
+
+    Results in other subfolders follow under the name of their folder.
 
     Returns:
         The number of results it shows.
@@ -239,16 +265,20 @@ def write_report(folder: Path, out: Path) -> int:
         ValueError: see ``read_results``; or there is no result at all.
     """
     check_output(out)
-    results = read_results(folder)
+    by_name: dict[str, list[Result]] = defaultdict(list)
+    for part in result_folders(folder):
+        for result in read_results(part):
+            by_name[result.base if part == folder else f"{result.base}, {part.name}"].append(result)
     probes = [values for values in read_objects(folder / "probes").values() if "kind" in values]
     studies = [(file, values) for file, values in read_objects(folder).items() if study_runs(values)]
-    if not results and not probes and not studies:
+    if not by_name and not probes and not studies:
         raise ValueError(f"{folder}: holds no results: make some with `seal eval`")
-    by_base: dict[str, list[Result]] = defaultdict(list)
-    for result in results:
-        by_base[result.base].append(result)
-    bases = [base_section(base, rows) for base, rows in by_base.items()] + [study_section(*pair) for pair in studies]
-    if (figures := figure_section(folder))["sections"]:
+    names = [file.stem for file, _ in studies]
+    pictures = [file for file in sorted(folder.glob("*.png")) if not file.with_suffix(".json").exists()]
+    bases = [base_section(name, results) for name, results in by_name.items()]
+    for file, values in studies:
+        bases.append(study_section(file, values, [p for p in pictures if study_of(p, names) == file.stem]))
+    if (figures := figure_section(folder, names))["sections"]:
         bases.append(figures)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -258,4 +288,4 @@ def write_report(folder: Path, out: Path) -> int:
         probes=[probe_section(result) for result in probes],
     )
     write_text(out, page)
-    return len(results) + len(studies) + len(probes)
+    return sum(map(len, by_name.values())) + len(studies) + len(probes)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from axolotl_plugins.common.environment import origin
 from axolotl_plugins.common.io import load_json, write_text
 from axolotl_plugins.common.schema import first_error
 from data_gen.tasks import TaskAttribute
 
 TITLES = TaskAttribute("title", mmlu="MMLU")
-OMITTED = ("length", "depth", "title", "asked", "fingerprint")  # fields that are left out of a file where they are None
+# Fields that are left out of a file where they are None.
+OMITTED = ("length", "depth", "title", "asked", "fingerprint", "origin")
 
 
 def title_of(result: Mapping[str, Any]) -> str:
@@ -93,6 +95,7 @@ class EvalResult:
         responses: one row per sample: what identifies it, ``response`` and ``score``.
         asked: options that determine the samples; None where the result was not made by ``eval.evaluate``.
         fingerprint: see ``eval.resume.fingerprint``; an evaluation with the same one is not run again.
+        origin: command, date, commit and machine; None where the result was not written to a file.
     """
 
     model: str
@@ -111,6 +114,7 @@ class EvalResult:
     responses: list[dict[str, Any]]
     asked: dict[str, Any] | None = None
     fingerprint: str | None = None
+    origin: dict[str, str | None] | None = field(default=None, compare=False)
 
     def by_length(self) -> dict[int, float]:
         """Return mean scores by requested length."""
@@ -136,6 +140,7 @@ class BenchmarkResult:
     mean: float
     asked: dict[str, Any] | None = None
     fingerprint: str | None = None
+    origin: dict[str, str | None] | None = field(default=None, compare=False)
 
 
 Result = EvalResult | BenchmarkResult
@@ -163,8 +168,8 @@ def from_json(values: dict[str, Any]) -> Result:
 
 
 def write_result(result: Result, out: Path) -> None:
-    """Write a result as JSON."""
-    write_text(out, json.dumps(to_json(result), indent=1) + "\n")
+    """Write a result as JSON, with the command that made it."""
+    write_text(out, json.dumps(to_json(replace(result, origin=origin())), indent=1) + "\n")
 
 
 def read_objects(folder: Path) -> dict[Path, dict[str, Any]]:

@@ -21,7 +21,7 @@ COLOURS = {
     "wrong answers": "#d62728", "one-shot": "#17becf", "LoRA": "#2ca02c", "DoRA": "#9467bd", "query": "#8c564b",
     "SEAL-H shuffled": "#fdb863", "SEAL-C shuffled": "#92c5de", "SEAL-H wrong answers": "#b35806",
     "SEAL-C wrong answers": "#053061", "query+output": "#e377c2", "IA3": "#bcbd22", "LayerNorm": "#7f7f7f",
-    "VeRA": "#17becf", "SEAL-C from mixture": "#f4a582",
+    "VeRA": "#17becf", "SEAL-C from mixture": "#f4a582", "attention_factor": "#f781bf",
 }  # fmt: skip
 
 

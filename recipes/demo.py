@@ -51,6 +51,7 @@ def summarise(base: Path, results: dict[str, EvalResult], scales: dict[str, np.n
     rows_of_middle = [[row for row in result.responses if row["length"] == middle] for result in results.values()]
     question = load_yaml(Path(tasks.__file__).with_name("line.yml"))["question"]
     return {
+        "command": "make demo",
         "base_model": str(base),
         "lengths": lengths,
         "samples_per_length": scores["base"][0]["count"],

@@ -11,6 +11,8 @@ import gzip
 import json
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -46,9 +48,12 @@ RATES = {
     "IA3": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2),  # as PEFT ships it: keys, values and the input of down_proj
     "LayerNorm": (2e-4, 5e-4, 1e-3, 5e-3),  # the gains of all norms
     "VeRA": (3e-3, 1e-2, 3e-2),
+    # Nothing is tuned: factors of RoPE's cosines and sines, so that attention logits change by their square.
+    "attention_factor": (0.9, 1.05, 1.1, 1.2, 1.3),
 }
 RATE_OF = {"DoRA": "LoRA"}  # a method that uses the rate chosen for another
-UNTUNED = ("base", "one-shot")
+FACTOR = "attention_factor"
+UNTUNED = ("base", "one-shot", FACTOR)
 CONTROLS = ("SEAL-H shuffled", "SEAL-C shuffled", "SEAL-H wrong answers", "SEAL-C wrong answers")
 PLACEMENTS = ("query", "query+output")
 BASELINES = ("IA3", "LayerNorm", "VeRA")
@@ -109,7 +114,7 @@ class Cell:
         method: one of ``METHODS``.
         purpose: ``validation`` chooses a learning rate, ``test`` is reported.
         seed: of training samples, their order, new weights and controls.
-        rate: learning rate; None if nothing is tuned, or until validation has chosen it.
+        rate: learning rate, or the factor of ``FACTOR``; None if nothing is tuned, or until validation has chosen it.
     """
 
     task: str
@@ -141,7 +146,9 @@ class Cell:
 
     @property
     def rated_as(self) -> str | None:
-        """The method whose validation chooses the learning rate; None if nothing is tuned."""
+        """The method whose validation chooses the learning rate; None if there is none to choose."""
+        if self.method == FACTOR:
+            return FACTOR
         return None if self.tuned_as is None else RATE_OF.get(self.tuned_as, self.tuned_as)
 
     @property
@@ -218,7 +225,7 @@ def plan(tasks: list[str], methods: list[str], seeds: list[int], train: dict[str
         (("base",), first), (seal, first), (("LoRA",), first), (PLACEMENTS[:1], first), (("one-shot", "DoRA"), first),
         (tuple(f"SEAL-C from {mixture}" for mixture in MIXTURES), first),
         *(((*seal, "LoRA", *PLACEMENTS[:1]), [seed]) for seed in others), (TRANSFERS, first), (WEIGHTED, first),
-        (SIZED, first), (CAPPED, first), (PLACEMENTS[1:], first), (CONTROLS, first), (BASELINES, first),
+        (SIZED, first), (CAPPED, first), (PLACEMENTS[1:], first), (CONTROLS, first), ((*BASELINES, FACTOR), first),
         (("DoRA", *WEIGHTED, *SIZED, *CAPPED, *PLACEMENTS[1:], *BASELINES, *CONTROLS, *TRANSFERS), others),
     ]  # fmt: skip
     cells: list[Cell] = []
@@ -358,6 +365,20 @@ def adapter_config(method: str) -> Any:
     return peft_config(KEYS[method])
 
 
+@contextmanager
+def scaled_attention(model: torch.nn.Module, factor: float) -> Iterator[None]:
+    """Scale a model's attention logits by the square of a factor, as ``attention_factor`` of its RoPE does."""
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "q_proj")]
+    scalings = [layer.scaling for layer in layers]
+    for layer, scaling in zip(layers, scalings, strict=True):
+        layer.scaling = scaling * factor**2
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(layers, scalings, strict=True):
+            layer.scaling = scaling
+
+
 class Workbench:
     """A model that is loaded once and tuned repeatedly, each time from the same weights.
 
@@ -392,7 +413,8 @@ class Workbench:
 
         result: dict[str, Any] = {**asdict(cell), "scores": [], **self.machine()}
         if not cell.tuned_as:
-            return result | self.score(self.model, cell)
+            with scaled_attention(self.model, cell.rate or 1):
+                return result | self.score(self.model, cell)
         from peft import get_peft_model
 
         from eval.controls import shuffle_heads, weight_scales

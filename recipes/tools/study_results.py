@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
+import shlex
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -19,6 +20,7 @@ from recipes.tools.study_cells import (
     BASELINES,
     CAPPED,
     CONTROLS,
+    FACTOR,
     METHODS,
     MIXTURES,
     PLACEMENTS,
@@ -36,7 +38,7 @@ PLOTS = {
     "tasks": ("base", "one-shot", "SEAL-H", "SEAL-C", "LoRA", "DoRA"),
     "controls": ("base", "SEAL-H", "SEAL-C", *CONTROLS),
     "placements": ("base", "SEAL-C", *PLACEMENTS, "LoRA"),
-    "baselines": ("base", "SEAL-C", *BASELINES, "LoRA"),
+    "baselines": ("base", FACTOR, "SEAL-C", *BASELINES, "LoRA"),
 }
 
 
@@ -80,7 +82,7 @@ def gather(folder: Path, commit: str | None) -> dict[str, Any]:
     settings = load_json(folder / "settings.json")
     return {
         "what": "the paper's tasks and methods on one model; greedy answers; rates chosen on validation samples",
-        "command": "seal study run",
+        "command": command(settings, tested),
         "date": datetime.date.today().isoformat(),
         "commit": only([cell.get("commit") or commit for cell in cells]),
         "device": only([cell["device"] for cell in tested]),
@@ -100,6 +102,24 @@ def gather(folder: Path, commit: str | None) -> dict[str, Any]:
             if "general" in cell
         ],
     }
+
+
+def command(settings: dict[str, Any], cells: list[dict[str, Any]]) -> str:
+    """Return the command that runs the tested cells of a study, and those that choose their learning rates."""
+    tasks, methods = ([name for name in names if any(cell[key] == name for cell in cells)]
+                      for key, names in (("task", TASKS), ("method", METHODS)))  # fmt: skip
+    options = {
+        "tasks": ",".join(tasks), "methods": ",".join(methods),
+        "seeds": ",".join(str(seed) for seed in sorted({cell["seed"] for cell in cells})),
+        "train-tokens": ",".join(f"{task}={settings['train'][task]}" for task in TASKS),
+        "lengths": ",".join(f"{task}={'/'.join(map(str, settings['lengths'][task]))}" for task in TASKS),
+        **{key.replace("_", "-"): settings[key]
+           for key in ("samples", "validation_samples", "tune_samples", "shot_tokens", "haystack", "dtype")},
+    }  # fmt: skip
+    text = "seal study run " + " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in options.items())
+    if settings.get("model_config"):
+        text += f" --model-config FILE, which holds model_config: {json.dumps(settings['model_config'])}"
+    return text
 
 
 def only(values: list[Any]) -> Any:

@@ -130,7 +130,9 @@ def test_page_shows_studies_and_the_demo(tmp_path):
     assert write_report(tmp_path, tmp_path / "report.html") == 2  # a benchmark of speed is no result
     page = (tmp_path / "report.html").read_text()
     study, demo = (json.loads((ROOT / "results" / f"{name}.json").read_text()) for name in ("smollm2", "demo"))
-    assert "smollm2.json (" in page and "Variable tracking" in page
+    assert "<h2>smollm2.json</h2>" in page and "Variable tracking" in page
+    assert f"<code>{escape(study['command'])}</code>" in page and "<code>make demo</code>" in page
+    assert f"<small>{study['date']}" in page
     shown = re.findall(r"<td>(\d\.\d\d)<small>", page)
     means = defaultdict(list)
     for row in study["rows"]:
@@ -154,7 +156,23 @@ def test_every_figure_of_the_repositorys_results_is_on_the_page(tmp_path):
     for file in files:
         assert (base64.b64encode(file.read_bytes()).decode() in page) == (file.stem not in drawn), file
     headings = re.findall("<h[23]>([^<]*)", page)
-    assert {"smollm2 placements", "bench memory"} <= set(headings[headings.index("Other figures") :])
+    assert headings[headings.index("Other figures") :].count("bench memory") == 1
+    assert headings.index("smollm2.json") < headings.index("smollm2 placements") < headings.index("Other figures")
+    controls = headings[headings.index("smollm2_controls.json") :]
+    assert "smollm2 controls weights" in controls[: controls.index("smollm2_transfer.json")]
+
+
+def test_results_in_subfolders_stand_apart_with_their_commands(tmp_path):
+    made = {"command": "seal eval --task line", "date": "2026-01-02", "commit": "abc", "machine": "CPU"}
+    (tmp_path / "a.json").write_text(json.dumps(values()))
+    for name in ("unseen", "merged"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "b.json").write_text(json.dumps(values(method="SEAL-C") | {"origin": made}))
+    (tmp_path / "merged" / "config.json").write_text("{}")  # a model's folder
+    assert write_report(tmp_path, tmp_path / "report.html") == 2
+    page = (tmp_path / "report.html").read_text()
+    assert re.findall("<h2>([^<]*)", page) == [LONGCHAT, f"{LONGCHAT}, unseen"]
+    assert "<code>seal eval --task line</code><small>2026-01-02, abc, CPU</small>" in page
 
 
 def test_studies_are_means_over_seeds():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,11 +18,14 @@ import torch
 from paths import ROOT, TINY
 
 from axolotl_plugins.common.io import write_text
+from axolotl_plugins.common.window import read_config
+from axolotl_plugins.seal.model_loading import load
 from axolotl_plugins.seal.provenance import text_hash
 from eval.controls import seal_layers
 from recipes.study import make_settings
 from recipes.tools import study_results
 from recipes.tools.study_cells import (
+    FACTOR,
     RATES,
     Cell,
     Settings,
@@ -32,6 +36,7 @@ from recipes.tools.study_cells import (
     data_requests,
     plan,
     read_samples,
+    scaled_attention,
     scored_requests,
     training_requests,
     write_cell,
@@ -148,6 +153,9 @@ def test_collect_makes_a_result_with_pictures_and_tables(finished, tmp_path):
         ("line", "base"), ("line", "SEAL-H"), ("vt", "base"), ("vt", "SEAL-H"),
     ]  # fmt: skip
     assert gathered["device"] == "cpu" and len(gathered["rates"]) == 2 and len(gathered["general"]) == 2
+    command = shlex.split(gathered["command"])[2:]  # the recorded command has the same settings and cells
+    again = study(*command, "--model", str(TINY), "--out", str(finished), "--device", "cpu")
+    assert again.stdout.endswith("0 cells done now\n"), again.stdout + again.stderr
     assert all(score["low"] <= score["score"] <= score["high"] for row in gathered["rows"] for score in row["scores"])
     assert {file.name for file in tmp_path.glob("*.png")} == {"toy_tasks.png", "toy_general.png"}
     assert "| SEAL-H | 12 |" in collected.stdout
@@ -223,6 +231,22 @@ def test_sizes_and_mixtures_take_the_first_samples_of_every_source():
         assert cell.tuned_as == cell.rated_as == "SEAL-C"
     names = {Cell("line", method, "test", rate=0.1).tuned_cell.file_name for method in counts}
     assert len(names) == len(counts) and " " not in "".join(names)  # each has an adapter of its own
+
+
+def test_an_attention_factor_is_that_of_rope():
+    """YaRN with a factor of 1 changes nothing but the attention factor."""
+    default = {"rope_type": "default", "rope_theta": read_config(str(TINY)).rope_parameters["rope_theta"]}
+    yarn = {**default, "rope_type": "yarn", "factor": 1.0, "attention_factor": 1.2,
+            "original_max_position_embeddings": 8192}  # fmt: skip
+    ids = torch.tensor([[5, 300, 301, 302, 17, 40]])
+    plain = load(TINY, model_config={"rope_parameters": default}).model
+    expected = load(TINY, model_config={"rope_parameters": yarn}).model(ids).logits
+    base = plain(ids).logits
+    with scaled_attention(plain, 1.2):
+        torch.testing.assert_close(plain(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(plain(ids).logits, base) and (base - expected).abs().max() > 0.01
+    cells = plan(["line"], [FACTOR], [0, 1])
+    assert [cell.rate for cell in cells] == [*RATES[FACTOR], None] and {cell.seed for cell in cells} == {0}
 
 
 def test_lengths_of_single_tasks():

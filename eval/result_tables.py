@@ -71,14 +71,14 @@ def score_tables(folder: Path, adapter: str) -> list[str]:
     results = read_results(folder)
     tables = []
     for result in results:
-        if same_model(merged_from(result.model), adapter):
+        if same_model(source_adapter(result.model), adapter):
             bases = [row for row in results if isinstance(row, EvalResult) and isinstance(result, EvalResult)
                      and (row.model, row.task, row.asked) == (result.base, result.task, result.asked)]  # fmt: skip
             tables.append(markdown_table(result, bases[0] if bases else None))
     return list(dict.fromkeys(tables))  # adapter and merged model have the same scores
 
 
-def merged_from(model: str) -> str:
+def source_adapter(model: str) -> str:
     """Return the adapter that a model was merged from, if its folder is there and says so; else the model."""
     from axolotl_plugins.seal.model_loading import RECORD
 

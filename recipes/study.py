@@ -89,7 +89,10 @@ def work(
     torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    bench = Workbench(model, device, settings, folder / "data")
+    try:
+        bench = Workbench(model, device, settings, folder / "data")
+    except (RuntimeError, ValueError, OSError) as error:  # such as a model_config of other shapes
+        sys.exit(f"{model}: {type(error).__name__}: {first_line(error)}")
     locks, failed = folder / "locks", set[Cell]()
     locks.mkdir(parents=True, exist_ok=True)
     while True:

@@ -130,11 +130,11 @@ def scales(result: dict[str, Any]) -> str:
 
 
 CAPTION: dict[str, Callable[[dict[str, Any]], str]] = {
-    "removal": ablation, "gradient": gradient, "quadrants": quadrant_scaling, "controls": controls, "direct": direct,
+    "ablation": ablation, "gradient": gradient, "quadrants": quadrant_scaling, "controls": controls, "direct": direct,
     "transfer": transfer, "sweep": sweep, "scales": scales,
 }  # fmt: skip
 TITLE = {
-    "removal": "Ablation of one head, or one channel, at a time (Figures 2b, 2d)",
+    "ablation": "Ablation of one head, or one channel, at a time (Figures 2b, 2d)",
     "gradient": "Ablation predicted from gradients",
     "quadrants": "Scales from a map, nothing trained (Figure 2c)",
     "controls": "Controls: shuffled scales, wrong answers",

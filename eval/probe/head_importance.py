@@ -127,7 +127,7 @@ class MapRun:
         """Return the map as it is stored.
 
         Returns:
-            ``kind`` (removal or gradient), ``unit`` (head or channel), what was probed, ``base`` and ``change``: by
+            ``kind`` (ablation or gradient), ``unit`` (head or channel), what was probed, ``base`` and ``change``: by
             measure and length; a change has the shape (layers, heads), or for channels one list per head.
         """
         loaded = self.loaded
@@ -184,7 +184,7 @@ def ablation_map(
     if heads is not None:
         for measure in change:
             change[measure] = {length: by_head(rows, layers, heads) for length, rows in change[measure].items()}
-    return probe.result("removal", unit, base, change)
+    return probe.result("ablation", unit, base, change)
 
 
 def ablation_means(probe: MapRun, layers: list[int], measures: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -275,7 +275,7 @@ def read_map(file: Path, model: str) -> dict[str, Any]:
         head_map = load_json(file)
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: cannot be read as a map ({error})") from None
-    is_map = isinstance(head_map, dict) and head_map.get("kind") in ("removal", "gradient")
+    is_map = isinstance(head_map, dict) and head_map.get("kind") in ("ablation", "gradient")
     if not is_map or head_map.get("unit") != "head":
         raise ValueError(f"{file}: not a map of heads: make one with `seal probe heads`")
     if not same_model(str(head_map.get("model")), model):

@@ -43,7 +43,7 @@ def scatter(result: dict[str, Any]) -> Figure:
     figure.draw_without_rendering()  # labels can be placed only then
     label_apart(axes, {" ".join(heads): at for at, heads in names.items()})
     quantity = "score" if measure == "score" else "log-probability of the answer"
-    method = "one head ablated" + ("" if result["kind"] == "removal" else " (by its gradient)")
+    method = "one head ablated" + ("" if result["kind"] == "ablation" else " (by its gradient)")
     axes.set(xlabel=f"change of {quantity} at {first} tokens", ylabel=f"at {last} tokens",
              title=f"{title_of(result)}, {result['samples']} samples: {method}")  # fmt: skip
     return figure
@@ -195,6 +195,6 @@ def scales(result: dict[str, Any]) -> Figure:
 
 
 DRAW: dict[str, Callable[[dict[str, Any]], Figure]] = {
-    "removal": ablation, "gradient": scatter, "quadrants": quadrants, "controls": controls, "direct": direct,
+    "ablation": ablation, "gradient": scatter, "quadrants": quadrants, "controls": controls, "direct": direct,
     "transfer": transfer, "sweep": sweep, "scales": scales,
 }  # fmt: skip

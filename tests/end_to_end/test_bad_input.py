@@ -120,8 +120,8 @@ def make_files(folder: Path) -> None:
     (folder / "stale.jsonl").write_text("{}\n")
     (folder / "stale.jsonl.manifest.json").write_text("{}")
     (folder / "map.json").write_text('{"kind": "scales"}')
-    (folder / "map_of_other.json").write_text('{"kind": "removal", "unit": "head", "model": "other"}')
-    weightless = {"kind": "removal", "unit": "head", "model": "weightless", "lengths": [200, 300]}
+    (folder / "map_of_other.json").write_text('{"kind": "ablation", "unit": "head", "model": "other"}')
+    weightless = {"kind": "ablation", "unit": "head", "model": "weightless", "lengths": [200, 300]}
     (folder / "weightless.json").write_text(json.dumps(weightless))
     (folder / "list.yml").write_text("- a\n")
     (folder / "broken.yml").write_text("a: [\n")

@@ -279,12 +279,12 @@ def test_maps_without_scores_have_the_same_log_probabilities():
     plain = head_importance.ablation_map(MapRun(loaded, "line", [200], samples=1), score=False)
     assert plain["change"] == {"logprob": scored["change"]["logprob"]} and plain["base"].keys() == {"logprob"}
     assert np.abs(head_importance.changes(plain, 200)).max() > 0
-    assert f"{plain['base']['logprob']['200']:.2f} at 200" in CAPTION["removal"](plain)
+    assert f"{plain['base']['logprob']['200']:.2f} at 200" in CAPTION["ablation"](plain)
     with pytest.raises(ValueError, match="sliding window decodes"):
         HeadAblator(wrap(build("mistral")), {STOP}, 0)
 
 
-def test_removal_map_goes_on_where_it_was_and_quadrants_make_an_adapter(tmp_path):
+def test_ablation_map_goes_on_where_it_was_and_quadrants_make_an_adapter(tmp_path):
     loaded, journal = load(TINY), tmp_path / "j"
     complete = head_importance.ablation_map(MapRun(loaded, "line", [200, 256], samples=2, journal=journal))
     rows = journal.read_text().splitlines(keepends=True)

@@ -192,7 +192,7 @@ def test_nothing_to_report(content, message, tmp_path):
 
 
 def test_page_shows_probes_with_their_numbers(tmp_path):
-    head_map = {"kind": "removal", "unit": "head", "model": "m", "task": "line", "samples": 20, "seconds": 12.0,
+    head_map = {"kind": "ablation", "unit": "head", "model": "m", "task": "line", "samples": 20, "seconds": 12.0,
              "lengths": [512, 1448], "base": {"score": {"512": 0.9, "1448": 0.6}},
              "change": {"score": {"512": [[0.1, -0.2], [-0.3, 0.0]],
                                   "1448": [[0.05, 0.15], [-0.25, 0.1]]}}}  # fmt: skip

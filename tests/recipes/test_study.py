@@ -483,6 +483,13 @@ def test_longest_training_lengths_are_capped_and_drawn(tmp_path):
     }  # fmt: skip
 
 
+def test_a_model_config_of_other_shapes_ends_with_its_reason(tmp_path):
+    (tmp_path / "config.yml").write_text("model_config: {intermediate_size: 100}\n")
+    tried = study("run", "--model", str(TINY), "--out", str(tmp_path / "s"), "--tasks", "line", "--methods", "base",
+                  "--lengths", "900", "--samples", "1", "--model-config", str(tmp_path / "config.yml"))  # fmt: skip
+    assert tried.returncode == 1 and "Traceback" not in tried.stderr and "ignore_mismatched_sizes" in tried.stderr
+
+
 @pytest.mark.parametrize(("options", "message"), [
     (["--tasks", "niah", "--methods", "SEAL-C up to 512 tokens"], "applies to none of the tasks niah"),
     (["--lengths", "line=256,line=300"], "names a task twice"),

@@ -45,8 +45,8 @@ RATES = {
     "LoRA": (2e-4, 1e-3, 3e-3),
     "query": (1e-2, 2e-2, 5e-2, 1e-1),  # scales on queries instead of attention outputs, one per channel
     "query+output": (1e-2, 2e-2, 5e-2),  # both
-    "IA3": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2),  # as PEFT ships it: keys, values and the input of down_proj
-    "LayerNorm": (2e-4, 5e-4, 1e-3, 5e-3),  # the gains of all norms
+    "IA3": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2),  # as PEFT ships it: keys, values and the input of down_proj
+    "LayerNorm": (2e-4, 5e-4, 1e-3, 5e-3, 2e-2),  # the gains of all norms
     "VeRA": (3e-3, 1e-2, 3e-2),
     # Nothing is tuned: factors of RoPE's cosines and sines, so that attention logits change by their square.
     "attention_factor": (0.9, 1.05, 1.1, 1.2, 1.3),

@@ -414,6 +414,8 @@ def inspect(
     print_extremes(str(adapter), np.array(result["mean"]), "mean scale")
     for quadrant, row in result.get("by_quadrant", {}).items():
         print(f"quadrant {quadrant}: {row['heads']} heads, {row['lowered']} lowered, mean scale {row['mean']:.3f}")
+    for length, correlation in result.get("spearman", {}).items():
+        print(f"Spearman's correlation of scale and effect of ablation at {length} tokens: {correlation:.2f}")
     finish(result, out)
 
 

@@ -13,7 +13,7 @@ from axolotl_plugins.seal.model_loading import LoadedModel, load
 from axolotl_plugins.seal.provenance import base_model
 from axolotl_plugins.seal.scales import saved_scales
 from data_gen.tasks import Task
-from eval.probe.head_importance import head_quadrants, read_map
+from eval.probe.head_importance import changes, head_quadrants, read_map
 from eval.probe.hooks import decoder_blocks, wrap
 from eval.resume import fingerprint, journal_file
 from eval.score_by_length import score_by_length
@@ -131,11 +131,14 @@ def scale_map(adapter: Path, map_file: Path | None = None) -> dict[str, Any]:
 
     Returns:
         ``mean`` and ``spread``, of shape (layers, heads); with a map also ``by_quadrant``: the number of ``heads``, how
-        many were ``lowered``, and their ``mean`` scale.
+        many were ``lowered``, and their ``mean`` scale; and ``spearman``, by length the correlation of mean scales with
+        the change from ablation.
 
     Raises:
         ValueError: the folder is not a SEAL adapter, or the map is of another model.
     """
+    from scipy.stats import spearmanr
+
     values = saved_scales(adapter)
     mean = values.mean(-1)
     config = load_json(adapter / "adapter_config.json")
@@ -144,7 +147,8 @@ def scale_map(adapter: Path, map_file: Path | None = None) -> dict[str, Any]:
         "mean": mean.tolist(), "spread": values.std(-1).tolist(),
     }  # fmt: skip
     if map_file is not None:
-        quadrants = head_quadrants(read_map(map_file, base_model(adapter)))
+        head_map = read_map(map_file, base_model(adapter))
+        quadrants = head_quadrants(head_map)
         if quadrants.shape != mean.shape:
             raise ValueError(
                 f"{map_file}: of a model with {quadrants.shape} layers and heads, the adapter has {mean.shape}"
@@ -157,5 +161,9 @@ def scale_map(adapter: Path, map_file: Path | None = None) -> dict[str, Any]:
             }
             for number in (1, 2, 3, 4)
             if (quadrants == number).any()
+        }
+        result["spearman"] = {
+            str(length): float(spearmanr(mean.ravel(), changes(head_map, length).ravel()).statistic)
+            for length in head_map["lengths"]
         }
     return result

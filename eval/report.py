@@ -97,17 +97,18 @@ def source_of(values: Mapping[str, Any]) -> dict[str, str]:
     """Return the ``command`` of a result, and as ``note`` its date, commits and machine."""
     made = {**values, **(values.get("origin") or {})}
     parts = (made.get(key) for key in ("date", "commit", "device", "machine"))
-    note = ", ".join(" and ".join(part) if isinstance(part, list) else str(part) for part in parts if part)
+    note = ", ".join(" and ".join(map(str, part)) if isinstance(part, list) else str(part) for part in parts if part)
     return {"command": made.get("command") or "", "note": note}
 
 
-def figure_section(folder: Path, studies: Collection[str]) -> dict[str, Any]:
-    """Return the page's section on the PNG files that belong to no JSON file, nor to a study of these names."""
-    files = [*sorted(folder.glob("*.png")), *sorted((folder / "probes").glob("*.png"))]
-    shown = [file for file in files if file.is_file() and not file.with_suffix(".json").exists()
-             and study_of(file, studies) is None]  # fmt: skip
-    sections = [{"title": file.stem.replace("_", " "), "figures": [data_url(file.read_bytes())]} for file in shown]
-    return {"name": "Other figures", "sections": sections}
+def undrawn_figures(folder: Path) -> list[Path]:
+    """Return the PNG files of a folder that are not drawn from a JSON file of the same name."""
+    return [file for file in sorted(folder.glob("*.png")) if file.is_file() and not file.with_suffix(".json").exists()]
+
+
+def figure_sections(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return a section of the page for each PNG file."""
+    return [{"title": file.stem.replace("_", " "), "figures": [data_url(file.read_bytes())]} for file in files]
 
 
 def study_of(figure: Path, studies: Collection[str]) -> str | None:
@@ -240,9 +241,7 @@ def study_section(file: Path, values: dict[str, Any], figures: Sequence[Path] = 
         figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
         draw_scales(figure, axes, np.array(scales), f"{method}: mean scale of each head")
         maps.append(embed(figure))
-    sections += [
-        {"title": figure.stem.replace("_", " "), "figures": [data_url(figure.read_bytes())]} for figure in figures
-    ]
+    sections += figure_sections(figures)
     return {"name": file.name, "sources": [source_of(values)], "sections": sections, "scales": maps,
             "prompts": values.get("prompts", [])}  # fmt: skip
 
@@ -274,12 +273,13 @@ def write_report(folder: Path, out: Path) -> int:
     if not by_name and not probes and not studies:
         raise ValueError(f"{folder}: holds no results: make some with `seal eval`")
     names = [file.stem for file, _ in studies]
-    pictures = [file for file in sorted(folder.glob("*.png")) if not file.with_suffix(".json").exists()]
+    figures = {figure: study_of(figure, names) for figure in undrawn_figures(folder)}
     bases = [base_section(name, results) for name, results in by_name.items()]
     for file, values in studies:
-        bases.append(study_section(file, values, [p for p in pictures if study_of(p, names) == file.stem]))
-    if (figures := figure_section(folder, names))["sections"]:
-        bases.append(figures)
+        bases.append(study_section(file, values, [figure for figure, name in figures.items() if name == file.stem]))
+    others = [figure for figure, name in figures.items() if name is None] + undrawn_figures(folder / "probes")
+    if others:
+        bases.append({"name": "Other figures", "sections": figure_sections(others)})
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )

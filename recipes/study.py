@@ -91,8 +91,9 @@ def work(
     transformers.utils.logging.disable_progress_bar()
     try:
         bench = Workbench(model, device, settings, folder / "data")
-    except (RuntimeError, ValueError, OSError) as error:  # such as a model_config of other shapes
-        sys.exit(f"{model}: {type(error).__name__}: {first_line(error)}")
+    except (RuntimeError, ValueError, OSError) as error:
+        cause = " with the model_config, whose shapes must be those of the weights" if settings.model_config else ""
+        sys.exit(f"{model} cannot be loaded{cause}: {first_line(error)}")
     locks, failed = folder / "locks", set[Cell]()
     locks.mkdir(parents=True, exist_ok=True)
     while True:
@@ -278,7 +279,8 @@ def run(
     cells = plan(*chosen, parse_numbers(seeds, "seeds", zero=True), settings.train)
     if methods and (none := [name for name in chosen[1] if all(cell.method != name for cell in cells)]):
         raise ValueError(
-            f"methods: {none[0]!r} applies to none of the tasks {', '.join(chosen[0])}: see --train-tokens"
+            f"methods: {none[0]!r} applies to none of the tasks {', '.join(chosen[0])}: it is of the same task, or "
+            "shortens no range of --train-tokens"
         )
     if tune_samples % len(TASKS) and any(cell.method.endswith(f"from {MIXTURES[0]}") for cell in cells):
         raise ValueError(f"tune-samples: {tune_samples} cannot be shared equally by the mixture's {len(TASKS)} tasks: "

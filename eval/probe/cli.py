@@ -209,7 +209,7 @@ def quadrants(
     source: Annotated[Path, typer.Option("--from", help="Map of `heads` or `gradient` at two lengths.")],
     down: Annotated[float, typer.Option(help="Scale of heads whose ablation helps at both lengths.")] = 0.9,
     up: Annotated[float, typer.Option(help="Scale of heads whose ablation hurts at both lengths.")] = 1.1,
-    random: Annotated[int, typer.Option(min=0, help="Random choices of as many heads to score beside.")] = 0,
+    random: Annotated[int, typer.Option(min=0, help="Controls: the same scales on randomly chosen heads.")] = 0,
     task: Annotated[str, typer.Option(help=f"Default: the map's. Or another, or your own: {OWN_TASK}.")] = "",
     metric: Metric = None, max_new_tokens: MaxNewTokens = None, lengths: TestLengths = "", samples: TestSamples = None,
     batch_size: BatchSize = None, dtype: Dtype = "auto", chat_template: ChatTemplate = None,

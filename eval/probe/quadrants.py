@@ -20,7 +20,7 @@ from eval.score_by_length import score_by_length
 
 # The paper's three settings: heads of the first quadrant down, of the third up, and both.
 KINDS = {"Q1 down": (1,), "Q3 up": (3,), "Q1 down, Q3 up": (1, 3)}
-BOTH = "Q1 down, Q3 up"
+BOTH = next(kind for kind, numbers in KINDS.items() if len(numbers) == 2)
 
 
 def quadrant_scales(head_map: dict[str, Any], kind: str, down: float, up: float, seed: int | None = None) -> np.ndarray:
@@ -65,7 +65,7 @@ def save_quadrant_adapters(
 ) -> dict[str, Path]:
     """Write an adapter for each of ``KINDS`` whose quadrants hold a head, unless it exists; return their folders.
 
-    So many ``random`` ones with the scales of both quadrants permuted follow.
+    As controls, ``random`` more have the scales of both quadrants permuted over all layers and heads.
     """
     # Names depend on the model, how it is loaded, the map and both scales.
     digest = fingerprint(model, head_map, down, up, options)[:8]
@@ -95,7 +95,7 @@ def score_quadrants(
         task: to score.
         down: scale of heads in quadrant 1.
         up: scale of heads in quadrant 3.
-        random: how many random choices of as many heads are scored beside.
+        random: number of controls: the same scales on randomly chosen heads.
         adapters: folder for the adapters.
         out: result file, beside which responses are cached.
         options: of ``load``.
@@ -165,5 +165,6 @@ def scale_map(adapter: Path, map_file: Path | None = None) -> dict[str, Any]:
         result["spearman"] = {
             str(length): float(spearmanr(mean.ravel(), changes(head_map, length).ravel()).statistic)
             for length in head_map["lengths"]
+            if np.ptp(mean)  # else it is not defined
         }
     return result

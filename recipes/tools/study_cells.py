@@ -12,7 +12,7 @@ import json
 import random
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,7 +38,9 @@ TEST_LENGTHS = {
     "cwe": (2560, 4096, 7680),
 }
 TASKS = tuple(TEST_LENGTHS)
+FACTOR = "attention_factor"  # RoPE's: a method that tunes nothing
 # Candidate learning rates; the paper's are 1e-2 and 2e-2 for SEAL on lines, and 2e-4 for LoRA and DoRA (section 9).
+# Those of FACTOR are factors of RoPE's cosines and sines, so that attention logits change by their square.
 RATES = {
     "SEAL-H": (1e-2, 2e-2, 5e-2, 1e-1),
     "SEAL-C": (1e-2, 2e-2, 5e-2, 1e-1),
@@ -48,11 +50,9 @@ RATES = {
     "IA3": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2),  # as PEFT ships it: keys, values and the input of down_proj
     "LayerNorm": (2e-4, 5e-4, 1e-3, 5e-3, 2e-2),  # the gains of all norms
     "VeRA": (3e-3, 1e-2, 3e-2),
-    # Nothing is tuned: factors of RoPE's cosines and sines, so that attention logits change by their square.
-    "attention_factor": (0.9, 1.05, 1.1, 1.2, 1.3),
+    FACTOR: (0.9, 1.0, 1.05, 1.1, 1.2, 1.3),
 }
 RATE_OF = {"DoRA": "LoRA"}  # a method that uses the rate chosen for another
-FACTOR = "attention_factor"
 UNTUNED = ("base", "one-shot", FACTOR)
 CONTROLS = ("SEAL-H shuffled", "SEAL-C shuffled", "SEAL-H wrong answers", "SEAL-C wrong answers")
 PLACEMENTS = ("query", "query+output")
@@ -177,8 +177,13 @@ class Cell:
 
 def at_most(limit: int, tokens: str) -> str:
     """Cap a length or range of lengths such as ``512:2048``."""
-    low, high = (min(int(bound), limit) for bound in (tokens.split(":")[0], tokens.split(":")[-1]))
+    low, high = (min(bound, limit) for bound in bounds(tokens))
     return str(high) if low == high else f"{low}:{high}"
+
+
+def bounds(tokens: str) -> tuple[int, int]:
+    """Return the least and the greatest of a length or range of lengths; raise ValueError if it is invalid."""
+    return Request("line", tokens).token_range()
 
 
 def capped(longest: int | None, tasks: dict[str, str] | None = None) -> tuple[dict[str, str], dict[str, list[int]]]:
@@ -192,17 +197,16 @@ def capped(longest: int | None, tasks: dict[str, str] | None = None) -> tuple[di
     train = {}
     for task, text in {**TRAIN_TOKENS, **(tasks or {})}.items():
         try:
-            Request(task, text).token_range()
+            train[task] = at_most(limit, text)
         except ValueError as error:
             raise ValueError(f"train-{error}") from None
-        train[task] = at_most(limit, text)
     return train, lengths
 
 
 def shortens(method: str, usual: str) -> bool:
     """Return whether a method's cap lies within a range of training lengths; True for methods without a cap."""
-    low, _, high = usual.partition(":")
-    return method not in CAPPED or int(low) <= int(method.split(" ")[3]) < int(high or low)
+    low, high = bounds(usual)
+    return method not in CAPPED or low <= int(method.split(" ")[3]) < high
 
 
 def validation_cells(task: str, method: str) -> list[Cell]:
@@ -367,8 +371,18 @@ def adapter_config(method: str) -> Any:
 
 @contextmanager
 def scaled_attention(model: torch.nn.Module, factor: float) -> Iterator[None]:
-    """Scale a model's attention logits by the square of a factor, as ``attention_factor`` of its RoPE does."""
-    layers: list[Any] = [module for module in model.modules() if hasattr(module, "q_proj")]
+    """Scale a model's attention logits by the square of a factor, as ``attention_factor`` of RoPE does to all channels.
+
+    Raises:
+        ValueError: the model has no attention layers of the usual names.
+    """
+    layers: list[Any] = [
+        module for module in model.modules() if hasattr(module, "q_proj") and hasattr(module, "scaling")
+    ]
+    if not layers:
+        raise ValueError(
+            "attention_factor: the model has no attention with `q_proj` and `scaling`: leave the method out"
+        )
     scalings = [layer.scaling for layer in layers]
     for layer, scaling in zip(layers, scalings, strict=True):
         layer.scaling = scaling * factor**2
@@ -413,7 +427,7 @@ class Workbench:
 
         result: dict[str, Any] = {**asdict(cell), "scores": [], **self.machine()}
         if not cell.tuned_as:
-            with scaled_attention(self.model, cell.rate or 1):
+            with scaled_attention(self.model, cell.rate) if cell.rate else nullcontext():
                 return result | self.score(self.model, cell)
         from peft import get_peft_model
 

@@ -29,6 +29,7 @@ from recipes.tools.study_cells import (
     TRANSFERS,
     WEIGHTED,
     Cell,
+    bounds,
     choose_rate,
     mean_score,
 )
@@ -105,21 +106,28 @@ def gather(folder: Path, commit: str | None) -> dict[str, Any]:
 
 
 def command(settings: dict[str, Any], cells: list[dict[str, Any]]) -> str:
-    """Return the command that runs the tested cells of a study, and those that choose their learning rates."""
-    tasks, methods = ([name for name in names if any(cell[key] == name for cell in cells)]
-                      for key, names in (("task", TASKS), ("method", METHODS)))  # fmt: skip
+    """Return the commands, joined by ``&&``, that run exactly the tested cells of a study and their validation."""
+    tasks_of: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)  # by method and seeds
+    for task, method in itertools.product(TASKS, METHODS):
+        if seeds := sorted(cell["seed"] for cell in cells if (cell["task"], cell["method"]) == (task, method)):
+            tasks_of[method, tuple(seeds)].append(task)
+    runs: dict[tuple[tuple[str, ...], tuple[int, ...]], list[str]] = defaultdict(list)
+    for (method, of_seeds), tasks in tasks_of.items():
+        runs[tuple(tasks), of_seeds].append(method)
     options = {
-        "tasks": ",".join(tasks), "methods": ",".join(methods),
-        "seeds": ",".join(str(seed) for seed in sorted({cell["seed"] for cell in cells})),
         "train-tokens": ",".join(f"{task}={settings['train'][task]}" for task in TASKS),
         "lengths": ",".join(f"{task}={'/'.join(map(str, settings['lengths'][task]))}" for task in TASKS),
         **{key.replace("_", "-"): settings[key]
            for key in ("samples", "validation_samples", "tune_samples", "shot_tokens", "haystack", "dtype")},
     }  # fmt: skip
-    text = "seal study run " + " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in options.items())
-    if settings.get("model_config"):
-        text += f" --model-config FILE, which holds model_config: {json.dumps(settings['model_config'])}"
-    return text
+    if config := settings.get("model_config"):
+        options["model-config"] = f"model_config.yml, of {json.dumps(config)}"
+    common = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in options.items())
+    return " && ".join(
+        f"seal study run --tasks {','.join(of_tasks)} --methods {shlex.quote(','.join(methods))} "
+        f"--seeds {','.join(map(str, of_seeds))} {common}"
+        for (of_tasks, of_seeds), methods in runs.items()
+    )
 
 
 def only(values: list[Any]) -> Any:
@@ -168,7 +176,10 @@ def save(gathered: dict[str, Any], out: Path) -> None:
         for axes, method in zip(panels, ("SEAL-H", "SEAL-C"), strict=True):
             draw_weights(axes, method, gathered)
         save_figure(figure, out.with_name(f"{out.stem}_weights.png"))
-    measured = {row["method"] for row in gathered["rows"] if (row["task"], "base") in scored and row["scores"]}
+    measured = {
+        row["method"] for row in gathered["rows"]
+        if row["scores"] and (row["method"] in CAPPED or (row["task"], "base") in scored)
+    }  # fmt: skip
     pictures = ("transfer", TRANSFERS, draw_transfer), ("samples", SIZED, draw_samples), ("lengths", CAPPED, draw_caps)
     for name, methods, draw in pictures:
         names = [m for m in ("SEAL-H", "SEAL-C", "LoRA") if measured & {x for x in methods if x.startswith(m)}]
@@ -267,38 +278,39 @@ def draw_transfer(axes: Any, method: str, gathered: dict[str, Any]) -> None:
 
 
 def draw_caps(axes: Any, method: str, gathered: dict[str, Any]) -> None:
-    """Plot the score at each test length against the longest training sample, one line per task and test length."""
-    scores = defaultdict(list)
-    for row in gathered["rows"]:
-        if row["method"] == method or row["method"].startswith(f"{method} up to "):
-            usual = gathered["settings"]["train"][row["task"]]
-            longest = int(Cell(row["task"], row["method"], "test").train_tokens(usual).split(":")[-1])
-            for score in row["scores"]:
-                scores[row["task"], score["length"], longest].append(score["score"])
-    for task, length in dict.fromkeys((task, length) for task, length, _ in sorted(scores)):
-        caps = sorted(cap for of_task, tested, cap in scores if (of_task, tested) == (task, length))
-        if len(caps) > 1:
-            means = [statistics.mean(scores[task, length, cap]) for cap in caps]
-            axes.plot(caps, means, "o-", label=f"{task}, tested at {length:,}")
+    """Plot the score at each test length against the longest training sample, under the smallest seed."""
+    curves: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)  # by task and test length
+    for row in of_first_seed(gathered["rows"], (method, f"{method} up to ")):
+        usual = gathered["settings"]["train"][row["task"]]
+        longest = bounds(Cell(row["task"], row["method"], "test").train_tokens(usual))[1]
+        for score in row["scores"]:
+            curves[row["task"], score["length"]][longest] = score["score"]
+    for (task, length), curve in curves.items():
+        axes.plot(*zip(*sorted(curve.items()), strict=True), "o-", label=f"{task}, tested at {length:,}")
     axes.set_xscale("log", base=2)
-    ticks = sorted({cap for _, _, cap in scores})
+    ticks = sorted({longest for curve in curves.values() for longest in curve})
     axes.set_xticks(ticks, [f"{cap:,}" for cap in ticks])
     axes.set(xlabel="longest training sample, tokens", ylabel="score", title=method, ylim=(-0.02, 1.04))
     axes.grid(alpha=0.3)
     axes.legend()
 
 
+def of_first_seed(rows: list[dict[str, Any]], names: tuple[str, str]) -> list[dict[str, Any]]:
+    """Return the scored rows, under their smallest seed, of a method or of those whose names begin with the second."""
+    chosen = [
+        row for row in rows if row["scores"] and (row["method"] == names[0] or row["method"].startswith(names[1]))
+    ]
+    return [row for row in chosen if row["seed"] == min(row["seed"] for row in chosen)]
+
+
 def draw_samples(axes: Any, method: str, gathered: dict[str, Any]) -> None:
-    """Plot the mean score over lengths against the number of training samples, one line per task, with the base's."""
-    for task in TASKS:
-        of_task = [row for row in gathered["rows"] if row["task"] == task]
-        seeds = defaultdict(list)  # scores by number of samples, of which each gave one loss
-        for row in of_task:
-            if row["scores"] and (row["method"] in ("base", method) or row["method"].startswith(f"{method} with ")):
-                seeds[len(row.get("losses", []))].append(mean_score(row))
-        if len(seeds.keys() - {0}) > 1:
-            axes.plot(*zip(*sorted((size, statistics.mean(scores)) for size, scores in seeds.items()), strict=True),
-                      "o-", label=task)  # fmt: skip
+    """Plot the mean score over lengths against the number of training samples, under the smallest seed."""
+    rows = [row for row in gathered["rows"] if row["method"] == "base" and row["scores"]]
+    rows += of_first_seed(gathered["rows"], (method, f"{method} with "))
+    for task in TASKS:  # by number of samples, of which each gave one loss
+        sizes = {len(row.get("losses", [])): mean_score(row) for row in rows if row["task"] == task}
+        if len(sizes.keys() - {0}) > 1:
+            axes.plot(*zip(*sorted(sizes.items()), strict=True), "o-", label=task)
     axes.set(xlabel="training samples", ylabel="mean score over lengths", title=method, ylim=(-0.02, 1.04))
     axes.grid(alpha=0.3)
     axes.legend()

@@ -436,6 +436,8 @@ def test_commands_write_results_with_pictures(tmp_path):
         assert json.loads(out.read_text())["kind"] and out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
         assert not list(folder.glob(".*.partial")), arguments
     assert set(json.loads((folder / "g.json").read_text())["spearman"]["importance"]["score"]) == {"200", "256"}
+    controlled = json.loads((folder / "u.json").read_text())
+    assert {"random 0", "random 1"} <= controlled["scores"].keys() & controlled["adapters"].keys()
     raised = json.loads((folder / "i.json").read_text())["spearman"]  # the heads that hurt when ablated
     assert set(raised) == {"200", "256"} and max(raised.values()) < 0
     channels = json.loads((folder / "c.json").read_text())

@@ -153,7 +153,7 @@ def test_collect_makes_a_result_with_pictures_and_tables(finished, tmp_path):
         ("line", "base"), ("line", "SEAL-H"), ("vt", "base"), ("vt", "SEAL-H"),
     ]  # fmt: skip
     assert gathered["device"] == "cpu" and len(gathered["rates"]) == 2 and len(gathered["general"]) == 2
-    command = shlex.split(gathered["command"])[2:]  # the recorded command has the same settings and cells
+    command = shlex.split(gathered["command"])[2:]  # one that has the same settings and cells
     again = study(*command, "--model", str(TINY), "--out", str(finished), "--device", "cpu")
     assert again.stdout.endswith("0 cells done now\n"), again.stdout + again.stderr
     assert all(score["low"] <= score["score"] <= score["high"] for row in gathered["rows"] for score in row["scores"])
@@ -245,6 +245,14 @@ def test_an_attention_factor_is_that_of_rope():
     with scaled_attention(plain, 1.2):
         torch.testing.assert_close(plain(ids).logits, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(plain(ids).logits, base) and (base - expected).abs().max() > 0.01
+    bench = Workbench.__new__(Workbench)
+    bench.model, bench.settings = plain, Settings("", 8192, "float32", 1, 1, 2, 10, "prose", *capped(None))
+    bench.score = lambda model, cell: {"logits": model(ids).logits}
+    scored = {rate: bench.run(Cell("line", FACTOR, "test", rate=rate))["logits"] for rate in (1.0, 1.2)}
+    torch.testing.assert_close(scored[1.2], expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(scored[1.0], base) and torch.equal(bench.run(Cell("line", "base", "test"))["logits"], base)
+    with pytest.raises(ValueError, match="no attention with `q_proj`"), scaled_attention(torch.nn.Linear(1, 1), 1.1):
+        pass
     cells = plan(["line"], [FACTOR], [0, 1])
     assert [cell.rate for cell in cells] == [*RATES[FACTOR], None] and {cell.seed for cell in cells} == {0}
 
@@ -483,11 +491,26 @@ def test_longest_training_lengths_are_capped_and_drawn(tmp_path):
     }  # fmt: skip
 
 
+def test_recorded_commands_run_the_tested_cells_and_no_others():
+    tested = [("line", "base", 0), ("line", "SEAL-C", 0), ("line", "SEAL-C", 1), ("vt", "SEAL-C", 0), ("vt", "base", 0),
+              ("line", "SEAL-C from vt", 0), ("line", "LoRA", 0), ("vt", "LoRA", 0)]  # fmt: skip
+    settings = Settings("", 8192, "float32", 2, 1, 2, 10, "prose", *capped(900, {"line": "300:400"}))
+    rows = [dict(zip(("task", "method", "seed"), cell, strict=True)) for cell in tested]
+    planned = []
+    for part in study_results.command(asdict(settings), rows).split(" && "):
+        words = shlex.split(part)
+        tasks, methods, seeds = (words[words.index(f"--{key}") + 1].split(",") for key in ("tasks", "methods", "seeds"))
+        planned += [cell for cell in plan(tasks, methods, [*map(int, seeds)]) if cell.purpose == "test"]
+        assert "--lengths line=512/900,vt=900" in part and "--train-tokens line=300:400,vt=900" in part
+    assert sorted((cell.task, cell.method, cell.seed) for cell in planned) == sorted(tested)
+
+
 def test_a_model_config_of_other_shapes_ends_with_its_reason(tmp_path):
     (tmp_path / "config.yml").write_text("model_config: {intermediate_size: 100}\n")
     tried = study("run", "--model", str(TINY), "--out", str(tmp_path / "s"), "--tasks", "line", "--methods", "base",
                   "--lengths", "900", "--samples", "1", "--model-config", str(tmp_path / "config.yml"))  # fmt: skip
-    assert tried.returncode == 1 and "Traceback" not in tried.stderr and "ignore_mismatched_sizes" in tried.stderr
+    assert tried.returncode == 1 and "Traceback" not in tried.stderr
+    assert "cannot be loaded with the model_config, whose shapes must be those of the weights" in tried.stderr
 
 
 @pytest.mark.parametrize(("options", "message"), [

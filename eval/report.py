@@ -45,12 +45,13 @@ def rate_table(sweep: dict[str, Any]) -> dict[str, Any]:
     return {"rows_are": "learning rate", "columns": titles, "rows": rows}
 
 
-def probe_section(result: dict[str, Any]) -> dict[str, Any]:
-    """Return the page's section on a result of ``seal probe``."""
+def probe_section(file: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Return the page's section on a result of ``seal probe``; raise ValueError if it is of an unknown kind."""
     from eval.probe.captions import CAPTION, TITLE
     from eval.probe.probe_plots import DRAW
 
-    kind = result["kind"]
+    if (kind := result["kind"]) not in TITLE:
+        raise ValueError(f"{file}: of the unknown kind {kind!r}, from another version: run the probe again, or move it")
     return {
         "title": TITLE[kind], "figure": embed(DRAW[kind](result)),
         "table": rate_table(result) if kind == "sweep" else None, "caption": CAPTION[kind](result),
@@ -268,7 +269,9 @@ def write_report(folder: Path, out: Path) -> int:
     for part in result_folders(folder):
         for result in read_results(part):
             by_name[result.base if part == folder else f"{result.base}, {part.name}"].append(result)
-    probes = [values for values in read_objects(folder / "probes").values() if "kind" in values]
+    probes = [
+        probe_section(file, values) for file, values in read_objects(folder / "probes").items() if "kind" in values
+    ]
     studies = [(file, values) for file, values in read_objects(folder).items() if study_runs(values)]
     if not by_name and not probes and not studies:
         raise ValueError(f"{folder}: holds no results: make some with `seal eval`")
@@ -285,7 +288,7 @@ def write_report(folder: Path, out: Path) -> int:
     )
     page = environment.get_template("report.html").render(
         bases=bases,
-        probes=[probe_section(result) for result in probes],
+        probes=probes,
     )
     write_text(out, page)
     return sum(map(len, by_name.values())) + len(studies) + len(probes)

@@ -182,10 +182,13 @@ def test_studies_are_means_over_seeds():
     assert row["cells"] == [{"score": pytest.approx(0.4), "count": 100, "low": None, "high": None, "paper": None}]
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "holds no results"), ("{", "not JSON")])
+@pytest.mark.parametrize(("content", "message"), [
+    (None, "holds no results"), ("{", "not JSON"), ('{"kind": "removal"}', "unknown kind 'removal'"),
+])  # fmt: skip
 def test_nothing_to_report(content, message, tmp_path):
+    (tmp_path / "probes").mkdir()
     if content:
-        (tmp_path / "a.json").write_text(content)
+        (tmp_path / ("probes" if "kind" in content else ".") / "a.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         write_report(tmp_path, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()

@@ -192,7 +192,9 @@ def test_results_are_the_same_after_a_round_trip_through_json(tmp_path):
     assert evaluate([load(TINY)], ["line", "niah"], spec) == results  # without files
     line, niah = (json.loads(file.read_text()) for file in outputs[0].values())
     assert list(line) == ["model", "base", "method", "task", "title", "window", "dtype", "seed", "shots",
-                          "contaminated", "scores", "depths", "mean", "responses", "asked", "fingerprint"]  # fmt: skip
+                          "contaminated", "scores", "depths", "mean", "responses", "asked", "fingerprint",
+                          "origin"]  # fmt: skip
+    assert list(line["origin"]) == ["command", "date", "commit", "machine"]
     assert list(line["scores"][0]) == ["length", "tokens", "count", "score", "low", "high"]
     assert list(line["mean"]) == ["tokens", "count", "score", "low", "high"] and line["asked"]["samples"] == 3
     assert [row["depth"] for row in niah["depths"]] == [row.depth for row in results[1].depths] != []

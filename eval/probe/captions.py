@@ -126,7 +126,7 @@ def scales(result: dict[str, Any]) -> str:
     text = f"{result['model']}: scales of heads from {mean.min():.2f} to {mean.max():.2f}."
     for quadrant, row in result.get("by_quadrant", {}).items():
         text += f" Quadrant {quadrant}: {row['lowered']} of {row['heads']} lowered, mean {row['mean']:.2f}."
-    if "spearman" in result:
+    if result.get("spearman"):
         text += f" Spearman's correlation with the effect of ablation: {by_length(result['spearman'])}."
     return text
 

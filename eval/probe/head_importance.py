@@ -299,17 +299,22 @@ def changes(head_map: dict[str, Any], length: int, measure: str | None = None) -
     return np.array(by_length[str(length)])
 
 
+def spearman(first: np.ndarray, second: np.ndarray) -> float:
+    """Compute Spearman's correlation over all heads, of two arrays of shape (layers, heads)."""
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(first.ravel(), second.ravel()).statistic)
+
+
 def agreement(exact: dict[str, Any], predicted: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     """Compute Spearman's correlation over all heads between an exact map and a predicted one.
 
     Returns:
         Measure of the predicted map -> measure of the exact one -> length -> correlation.
     """
-    from scipy.stats import spearmanr
 
     def correlation(length: int, exact_measure: str, predicted_measure: str) -> float:
-        values = changes(exact, length, exact_measure), changes(predicted, length, predicted_measure)
-        return float(spearmanr(*(array.ravel() for array in values)).statistic)
+        return spearman(changes(exact, length, exact_measure), changes(predicted, length, predicted_measure))
 
     return {
         predicted_measure: {

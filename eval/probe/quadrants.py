@@ -13,14 +13,14 @@ from axolotl_plugins.seal.model_loading import LoadedModel, load
 from axolotl_plugins.seal.provenance import base_model
 from axolotl_plugins.seal.scales import saved_scales
 from data_gen.tasks import Task
-from eval.probe.head_importance import changes, head_quadrants, read_map
+from eval.probe.head_importance import changes, head_quadrants, read_map, spearman
 from eval.probe.hooks import decoder_blocks, wrap
 from eval.resume import fingerprint, journal_file
 from eval.score_by_length import score_by_length
 
 # The paper's three settings: heads of the first quadrant down, of the third up, and both.
-KINDS = {"Q1 down": (1,), "Q3 up": (3,), "Q1 down, Q3 up": (1, 3)}
-BOTH = next(kind for kind, numbers in KINDS.items() if len(numbers) == 2)
+BOTH = "Q1 down, Q3 up"
+KINDS = {"Q1 down": (1,), "Q3 up": (3,), BOTH: (1, 3)}
 
 
 def quadrant_scales(head_map: dict[str, Any], kind: str, down: float, up: float, seed: int | None = None) -> np.ndarray:
@@ -137,8 +137,6 @@ def scale_map(adapter: Path, map_file: Path | None = None) -> dict[str, Any]:
     Raises:
         ValueError: the folder is not a SEAL adapter, or the map is of another model.
     """
-    from scipy.stats import spearmanr
-
     values = saved_scales(adapter)
     mean = values.mean(-1)
     config = load_json(adapter / "adapter_config.json")
@@ -163,8 +161,7 @@ def scale_map(adapter: Path, map_file: Path | None = None) -> dict[str, Any]:
             if (quadrants == number).any()
         }
         result["spearman"] = {
-            str(length): float(spearmanr(mean.ravel(), changes(head_map, length).ravel()).statistic)
-            for length in head_map["lengths"]
+            str(length): spearman(mean, changes(head_map, length)) for length in head_map["lengths"]
             if np.ptp(mean)  # else it is not defined
-        }
+        }  # fmt: skip
     return result

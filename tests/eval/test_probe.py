@@ -411,22 +411,9 @@ def test_commands_write_results_with_pictures(tmp_path):
         ("channels", *tiny, "--heads", "L0H0", *short, "--samples", "1", "--dtype", "bfloat16", "--out", "c.json"),
         ("quadrants", *tiny, "--from", "h.json", *short, "--samples", "2", "--out", "q.json"),
         ("inspect", "--adapter", "Q3 up", "--map", "h.json", "--out", "i.json"),
-        (
-            "quadrants",
-            *tiny,
-            "--from",
-            "h.json",
-            "--up",
-            "1.9",
-            "--random",
-            "2",
-            *short,
-            "--samples",
-            "2",
-            "--out",
-            "u.json",
-        ),
-    ):
+        ("quadrants", *tiny, "--from", "h.json", "--up", "1.9", "--random", "2", *short, "--samples", "2", "--out",
+         "u.json"),
+    ):  # fmt: skip
         if "Q3 up" in arguments:
             made = json.loads((folder / "q.json").read_text())["adapters"]
             arguments = [made.get(part, part) for part in arguments]

@@ -59,8 +59,16 @@ def gradient(result: dict[str, Any]) -> str:
 
 
 def quadrant_scaling(result: dict[str, Any]) -> str:
-    """Describe scores with heads scaled by quadrant."""
-    parts = "; ".join(f"{name}: {by_length(scores)}" for name, scores in result["scores"].items())
+    """Describe scores with heads scaled by quadrant, of random heads mean and range over all draws."""
+    runs = {name: scores for name, scores in result["scores"].items() if not name.startswith("random ")}
+    parts = "; ".join(f"{name}: {by_length(scores)}" for name, scores in runs.items())
+    if random := [scores for name, scores in result["scores"].items() if name not in runs]:
+        columns = {length: [scores[length] for scores in random] for length in random[0]}
+        ranges = (
+            f"{np.mean(values):.2f} ({min(values):.2f}-{max(values):.2f}) at {length}"
+            for length, values in columns.items()
+        )
+        parts += f"; as many random heads, mean and range of {len(random)} draws: {', '.join(ranges)}"
     return (
         f"{result['model']}, {title_of(result)}, {result['samples']} test samples per length, scales "
         f"{result['down']:g} and {result['up']:g}, nothing trained. {parts}."

@@ -120,14 +120,16 @@ def command(settings: dict[str, Any], cells: list[dict[str, Any]]) -> str:
         **{key.replace("_", "-"): settings[key]
            for key in ("samples", "validation_samples", "tune_samples", "shot_tokens", "haystack", "dtype")},
     }  # fmt: skip
+    first: list[str] = []
     if config := settings.get("model_config"):
-        options["model-config"] = f"model_config.yml, of {json.dumps(config)}"
+        options["model-config"] = "model_config.yml"
+        first.append(f"echo {shlex.quote(json.dumps({'model_config': config}))} > model_config.yml")
     common = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in options.items())
-    return " && ".join(
+    return " && ".join(first + [
         f"seal study run --tasks {','.join(of_tasks)} --methods {shlex.quote(','.join(methods))} "
         f"--seeds {','.join(map(str, of_seeds))} {common}"
         for (of_tasks, of_seeds), methods in runs.items()
-    )
+    ])  # fmt: skip
 
 
 def only(values: list[Any]) -> Any:

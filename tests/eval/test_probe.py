@@ -433,6 +433,13 @@ def test_commands_write_results_with_pictures(tmp_path):
     assert write_report(tmp_path, tmp_path / "report.html") == 6  # captions and pictures know every kind of result
 
 
+def test_the_caption_of_random_heads_states_mean_and_range():
+    scores = {"base": {"256": 0.1}, "random 0": {"256": 0.2}, "random 1": {"256": 0.4}}
+    result = {"model": "m", "task": "line", "samples": 5, "down": 0.9, "up": 1.1, "scores": scores}
+    caption = CAPTION["quadrants"](result)
+    assert "random heads, mean and range of 2 draws: 0.30 (0.20-0.40) at 256" in caption and "random 0" not in caption
+
+
 def test_the_journal_of_a_run_is_that_of_its_model(tmp_path):
     """A second run over other weights must not reuse the first one's answers."""
     from eval.resume import journal_file

@@ -21,6 +21,7 @@ from axolotl_plugins.common.io import write_text
 from axolotl_plugins.common.window import read_config
 from axolotl_plugins.seal.model_loading import load
 from axolotl_plugins.seal.provenance import text_hash
+from eval.cli_options import read_model_config
 from eval.controls import seal_layers
 from recipes.study import make_settings
 from recipes.tools import study_results
@@ -503,6 +504,15 @@ def test_recorded_commands_run_the_tested_cells_and_no_others():
         planned += [cell for cell in plan(tasks, methods, [*map(int, seeds)]) if cell.purpose == "test"]
         assert "--lengths line=512/900,vt=900" in part and "--train-tokens line=300:400,vt=900" in part
     assert sorted((cell.task, cell.method, cell.seed) for cell in planned) == sorted(tested)
+
+
+def test_the_recorded_command_of_a_stretched_model_writes_its_model_config(tmp_path):
+    config = {"rope_parameters": {"rope_type": "default", "rope_theta": 418294}}
+    settings = Settings("", 8192, "float32", 2, 1, 2, 10, "prose", *capped(900), config)
+    row = {"task": "line", "method": "base", "seed": 0}
+    first, run = study_results.command(asdict(settings), [row]).split(" && ")
+    subprocess.run(first, shell=True, cwd=tmp_path, check=True)
+    assert read_model_config(tmp_path / run.split("--model-config ")[1]) == config
 
 
 def test_a_model_config_of_other_shapes_ends_with_its_reason(tmp_path):

@@ -52,8 +52,9 @@ def probe_section(file: Path, result: dict[str, Any]) -> dict[str, Any]:
 
     if (kind := result["kind"]) not in TITLE:
         raise ValueError(f"{file}: of the unknown kind {kind!r}, from another version: run the probe again, or move it")
+    of = title_of(result) if "task" in result else result["model"]
     return {
-        "title": TITLE[kind], "figure": embed(DRAW[kind](result)),
+        "title": f"{of}: {TITLE[kind]}", "figure": embed(DRAW[kind](result)),
         "table": rate_table(result) if kind == "sweep" else None, "caption": CAPTION[kind](result),
         "source": source_of(result),
     }  # fmt: skip
@@ -107,9 +108,13 @@ def undrawn_figures(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.glob("*.png")) if file.is_file() and not file.with_suffix(".json").exists()]
 
 
-def figure_sections(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """Return a section of the page for each PNG file."""
-    return [{"title": file.stem.replace("_", " "), "figures": [data_url(file.read_bytes())]} for file in files]
+def figure_sections(files: Sequence[Path], study: str | None = None) -> list[dict[str, Any]]:
+    """Return a section of the page for each PNG file, named after it without the name of its study."""
+    names = [file.stem.removeprefix(f"{study}_").replace("_", " ") for file in files]
+    return [
+        {"title": f"Figure: {name}", "figures": [data_url(file.read_bytes())]}
+        for name, file in zip(names, files, strict=True)
+    ]
 
 
 def study_of(figure: Path, studies: Collection[str]) -> str | None:
@@ -242,7 +247,7 @@ def study_section(file: Path, values: dict[str, Any], figures: Sequence[Path] = 
         figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
         draw_scales(figure, axes, np.array(scales), f"{method}: mean scale of each head")
         maps.append(embed(figure))
-    sections += figure_sections(figures)
+    sections += figure_sections(figures, file.stem)
     return {"name": file.name, "sources": [source_of(values)], "sections": sections, "scales": maps,
             "prompts": values.get("prompts", [])}  # fmt: skip
 

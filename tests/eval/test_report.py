@@ -156,10 +156,10 @@ def test_every_figure_of_the_repositorys_results_is_on_the_page(tmp_path):
     for file in files:
         assert (base64.b64encode(file.read_bytes()).decode() in page) == (file.stem not in drawn), file
     headings = re.findall("<h[23]>([^<]*)", page)
-    assert headings[headings.index("Other figures") :].count("bench memory") == 1
-    assert headings.index("smollm2.json") < headings.index("smollm2 placements") < headings.index("Other figures")
+    assert headings[headings.index("Other figures") :].count("Figure: bench memory") == 1
+    assert headings.index("smollm2.json") < headings.index("Figure: placements") < headings.index("Other figures")
     controls = headings[headings.index("smollm2_controls.json") :]
-    assert "smollm2 controls weights" in controls[: controls.index("smollm2_transfer.json")]
+    assert "Figure: weights" in controls[: controls.index("smollm2_transfer.json")]
 
 
 def test_results_in_subfolders_stand_apart_with_their_commands(tmp_path):

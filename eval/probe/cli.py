@@ -178,8 +178,11 @@ def gradient(
     model: Model, lengths: Lengths = "", task: TaskName = "line", metric: Metric = None,
     max_new_tokens: MaxNewTokens = None, samples: Samples = None,
     points: Annotated[
-        str, typer.Option(help="Common scales of all heads at which gradients are taken; each costs one more pass.")
+        str, typer.Option(help="Common scales of a group's heads at which gradients are taken; each costs one pass.")
     ] = "1",
+    groups: Annotated[
+        int, typer.Option(min=1, help="Random groups of heads, each scaled with all others at 1; each costs one pass.")
+    ] = 1,
     compare: Annotated[Path | None, typer.Option(help="Map of `heads` to compare with (Spearman).")] = None,
     dtype: Dtype = "auto", chat_template: ChatTemplate = None, chat_template_kwargs: TemplateArguments = None,
     trust_remote_code: TrustRemoteCode = False, out: Out = Path("results/probes/gradient.json"),
@@ -192,8 +195,8 @@ def gradient(
     if exact and own[1] and not set(exact["lengths"]) <= set(own[1]):
         raise ValueError(f"compare: {compare} is of the lengths {exact['lengths']}: name them all by --lengths")
     options = load_options(chat_template, chat_template_kwargs, dtype=dtype, trust_remote_code=trust_remote_code)
-    probe = start_map("gradient", out, model, own, samples, options, scales)
-    result = gradient_map(probe, points=tuple(scales))
+    probe = start_map("gradient", out, model, own, samples, options, scales, groups)
+    result = gradient_map(probe, points=tuple(scales), groups=groups)
     if exact is not None:
         result["spearman"] = agreement(exact, result)
         result["speedup"] = exact["seconds"] / max(result["seconds"], 1e-9)

@@ -1,13 +1,15 @@
 """Importance of heads and channels: how ablating each changes a task's scores by length (paper Figures 2b and 2d).
 
 An ablation map is exact: every ablated model answers every prompt. A gradient map predicts all ablations from one
-forward and one backward pass per prompt. Both hold, for every length, the change of the score where they know it and
-the change of the reference answer's log-probability; positive means that ablation helps.
+forward and one backward pass per prompt, or from a few. Both hold, for every length, the change of the score where they
+know it and the change of the reference answer's log-probability; positive means that ablation helps.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import random
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -213,27 +215,36 @@ def by_head(rows: list[list[float]], layers: list[int], heads: list[tuple[int, i
     return channels
 
 
-def gradient_map(probe: MapRun, *, points: tuple[float, ...] = (1.0,)) -> dict[str, Any]:
+def gradient_map(probe: MapRun, *, points: tuple[float, ...] = (1.0,), groups: int = 1) -> dict[str, Any]:
     """Predict the effect of ablating every head from the gradient of the answer's loss with respect to all scales.
 
-    Ablating head h is the step from s_h = 1 to 0, so to first order the log-probability changes by minus its gradient
-    times 1. A head's gradient is the sum of its channels'. Gradients of prompts cancel in a mean where ablation breaks
-    every one of them, so the map also holds their mean magnitude (Michel et al. 2019, equation 2): how much a head
-    matters, not whether its ablation helps.
+    Ablating head h is the step from s_h = 1 to 0, so to first order the log-probability changes by minus its
+    gradient times 1. Effects that saturate show only at scales below 1, at which a model with all heads scaled
+    fails: so heads are scaled in random groups, in another partition for each prompt. A head's gradient is the sum
+    of its channels'. Gradients of prompts cancel in a mean where ablation breaks every one of them, so the map also
+    holds their mean magnitude (Michel et al. 2019, equation 2): how much a head matters, not whether its ablation
+    helps.
 
     Args:
         probe: what to probe.
-        points: common scales of all heads at which gradients are taken and averaged; more than one makes it a path
+        points: common scales of a group at which its gradients are taken and averaged; more than one makes it a path
             integral (integrated gradients, Sundararajan et al. 2017) at so many times the cost.
+        groups: partition of the heads; of one group after the other scales are at a point, those of all others are 1,
+            at so many times the cost.
 
     Returns:
-        See ``MapRun.result``; its measures are ``logprob`` and ``importance`` (minus the mean magnitude of a head's
-        gradient).
+        See ``MapRun.result``; its measures are ``logprob`` (``base``: the mean over all passes) and ``importance``
+        (minus the mean magnitude of a head's gradient).
+
+    Raises:
+        ValueError: there are more groups than heads.
     """
     blocks, cache = probe.blocks, probe.cache
+    if groups > (heads := len(blocks) * blocks[0].heads):
+        raise ValueError(f"groups: found {groups}, expected at most {heads}, the model's heads")
     for prompt in tqdm(probe.prompts, desc="gradients"):
         if prompt.key not in cache:
-            cache.add(prompt.key, prompt_gradient(probe.model, blocks, prompt, points))
+            cache.add(prompt.key, prompt_gradient(probe.model, blocks, prompt, points, groups))
             cache.add("seconds", probe.seconds())
     base: dict[str, Any] = {"logprob": {}}
     change: dict[str, Any] = {"logprob": {}, "importance": {}}
@@ -244,25 +255,36 @@ def gradient_map(probe: MapRun, *, points: tuple[float, ...] = (1.0,)) -> dict[s
         heads = gradients.reshape(len(rows), len(blocks), blocks[0].heads, -1).sum(-1)
         change["logprob"][str(length)] = heads.mean(0).tolist()
         change["importance"][str(length)] = (-np.abs(heads).mean(0)).tolist()
-    return {**probe.result("gradient", "head", base, change), "points": list(points)}
+    return {**probe.result("gradient", "head", base, change), "points": list(points), "groups": groups}
 
 
-def prompt_gradient(model: Any, blocks: list[Block], prompt: Prompt, points: tuple[float, ...]) -> list[Any]:
-    """Return the mean over points of an answer's log-probability and of minus its gradient, lists by layer."""
+def prompt_gradient(
+    model: Any, blocks: list[Block], prompt: Prompt, points: tuple[float, ...], groups: int
+) -> list[Any]:
+    """Return the mean over passes of an answer's log-probability, and minus its gradient, lists by layer.
+
+    A head's gradient is the mean over the points of its group, see ``gradient_map``.
+    """
     ids = torch.tensor([prompt.ids + prompt.reference], device=model.device)
-    total = [torch.zeros(block.channels) for block in blocks]
+    shape = len(blocks), blocks[0].heads
+    order = random.Random(f"{PROBE_SEED}/{prompt.key}").sample(range(shape[0] * shape[1]), shape[0] * shape[1])
+    total = torch.zeros(shape[0], blocks[0].channels)
     logprob = 0.0
-    for point in points:
-        scales = [torch.full((block.channels,), point, device=ids.device, requires_grad=True) for block in blocks]
+    for group, point in itertools.product(range(groups), points):
+        chosen = torch.zeros(shape[0] * shape[1], dtype=torch.bool)
+        chosen[order[group::groups]] = True
+        of_channels = chosen.view(shape).repeat_interleave(blocks[0].channels // shape[1], 1)
+        start = torch.where(of_channels, point, 1.0).to(ids.device)
+        scales = [row.clone().requires_grad_() for row in start]
         with contextlib.ExitStack() as stack:
             for block, scale in zip(blocks, scales, strict=True):
                 stack.enter_context(scaled_input(block.projection, scale))
             loss = answer_loss(model, ids, len(prompt.ids))
-            gradients = torch.autograd.grad(loss, scales)
+            gradients = torch.stack(torch.autograd.grad(loss, scales)).cpu()
         # Ablation is a step of -1; what lowers the loss raises the log-probability.
-        total = [sum_ + gradient.cpu() / len(points) for sum_, gradient in zip(total, gradients, strict=True)]
-        logprob -= loss.item() / len(points)
-    return [logprob, [row.tolist() for row in total]]
+        total += torch.where(of_channels, gradients, 0) / len(points)
+        logprob -= loss.item() / (len(points) * groups)
+    return [logprob, total.tolist()]
 
 
 def read_map(file: Path, model: str) -> dict[str, Any]:

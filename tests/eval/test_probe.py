@@ -273,6 +273,23 @@ def test_gradient_is_the_slope_of_the_answers_log_probability():
     )
 
 
+def test_path_integrals_of_one_head_at_a_time_are_the_exact_map():
+    """By the fundamental theorem of calculus; L0H1, whose effect is steep near a scale of 0, needs more points."""
+    loaded = load(TINY)
+    probe = MapRun(loaded, "line", [200], samples=1)
+    exact = head_importance.changes(head_importance.ablation_map(probe, score=False), 200)
+    points = tuple((i + 0.5) / 16 for i in range(16))
+    integrated, first = (
+        head_importance.changes(head_importance.gradient_map(MapRun(loaded, "line", [200], samples=1), **options), 200)
+        for options in ({"points": points, "groups": exact.size}, {})
+    )
+    error = np.abs(integrated - exact)
+    assert np.delete(error, 1).max() < 0.02 * np.abs(exact).max()
+    assert np.abs(first - exact)[1, 2] > 0.5 * np.abs(exact).max()
+    with pytest.raises(ValueError, match=f"groups: found 99, expected at most {exact.size}"):
+        head_importance.gradient_map(MapRun(loaded, "line", [200], samples=1), groups=99)
+
+
 def test_maps_without_scores_have_the_same_log_probabilities():
     loaded = load(TINY)
     scored = head_importance.ablation_map(MapRun(loaded, "line", [200], samples=1))

@@ -22,6 +22,7 @@ from eval.cli_options import (
     TrustRemoteCode,
     load_options,
     parse_adapters,
+    parse_lengths,
     parse_numbers,
     read_model_config,
 )
@@ -116,7 +117,7 @@ def run(
     from eval.evaluate import evaluate, stored_results
 
     spec = EvalSpec(
-        lengths=list(dict.fromkeys(parse_numbers(lengths, "lengths"))) if lengths else None, samples=samples,
+        lengths=parse_lengths(lengths), samples=samples,
         limit=limit, seed=seed, shots=shots, shot_tokens=shot_tokens, haystack=haystack, depths=depths,
         ruler_version=ruler_version, data=data, batch_size=batch_size, allow_contamination=allow_contamination,
     )  # fmt: skip

@@ -102,6 +102,15 @@ def parse_numbers(text: str, option: str, kind: type = int, zero: bool = False) 
     return numbers
 
 
+def parse_lengths(text: str) -> list[int] | None:
+    """Return the distinct lengths in a list such as ``1024,512``, the shortest first; None if the text is empty.
+
+    Raises:
+        ValueError: see ``parse_numbers``.
+    """
+    return sorted(set(parse_numbers(text, "lengths"))) if text else None
+
+
 def parse_heads(text: str) -> list[tuple[int, int]]:
     """Return layers and heads from a list such as ``L1H18,L13H16``.
 

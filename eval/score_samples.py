@@ -32,6 +32,22 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, sample: dict[str, Any], shown
     return tokenizer(prompt_text(tokenizer, sample, shown), add_special_tokens=False)["input_ids"]
 
 
+def prompt_and_answer(tokenizer: PreTrainedTokenizerBase, sample: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Return the token ids of a sample's prompt, as it is scored, and of its answer with the token that ends it.
+
+    Raises:
+        ValueError: the prompt's tokens do not begin those of the sample; or see ``tune.encode``.
+    """
+    from axolotl_plugins.seal.tune import encode
+
+    prompt, ids = prompt_ids(tokenizer, sample), encode(sample["messages"], tokenizer)[0][0].tolist()
+    if ids[: len(prompt)] != prompt or len(ids) == len(prompt):
+        raise ValueError(
+            f"prefix: {sample.get('prefix', '')!r} at the end of a prompt is tokenised otherwise than in the answer"
+        )
+    return prompt, ids[len(prompt) :]
+
+
 def truncate_at(text: str, until: list[str]) -> str:
     """Truncate a text at the first of the strings that end it."""
     for ending in until:

@@ -190,8 +190,8 @@ class HeadAblator:
             next((i for i, id_ in enumerate(reference) if row[i] != id_), len(reference)) for row in greedy.tolist()
         ]
         ended = bool(reference) and reference[-1] in self.stop
-        open_rows = [row for row, count in enumerate(agreed) if not (ended and count == len(reference))]
-        open_rows = open_rows if self.max_new_tokens else []
+        complete = [(ended and count == len(reference)) or count >= self.max_new_tokens for count in agreed]
+        open_rows = [row for row, done in enumerate(complete) if not done]
         answers = [(reference[:-1] if ended else reference)[: self.max_new_tokens] for _ in agreed]
         if open_rows:
             shared = min(agreed[row] for row in open_rows)

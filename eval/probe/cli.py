@@ -25,6 +25,7 @@ from eval.cli_options import (
     load_options,
     parse_adapters,
     parse_heads,
+    parse_lengths,
     parse_numbers,
 )
 from eval.results import title_of
@@ -94,7 +95,7 @@ def read_task(task: str, metric: str | None, max_new_tokens: int | None, lengths
     own = scored_task(task, metric, max_new_tokens)
     if not lengths and own.rows is None:
         raise ValueError(f"lengths: missing: name the longest samples of {own.name}, in tokens, as 512,2048")
-    return own, parse_numbers(lengths, "lengths") if lengths else None
+    return own, parse_lengths(lengths)
 
 
 def start_map(
@@ -233,7 +234,7 @@ def quadrants(
     result, journals = score_quadrants(
         model, head_map, own, down=down, up=up, random=random, adapters=adapters, out=out,
         options=load_options(chat_template, chat_template_kwargs, dtype=dtype, trust_remote_code=trust_remote_code),
-        lengths=parse_numbers(lengths, "lengths") if lengths else None, samples=samples, batch_size=batch_size,
+        lengths=parse_lengths(lengths), samples=samples, batch_size=batch_size,
     )  # fmt: skip
     finish({**result, "map": str(source)}, out, *journals)
 
@@ -292,7 +293,7 @@ def transfer(
     result, journals = score_transfer(
         model, folders, own, out=out,
         options=load_options(chat_template, chat_template_kwargs, dtype=dtype, trust_remote_code=trust_remote_code),
-        lengths=parse_numbers(lengths, "lengths") if lengths else None, samples=samples, batch_size=batch_size,
+        lengths=parse_lengths(lengths), samples=samples, batch_size=batch_size,
     )  # fmt: skip
     finish(result, out, *journals)
 
@@ -344,7 +345,7 @@ def read_validation(
         raise ValueError("metric, max-new-tokens: only for a file of samples as --validation: leave them out")
     (count,) = parse_numbers(validation, "validation")
     if lengths:
-        return count, parse_numbers(lengths, "lengths")
+        return count, parse_lengths(lengths)
     ranges = [request.token_range() for request in requests if request.tokens]
     if len(ranges) < len(requests):
         raise ValueError("lengths: missing: name the longest validation samples, in tokens, as 512,2048")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from axolotl_plugins.common.io import load_json
 from axolotl_plugins.seal.model_loading import LoadedModel
-from axolotl_plugins.seal.tune import answer_loss, encode
+from axolotl_plugins.seal.tune import answer_loss
 from data_gen.dataset import samples_by_length
 from data_gen.tasks import Task
 from eval.generation import stop_ids
@@ -31,6 +31,7 @@ from eval.probe.ablation import Answer, HeadAblator
 from eval.probe.hooks import Block, decoder_blocks, scaled_input, wrap
 from eval.results import same_model
 from eval.resume import Journal
+from eval.score_samples import prompt_and_answer, truncate_at
 from eval.spec import scored_task
 
 # Probes read samples of the training split under a seed that nothing is trained on: test samples stay unseen.
@@ -45,7 +46,7 @@ class Prompt:
     Attributes:
         key: length and index, as ``512/3``.
         length: longest sample requested, in tokens.
-        ids: of the prompt.
+        ids: of the prompt, with the prefix of the answer where a task has one.
         reference: of the reference answer with the token that ends it.
         references: what the metric looks for.
     """
@@ -69,10 +70,10 @@ def probe_prompts(
         loaded.check_lengths(lengths)
     prompts = []
     for sample in samples_by_length(task, loaded.tokenizer, lengths, samples, seed=seed):
-        ids, start = encode(sample["messages"], loaded.tokenizer)
-        row, length = ids[0].tolist(), sample["length"]
-        loaded.check_room(start, task.answer_budget)
-        prompts.append(Prompt(f"{length}/{sample['index']}", length, row[:start], row[start:], sample["references"]))
+        ids, reference = prompt_and_answer(loaded.tokenizer, sample)
+        length = sample["length"]
+        loaded.check_room(len(ids), task.answer_budget)
+        prompts.append(Prompt(f"{length}/{sample['index']}", length, ids, reference, sample["references"]))
     return prompts
 
 
@@ -170,7 +171,7 @@ def ablation_map(
     def row(answer: Answer, prompt: Prompt) -> list[float]:
         if not score:
             return [answer.logprob]
-        text = tokenizer.decode(answer.ids, skip_special_tokens=True)
+        text = truncate_at(tokenizer.decode(answer.ids, skip_special_tokens=True), list(probe.task.stop))
         return [answer.logprob, probe.task.score(text, prompt.references)]
 
     for prompt in tqdm(probe.prompts, desc=f"ablating {unit}s"):

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from axolotl_plugins.common.tokenizer import Messages
 from axolotl_plugins.seal.model_loading import LoadedModel
-from axolotl_plugins.seal.tune import encode
 from data_gen.dataset import samples_by_length
 from data_gen.tasks import Task
 from eval.generation import generate_answers, stop_ids
 from eval.probe.head_importance import PROBE_SEED
 from eval.probe.hooks import Block, decoder_blocks, hidden_states, on_input, removing
+from eval.score_samples import prompt_and_answer
 from eval.spec import scored_task
 
 TOLERANCE = 1e-2  # of a layer's sum, relative to its largest entry
@@ -186,7 +185,7 @@ def effects(model: Any, components: Components, tokens: list[int], *, normalised
 
 
 def first_difference(
-    base: Any, tuned: Any, messages: Messages, tokenizer: Any, stop: Collection[int], budget: int
+    base: Any, tuned: Any, prompt: list[int], reference: list[int], stop: Collection[int], budget: int
 ) -> tuple[torch.Tensor, int, int] | None:
     """Find where two models' greedy answers diverge, if the tuned one's is right and the base one's is not.
 
@@ -194,8 +193,6 @@ def first_difference(
         The prompt with the common prefix of both answers, shape (1, T); the tuned model's next token; the base
         model's. None if the base model is right, or the tuned one wrong.
     """
-    ids, start = encode(messages, tokenizer)
-    prompt, reference = ids[0, :start].tolist(), ids[0, start:].tolist()
     base_answer, tuned_answer = (
         generate_answers(model, [prompt], max_new_tokens=budget, stop=stop)[0] for model in (base, tuned)
     )
@@ -232,10 +229,10 @@ def compare_models(
     task, stop = scored_task(task), stop_ids(base.model, tokenizer)
     budget, lengths = task.answer_budget, None if length is None else [length]
     for sample in samples_by_length(task, tokenizer, lengths, find, seed=PROBE_SEED):
-        base.check_room(encode(sample["messages"], tokenizer)[1], budget)
+        prompt, reference = prompt_and_answer(tokenizer, sample)
+        base.check_room(len(prompt), budget)
         differences = [
-            first_difference(base.model, tuned.model, sample["messages"], tokenizer, stop, budget)
-            for tuned in models[1:]
+            first_difference(base.model, tuned.model, prompt, reference, stop, budget) for tuned in models[1:]
         ]
         if all(differences):
             break

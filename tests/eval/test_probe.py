@@ -23,7 +23,9 @@ from transformers.pytorch_utils import Conv1D
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.model_loading import load
 from axolotl_plugins.seal.scales import saved_scales
+from data_gen.dataset import samples_by_length
 from data_gen.tasks import TASKS
+from eval.generation import generate_answers
 from eval.probe import head_importance
 from eval.probe.ablation import HeadAblator
 from eval.probe.captions import CAPTION
@@ -47,6 +49,7 @@ from eval.probe.transfer import transferability
 from eval.report import write_report
 from eval.resume import fingerprint
 from eval.score_by_length import score_by_length
+from eval.score_samples import prompt_ids
 
 STOP = 5  # a token that random models write now and then
 
@@ -288,6 +291,34 @@ def test_path_integrals_of_one_head_at_a_time_are_the_exact_map():
     assert np.abs(first - exact)[1, 2] > 0.5 * np.abs(exact).max()
     with pytest.raises(ValueError, match=f"groups: found 99, expected at most {exact.size}"):
         head_importance.gradient_map(MapRun(loaded, "line", [200], samples=1), groups=99)
+
+
+def test_probes_answer_the_prompts_that_are_scored():
+    """With the answer's prefix in the prompt, and responses truncated at the task's stop texts."""
+    loaded = load(TINY)
+    (row,) = samples_by_length(TASKS["vt"], loaded.tokenizer, [900], 1, seed=head_importance.PROBE_SEED)
+    prompt = head_importance.probe_prompts(loaded, TASKS["vt"], [900], 1, head_importance.PROBE_SEED)[0]
+    assert prompt.ids == prompt_ids(loaded.tokenizer, row)
+    text = loaded.tokenizer.decode(prompt.reference, skip_special_tokens=True)
+    assert row["answer"] == f"{row['prefix']} {text.strip()}" and row["prefix"]
+    task = replace(TASKS["line"], stop=("The",))
+    stopped = head_importance.ablation_map(MapRun(loaded, task, [200], samples=2))
+    assert set(stopped["base"]["score"].values()) == {0.0}
+    assert score_by_length(loaded, task, lengths=[200], samples=2).scores[0].score == 0
+
+
+@pytest.mark.parametrize("stop", [{STOP}, set()])
+def test_ablated_answers_are_no_longer_than_the_budget(stop):
+    loaded = load(TINY)
+    prompt = head_importance.probe_prompts(loaded, TASKS["line"], [200], 1, head_importance.PROBE_SEED)[0]
+    model = wrap(loaded.model)
+    ablator = HeadAblator(model, stop, 4)
+    trace = ablator.prefill(prompt.ids, prompt.reference)
+    for layer, block in enumerate(decoder_blocks(model)):
+        scales = torch.stack([block.without_head(head) for head in range(block.heads)])
+        for answer, scale in zip(ablator.ablate(trace, layer, scales), scales, strict=True):
+            with scaled_input(block.projection, scale):
+                assert [answer.ids] == generate_answers(model, [prompt.ids], max_new_tokens=4, stop=stop)
 
 
 def test_maps_without_scores_have_the_same_log_probabilities():

@@ -50,7 +50,15 @@ def of_others(items: list[Any], rng: random.Random) -> list[Any]:
 
 
 def wrong_facts(chats: list[Messages], facts: list[str], rng: random.Random) -> list[Messages]:
-    """Replace the key fact in every chat's answer by that of another sample."""
+    """Replace the key fact in every chat's answer by that of another sample.
+
+    Raises:
+        ValueError: an answer does not contain its fact; or see ``of_others``.
+    """
+    for chat, fact in zip(chats, facts, strict=True):
+        if fact not in chat[-1]["content"]:
+            raise ValueError(f"controls: the answer {chat[-1]['content'][:60]!r} does not contain its first reference, "
+                             f"{fact!r}, which wrong facts replace: put one first that it contains")  # fmt: skip
     return [
         [*chat[:-1], {**chat[-1], "content": chat[-1]["content"].replace(mine, other)}]
         for chat, mine, other in zip(chats, facts, of_others(facts, rng), strict=True)

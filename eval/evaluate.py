@@ -54,7 +54,7 @@ def evaluate(
                 asked = {**options, **task.identity}
                 journal = journal_file(out, loaded.name, loaded.dtype, *cache_key) if out else None
                 if out:
-                    check_replaced(out, loaded.name, asked)
+                    check_replaced(out, loaded.name, task.name, asked)
                 on_start(task.name, options)
                 mark = run_fingerprint(loaded.name, task, spec, cache_key)
                 result = replace(score_task(loaded, task, spec, journal), asked=asked, fingerprint=mark)

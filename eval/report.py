@@ -27,6 +27,7 @@ def rate_table(sweep: dict[str, Any]) -> dict[str, Any]:
     if (sweep["base_model"], sweep["task"], sweep["method"]) == (LONGCHAT, "line", "SEAL-H"):
         printed = read_paper()["learning_rate_by_samples"]
     by_rate = {float(rate): row for rate, row in printed.items()}
+    tasks = len(sweep["task"].split(" + "))
     means = {(row["rate"], row["samples"], row["epochs"]): row["mean"] for row in sweep["over_seeds"]}
     rates, columns = sorted({key[0] for key in means}), sorted({key[1:] for key in means})
     rows = []
@@ -37,7 +38,7 @@ def rate_table(sweep: dict[str, Any]) -> dict[str, Any]:
             score = means.get((rate, count, epochs))
             cells.append(None if score is None else {
                 "score": score, "low": None,
-                "count": sweep["validation_samples"] * len(sweep["lengths"]) * len(sweep["seeds"]),
+                "count": sweep["validation_samples"] * len(sweep["lengths"]) * len(sweep["seeds"]) * tasks,
                 "paper": None if paper is None else (paper, 7),
             })  # fmt: skip
         rows.append({"name": f"{rate:g}", "model": "", "cells": cells})

@@ -50,8 +50,9 @@ def markdown_table(result: Result, base: EvalResult | None = None) -> str:
         return "\n".join([title, "", "| set | score | samples |", "|---|---:|---:|", *rows])
     papers = [paper_value(result, score.length) for score in result.scores]
     before = base.by_length() if base else {}
+    unit = "lines of the record" if (result.asked or {}).get("cases") else "longest prompt (tokens)"
     columns = {
-        "longest prompt (tokens)": [f"{score.length:,}" for score in result.scores],
+        unit: [f"{score.length:,}" for score in result.scores],
         "score (95 % interval)": [f"{score.score:.2f} ({score.low:.2f}-{score.high:.2f})" for score in result.scores],
         "base model": [f"{before[row.length]:.2f}" if row.length in before else "" for row in result.scores],
         "samples": [str(score.count) for score in result.scores],

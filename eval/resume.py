@@ -28,8 +28,8 @@ def result_file(folder: Path, task: str, name: str) -> Path:
     return folder / f"{result_name(task.removesuffix('.jsonl'))}_{name}.json"
 
 
-def check_replaced(out: Path, model: str, options: dict[str, Any]) -> None:
-    """Check that writing a result loses none: an existing one must be of the same model and samples (``asked``).
+def check_replaced(out: Path, model: str, task: str, options: dict[str, Any]) -> None:
+    """Check that writing a result loses none: an existing one must be of the same model, task and samples (``asked``).
 
     Raises:
         ValueError: ``out`` holds anything else.
@@ -42,6 +42,8 @@ def check_replaced(out: Path, model: str, options: dict[str, Any]) -> None:
         raise ValueError(f"{out}: is no result of this command: name another file or folder with --out")
     changed = [f"other samples ({key}: {before.get(key)!r}, now {options[key]!r})"
                for key in options if before.get(key) != options[key]]  # fmt: skip
+    if existing.get("task") != task:
+        changed = [f"{existing.get('task')}, not of {task}"]
     if not same_model(str(existing["model"]), model):
         changed = [f"{existing['model']}, not of {model}"]
     if changed:

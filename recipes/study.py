@@ -219,7 +219,7 @@ def make_settings(
     if (longest_test := max(max(tested[task]) for task in tasks)) > window:
         raise ValueError(f"lengths: {longest_test} tokens do not fit into the window of {window}: see --longest")
     return Settings(model=file_hash(weights[0]), window=window, train=train, lengths=tested, model_config=model_config,
-                    **others)  # fmt: skip
+                    name=str(model), **others)  # fmt: skip
 
 
 Model = Annotated[Path, typer.Option(help="Folder of the model.")]

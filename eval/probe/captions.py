@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.probe.head_importance import changes, head_quadrants
+from eval.probe.head_importance import MEASURES, changes, head_quadrants, measure_of
 from eval.results import title_of
 
 
@@ -28,18 +28,19 @@ def ablation(result: dict[str, Any]) -> str:
     setting = f"{result['model']}, {title_of(result)}, {result['samples']} samples per length"
     if result["unit"] == "channel":
         length = str(result["lengths"][-1])
-        rows = {name: np.array(values) for name, values in result["change"]["logprob"][length].items()}
+        measure = measure_of(result)
+        rows = {name: np.array(values) for name, values in result["change"][measure][length].items()}
         parts = [
             f"in {name} {int((row > 0).sum())} of {row.size} channels help when ablated ({row.min():+.3f} to "
             f"{row.max():+.3f})"
             for name, row in rows.items()
         ]
-        return f"{setting}. Log-probability of the answer: {'; '.join(parts)}."
+        return f"{setting}. {MEASURES[measure].capitalize()}: {'; '.join(parts)}."
     measure = "score" if "score" in result["base"] else "logprob"
     quadrants = head_quadrants(result)
     counts = ", ".join(f"{int((quadrants == number).sum())} in quadrant {number}" for number in (1, 2, 3, 4))
     return (
-        f"{setting}; {'log-probability of the answer' if measure == 'logprob' else 'score'} with no head ablated: "
+        f"{setting}; {MEASURES[measure]} with no head ablated: "
         f"{by_length(result['base'][measure])}. Of {quadrants.size} heads {counts}. "
         f"Ablation at {result['lengths'][-1]} tokens helps and hurts most: {extreme(result)}. "
         f"{result['seconds']:.0f} s."
@@ -89,8 +90,14 @@ def direct(result: dict[str, Any]) -> str:
 
 def transfer(result: dict[str, Any]) -> str:
     """Describe the mean over tasks of every adapter."""
-    parts = ", ".join(f"{name} {np.mean(list(row.values())):+.2f}" for name, row in result["transferability"].items())
-    return f"{result['model']}, {result['samples']} test samples per length. Mean over the tasks scored: {parts}."
+    defined = {
+        name: [value for value in row.values() if value is not None] for name, row in result["transferability"].items()
+    }
+    parts = ", ".join(f"{name} {np.mean(values):+.2f}" for name, values in defined.items() if values)
+    return (
+        f"{result['model']}, {result['samples']} test samples per length. Mean over the tasks on which the base "
+        f"model's scores differ between lengths: {parts or 'there is none'}."
+    )
 
 
 def sweep(result: dict[str, Any]) -> str:

@@ -189,18 +189,18 @@ def gradient(
     trust_remote_code: TrustRemoteCode = False, out: Out = Path("results/probes/gradient.json"),
 ) -> None:  # fmt: skip
     """Predict the effect of ablating every head, from one forward and one backward pass per prompt."""
-    from eval.probe.head_importance import agreement, changes, gradient_map, read_map
+    from eval.probe.head_importance import agreement, changes, check_comparable, gradient_map, read_map
 
     own, scales = read_task(task, metric, max_new_tokens, lengths), parse_numbers(points, "points", float)
     exact = read_map(compare, model) if compare else None
-    if exact and own[1] and not set(exact["lengths"]) <= set(own[1]):
-        raise ValueError(f"compare: {compare} is of the lengths {exact['lengths']}: name them all by --lengths")
+    if exact:
+        check_comparable(exact, *own, samples)
     options = load_options(chat_template, chat_template_kwargs, dtype=dtype, trust_remote_code=trust_remote_code)
     probe = start_map("gradient", out, model, own, samples, options, scales, groups)
     result = gradient_map(probe, points=tuple(scales), groups=groups)
     if exact is not None:
         result["spearman"] = agreement(exact, result)
-        result["speedup"] = exact["seconds"] / max(result["seconds"], 1e-9)
+        result["speedup"] = exact["seconds"] / max(result["seconds"], 0.1)
         print(f"Spearman's correlation with {compare}: {result['spearman']}; {result['speedup']:.0f} times faster")
     longest = result["lengths"][-1]
     print_extremes(model, changes(result, longest), f"predicted change of the log-probability at {longest} tokens")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from axolotl_plugins.common.io import load_json
 from axolotl_plugins.seal.model_loading import LoadedModel
 from axolotl_plugins.seal.tune import answer_loss
-from data_gen.dataset import samples_by_length
+from data_gen.dataset import Request, samples_by_length
 from data_gen.tasks import Task
 from eval.generation import stop_ids
 from eval.probe.ablation import Answer, HeadAblator
@@ -37,6 +37,7 @@ from eval.spec import scored_task
 # Probes read samples of the training split under a seed that nothing is trained on: test samples stay unseen.
 PROBE_SEED = 9000
 Unit = Literal["head", "channel"]
+MEASURES = {"logprob": "log-probability of the answer", "score": "score"}
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def ablation_map(
         score: decode answers and score them; else the log-probability of the reference answer is the only measure.
 
     Returns:
-        See ``MapRun.result``; ``score`` and ``logprob`` are the unchanged model's.
+        See ``MapRun.result``. Models with a sliding window decode their answers, so that they have a score only.
 
     Raises:
         ValueError: there is no such head; or see ``HeadAblator``.
@@ -169,10 +170,11 @@ def ablation_map(
     scales = {layer: ablation_scales(blocks[layer], layer, heads) for layer in layers}
 
     def row(answer: Answer, prompt: Prompt) -> list[float]:
+        logprob = [answer.logprob] if ablator.drafts else []
         if not score:
-            return [answer.logprob]
+            return logprob
         text = truncate_at(tokenizer.decode(answer.ids, skip_special_tokens=True), list(probe.task.stop))
-        return [answer.logprob, probe.task.score(text, prompt.references)]
+        return [*logprob, probe.task.score(text, prompt.references)]
 
     for prompt in tqdm(probe.prompts, desc=f"ablating {unit}s"):
         if f"{prompt.key}/{layers[-1]}" in cache:
@@ -183,7 +185,7 @@ def ablation_map(
             answers = ablator.ablate(trace, layer, scales[layer])
             cache.add(f"{prompt.key}/{layer}", [row(answer, prompt) for answer in answers])
         cache.add("seconds", probe.seconds())
-    base, change = ablation_means(probe, layers, ["logprob", "score"][: 1 + score])
+    base, change = ablation_means(probe, layers, ["logprob"] * ablator.drafts + ["score"] * score)
     if heads is not None:
         for measure in change:
             change[measure] = {length: by_head(rows, layers, heads) for length, rows in change[measure].items()}
@@ -307,6 +309,11 @@ def read_map(file: Path, model: str) -> dict[str, Any]:
     return head_map
 
 
+def measure_of(channel_map: dict[str, Any]) -> str:
+    """Return the measure by which channels are shown: log-probability where it is known, as scores seldom change."""
+    return "logprob" if "logprob" in channel_map["change"] else "score"
+
+
 def changes(head_map: dict[str, Any], length: int, measure: str | None = None) -> np.ndarray:
     """Return a map's changes at a length, shape (layers, heads); by default of the score, or else log-probability.
 
@@ -322,10 +329,22 @@ def changes(head_map: dict[str, Any], length: int, measure: str | None = None) -
     return np.array(by_length[str(length)])
 
 
+def check_comparable(exact: dict[str, Any], task: Task, lengths: list[int] | None, samples: int | None) -> None:
+    """Raise ValueError unless a stored map is an exact one of a task, lengths and samples; None means all of a file."""
+    if exact["kind"] != "ablation":
+        raise ValueError("compare: found a map of gradients, expected an exact one: make it with `seal probe heads`")
+    drawn = Request.samples if task.rows is None else None
+    for key, value in {"task": task.key, "lengths": lengths, "samples": samples or drawn}.items():
+        if value and exact[key] != value:
+            raise ValueError(f"compare: the map's {key}: found {exact[key]}, expected {value}: use the same options")
+
+
 def spearman(first: np.ndarray, second: np.ndarray) -> float:
-    """Compute Spearman's correlation over all heads, of two arrays of shape (layers, heads)."""
+    """Compute Spearman's correlation over all heads, of two arrays of shape (layers, heads); nan if one is constant."""
     from scipy.stats import spearmanr
 
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return float("nan")
     return float(spearmanr(first.ravel(), second.ravel()).statistic)
 
 
@@ -333,18 +352,20 @@ def agreement(exact: dict[str, Any], predicted: dict[str, Any]) -> dict[str, dic
     """Compute Spearman's correlation over all heads between an exact map and a predicted one.
 
     Returns:
-        Measure of the predicted map -> measure of the exact one -> length -> correlation.
+        Measure of the predicted map -> measure of the exact one -> length -> correlation, without lengths at which
+        it is not defined because all changes are equal.
     """
 
-    def correlation(length: int, exact_measure: str, predicted_measure: str) -> float:
-        return spearman(changes(exact, length, exact_measure), changes(predicted, length, predicted_measure))
+    def correlations(exact_measure: str, predicted_measure: str) -> dict[str, float]:
+        values = {
+            str(length): spearman(changes(exact, length, exact_measure), changes(predicted, length, predicted_measure))
+            for length in exact["lengths"]
+        }
+        return {length: value for length, value in values.items() if np.isfinite(value)}
 
     return {
         predicted_measure: {
-            exact_measure: {
-                str(length): correlation(length, exact_measure, predicted_measure) for length in exact["lengths"]
-            }
-            for exact_measure in exact["change"]
+            exact_measure: correlations(exact_measure, predicted_measure) for exact_measure in exact["change"]
         }
         for predicted_measure in predicted["change"]
     }

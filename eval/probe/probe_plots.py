@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from eval.probe.head_importance import changes
+from eval.probe.head_importance import MEASURES, changes, measure_of
 from eval.results import title_of
 from eval.score_plots import draw_curve, draw_scales, finish_accuracy, set_integer_ticks
 
@@ -76,14 +76,14 @@ def label_apart(axes: Axes, names: dict[str, tuple[float, float]]) -> None:
 
 def bars(result: dict[str, Any]) -> Figure:
     """Plot the change at the longest length from ablating each channel of some heads."""
-    measure, length = "logprob", str(result["lengths"][-1])
+    measure, length = measure_of(result), str(result["lengths"][-1])
     heads = result["change"][measure][length]
     figure, grid = plt.subplots(len(heads), 1, figsize=(8, 1 + 2.2 * len(heads)), layout="constrained", squeeze=False)
     for axes, (name, values) in zip(grid[:, 0], heads.items(), strict=True):
         colours = ["#2166ac" if value > 0 else "#b2182b" for value in values]
         axes.bar(range(len(values)), values, color=colours)
         axes.axhline(0, color="grey", linewidth=0.8)
-        axes.set(title=f"{name} at {length} tokens", xlabel="channel ablated", ylabel="log-probability")
+        axes.set(title=f"{name} at {length} tokens", xlabel="channel ablated", ylabel=MEASURES[measure])
     return figure
 
 
@@ -141,17 +141,16 @@ def direct(result: dict[str, Any]) -> Figure:
 
 
 def transfer(result: dict[str, Any]) -> Figure:
-    """Plot T(A -> B) as a matrix in colours that diverge around 0 (Figure 8)."""
+    """Plot T(A -> B) as a matrix in colours that diverge around 0 (Figure 8); a dash where it is not defined."""
     names = list(result["transferability"])
     tasks = list(result["transferability"][names[0]])
-    values = np.array([[result["transferability"][name][task] for task in tasks] for name in names])
+    values = np.array([[result["transferability"][name][task] for task in tasks] for name in names], dtype=float)
     figure, axes = plt.subplots(figsize=(2.5 + len(tasks), 1.8 + 0.7 * len(names)), layout="constrained")
-    limit = max(0.1, float(np.abs(values).max()))
+    limit = float(np.nanmax([0.1, *np.abs(values).ravel()]))
     image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        axes.text(
-            column, row, f"{value:.2f}", ha="center", va="center", color="white" if abs(value) > 0.6 * limit else "k"
-        )
+        text, colour = "–" if np.isnan(value) else f"{value:.2f}", "white" if abs(value) > 0.6 * limit else "k"
+        axes.text(column, row, text, ha="center", va="center", color=colour)
     axes.set_xticks(range(len(tasks)), tasks)
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="scored on", ylabel="tuned on", title="transferability (equation 2)")

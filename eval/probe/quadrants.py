@@ -42,10 +42,13 @@ def save_scales(loaded: LoadedModel, scales: np.ndarray, out: Path) -> None:
     """Write scales of shape (layers, heads) as an ordinary SEAL-H adapter folder, atomically, with the tokenizer.
 
     Raises:
-        ValueError: the folder exists, or the scales do not fit the model.
+        ValueError: the folder exists, the model has an adapter, or the scales do not fit the model.
     """
     if out.exists():
         raise ValueError(f"{out}: exists already: delete it or name another folder with --adapters")
+    if loaded.method != "base":
+        raise ValueError(f"model: {loaded.name} is a {loaded.method} adapter, whose scales would be replaced: name the "
+                         "base model, or merge the adapter first")  # fmt: skip
     model = wrap(loaded.model)
     blocks = decoder_blocks(model)
     if scales.shape != (len(blocks), blocks[0].heads):

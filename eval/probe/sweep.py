@@ -292,11 +292,12 @@ def controls(recipe: dict[str, Any], *, seeds: list[int], **options: Any) -> dic
         if all(f"{seed}/{name}" in probe.cache for name in names):
             continue
         chats, facts = training_data(recipe, probe.loaded.tokenizer, None, seed)
+        mistaken = wrong_facts(chats, facts, random.Random(seed))
         probe.tune(chats, *setting, seed)
         probe.score(f"{seed}/tuned", chats)
         shuffle_heads(probe.loaded.model, random.Random(seed))
         probe.score(f"{seed}/shuffled", chats)
-        probe.tune(wrong_facts(chats, facts, random.Random(seed)), *setting, seed)
+        probe.tune(mistaken, *setting, seed)
         probe.score(f"{seed}/wrong facts", chats)
         probe.tune(wrong_answers(chats, random.Random(seed)), *setting, seed)
         probe.score(f"{seed}/wrong answers", chats)

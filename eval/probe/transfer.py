@@ -52,17 +52,21 @@ def score_transfer(
         spec: of ``EvalSpec``.
 
     Returns:
-        The result, and the files that cache its responses.
+        The result, and the files that cache its responses. ``transferability`` is None where it is not defined, because
+        the base model has the same score at all lengths.
 
     Raises:
-        ValueError: an adapter is of another base model; or see ``score_by_length`` and ``transferability``.
+        ValueError: there is one length only; an adapter is of another base model; or see ``score_by_length``.
     """
+    if spec["lengths"] and len(spec["lengths"]) == 1:
+        raise ValueError(f"lengths: found {spec['lengths'][0]} alone, expected several: equation 2 divides by the "
+                         "range of the base model's scores over lengths")  # fmt: skip
     journals, counts = [], []
 
     def scores(name: str, loaded: LoadedModel) -> Scores:
         by_task = {}
         for task in tasks:
-            identity = (task.name, dict(task.identity), spec["lengths"], spec["samples"], options)
+            identity = (task.name, dict(task.identity), options)
             journals.append(journal_file(out, loaded.name, name, *identity))
             result = score_by_length(loaded, task, journal=journals[-1], **spec)
             by_task[task.name] = result.by_length()
@@ -80,7 +84,10 @@ def score_transfer(
                 base = scores("base", untuned)
         tuned[name] = scores(name, loaded)
     matrix = {
-        name: {task: transferability(base[task], by_length, task) for task, by_length in by_task.items()}
+        name: {
+            task: transferability(base[task], by_length, task) if len({*base[task].values()}) > 1 else None
+            for task, by_length in by_task.items()
+        }
         for name, by_task in tuned.items()
     }
     return {

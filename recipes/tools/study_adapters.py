@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from axolotl_plugins.common.io import load_json, write_text
+from axolotl_plugins.common.io import file_hash, load_json, write_text
 from axolotl_plugins.common.tokenizer import load_tokenizer
 from axolotl_plugins.seal import provenance
 from axolotl_plugins.seal.model_card import card
@@ -30,12 +30,14 @@ def share(study: Path, gathered: dict[str, Any], model: Path, out: Path) -> list
         out: gets one folder per task and method, as ``line_sealc`` or ``mixture_sealc``; all are returned.
 
     Raises:
-        ValueError: the study has no tested adapter, or changed the model's config.
+        ValueError: the study has no tested adapter, is of another model, or changed the model's config.
     """
     settings = Settings(**load_json(study / "settings.json"))
     if settings.model_config:
         raise ValueError(f"{study}: its adapters are of a model with changed config, which their folders would not "
                          "state: tune such a model by a recipe with `model_config`")  # fmt: skip
+    if settings.model not in map(file_hash, model.glob("*.safetensors")):
+        raise ValueError(f"model: {model} is not the one that {study} tuned: name it with --model")
     tokenizer = load_tokenizer(str(model))
     written: dict[str, Path] = {}
     for row in gathered["rows"]:
@@ -73,11 +75,13 @@ def training_data(study: Path, settings: Settings, cell: Cell, tokenizer: Any) -
 
 def scores(row: dict[str, Any], gathered: dict[str, Any]) -> str:
     """Return a Markdown section with an adapter's scores, those of the base model and how they were measured."""
-    base = next(r for r in gathered["rows"] if (r["task"], r["method"]) == (row["task"], "base"))
+    base = [r for r in gathered["rows"] if (r["task"], r["method"]) == (row["task"], "base")]
     lengths = " | ".join(f"{score['length']:,}" for score in row["scores"])
     lines = [f"| tokens | {lengths} |", "|---|" + "---:|" * len(row["scores"])]
-    for name, tested in (("base", base), (row["method"], row)):
-        lines.append(f"| {name} | " + " | ".join(f"{score['score']:.2f}" for score in tested["scores"]) + " |")
+    for tested in (*base, row):
+        lines.append(
+            f"| {tested['method']} | " + " | ".join(f"{score['score']:.2f}" for score in tested["scores"]) + " |"
+        )
     general = [r for r in gathered["general"] if all(r[key] == row[key] for key in ("task", "method", "seed", "rate"))]
     moved = "".join(f" Perplexity on unrelated text, tuned / base: {r['ratio']:.2f}." for r in general)
     device = " and ".join(np.atleast_1d(gathered["device"]))

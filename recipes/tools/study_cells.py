@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from filelock import FileLock
+
 from axolotl_plugins.common.io import load_json, read_rows, write_text, written_whole
 from axolotl_plugins.common.tokenizer import Messages, count_tokens, load_tokenizer
 from data_gen.dataset import Request, generate
@@ -90,6 +92,7 @@ class Settings:
         train: task -> length or range of training samples, in tokens.
         lengths: task -> lengths of test samples, in tokens.
         model_config: keys of the model's config to override, such as for NTK or Self-Extend.
+        name: the model's folder, for the record; equal weights in another folder are the same model.
     """
 
     model: str
@@ -103,6 +106,7 @@ class Settings:
     train: dict[str, str]
     lengths: dict[str, list[int]]
     model_config: dict[str, Any] | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -466,19 +470,24 @@ class Workbench:
         return {"device": name, "dtype": self.settings.dtype, "versions": versions}
 
     def tune_once(self, model: PeftModel, cell: Cell) -> dict[str, Any]:
-        """Load the adapter of a test cell if another cell has tuned it; else tune it and store it."""
+        """Load the adapter of a test cell if another cell has tuned it; else tune it and store it.
+
+        Of several processes one tunes an adapter, the others wait for it.
+        """
         from peft import load_peft_weights, set_peft_model_state_dict
 
         folder = adapter_folder(self.data.parent, cell.tuned_cell)
-        record = folder / "tuning.json"
-        if record.exists():
-            set_peft_model_state_dict(model, load_peft_weights(str(folder), device=str(model.device)))
-            return load_json(record)
-        result = self.tune(model, cell)
-        if "failed" not in result:
-            model.save_pretrained(folder)
-            write_text(record, json.dumps(result) + "\n")  # written last: the folder is complete
-        return result
+        record, locks = folder / "tuning.json", self.data.parent / "locks"
+        locks.mkdir(exist_ok=True)
+        with FileLock(locks / f"{folder.name}.adapter"):
+            if record.exists():
+                set_peft_model_state_dict(model, load_peft_weights(str(folder), device=str(model.device)))
+                return load_json(record)
+            result = self.tune(model, cell)
+            if "failed" not in result:
+                model.save_pretrained(folder)
+                write_text(record, json.dumps(result) + "\n")  # written last: the folder is complete
+            return result
 
     def tune(self, model: PeftModel, cell: Cell) -> dict[str, Any]:
         """Tune the adapter of a cell; a non-finite loss fails the cell, not the study."""
@@ -513,6 +522,7 @@ class Workbench:
         """Score the model of a cell over all lengths."""
         from eval.score_samples import score_samples
 
+        model.eval()
         shown = ""
         if cell.method == "one-shot":
             example = read_samples(example_request(self.settings, cell.task), self.tokenizer, self.data)[0]
@@ -579,7 +589,7 @@ def store_settings(folder: Path, settings: Settings) -> None:
         write_text(file, json.dumps(requested, indent=1) + "\n")
         return
     stored = load_json(file)
-    for key in sorted(requested.keys() | stored.keys()):
+    for key in sorted((requested.keys() | stored.keys()) - {"name"}):
         if requested.get(key) != stored.get(key):
             raise ValueError(
                 f"{folder}: was started with {key} {stored.get(key)!r}, found {requested.get(key)!r}: name "

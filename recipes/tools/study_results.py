@@ -115,6 +115,7 @@ def command(settings: dict[str, Any], cells: list[dict[str, Any]]) -> str:
     for (method, of_seeds), tasks in tasks_of.items():
         runs[tuple(tasks), of_seeds].append(method)
     options = {
+        **({"model": settings["name"]} if settings.get("name") else {}),
         "train-tokens": ",".join(f"{task}={settings['train'][task]}" for task in TASKS),
         "lengths": ",".join(f"{task}={'/'.join(map(str, settings['lengths'][task]))}" for task in TASKS),
         **{key.replace("_", "-"): settings[key]
@@ -246,10 +247,9 @@ def draw_weights(axes: Any, method: str, gathered: dict[str, Any]) -> None:
     for task in TASKS:
         by_method = {row["method"]: row for row in gathered["rows"] if (row["task"], row["seed"]) == (task, seed)}
         tested = [by_method[step] for step in steps if (task, step, seed) in moved]
-        if len(tested) > 1:
+        if len(tested) > 1 and "base" in by_method:
             ratios = [1.0, *(moved[task, row["method"], seed] for row in tested)]
-            base = next(row for row in gathered["rows"] if (row["task"], row["method"]) == (task, "base"))
-            axes.plot(ratios, [mean_score(row) for row in (base, *tested)], "o-", label=task)
+            axes.plot(ratios, [mean_score(row) for row in (by_method["base"], *tested)], "o-", label=task)
     axes.set(xlabel="perplexity of unrelated text, tuned / base", title=f"{method}, weights 0 to 1")
     axes.set_ylabel("mean score over lengths")
     axes.axvspan(0.98, 1.02, color="#2ca02c", alpha=0.12)  # within 2 %

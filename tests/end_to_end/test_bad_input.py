@@ -380,7 +380,10 @@ ARGUMENTS = [
     ("run --lengths 300 --model {tiny} --model {model}/no_template", "no_template.* has no chat template"),
     ("probe heads --lengths 5000", "lengths: 5000 tokens do not fit"),
     ("probe gradient --lengths 5000", "lengths: 5000 tokens do not fit"),
-    ("probe gradient --lengths 300 --compare {file}/weightless.json", "weightless.json is of the lengths .200, 300"),
+    (
+        "probe gradient --lengths 300 --compare {file}/weightless.json",
+        "the map's lengths: found .200, 300., expected",
+    ),
     ("probe channels --lengths 300 --heads L9H0", "heads: L9H0 is not in a model of 3 layers x 4 heads"),
     ("probe channels --lengths 300 --heads L1", "heads: found 'L1'"),
 ]

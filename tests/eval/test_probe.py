@@ -17,7 +17,7 @@ from miniatures import MINIATURES, build, token_ids
 from paths import ROOT, TINY
 from peft import get_peft_model
 from scipy.stats import spearmanr
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from axolotl_plugins.seal import SealConfig
@@ -32,6 +32,7 @@ from eval.probe.captions import CAPTION
 from eval.probe.head_importance import MapRun
 from eval.probe.hooks import decoder_blocks, scaled_input, wrap
 from eval.probe.logit_attribution import decompose, effects
+from eval.probe.probe_plots import DRAW
 from eval.probe.quadrants import quadrant_scales, save_scales
 from eval.probe.sweep import (
     controls,
@@ -241,6 +242,18 @@ def test_direct_effects_are_refused_where_layers_add_other_things():
         decompose(wrap(Gemma2ForCausalLM(config).eval()), token_ids(1))
 
 
+def test_a_matrix_has_a_dash_where_the_transferability_is_not_defined():
+    result = {
+        "kind": "transfer",
+        "model": "m",
+        "samples": 2,
+        "transferability": {"line": {"line": 2.0, "niah": None}, "niah": {"line": None, "niah": None}},
+    }
+    texts = [text.get_text() for text in DRAW["transfer"](result).axes[0].texts]
+    assert texts == ["2.00", "–", "–", "–"]
+    assert "line +2.00." in CAPTION["transfer"](result)
+
+
 def test_transferability_is_equation_2():
     base = {1000: 0.9, 2000: 0.6, 3000: 0.4}
     assert transferability(base, {1000: 1.0, 2000: 0.9, 3000: 0.8}) == pytest.approx((0.1 + 0.3 + 0.4) / 0.5)
@@ -332,6 +345,34 @@ def test_maps_without_scores_have_the_same_log_probabilities():
         HeadAblator(wrap(build("mistral")), {STOP}, 0)
 
 
+def test_channels_of_a_sliding_window_model_are_shown_by_their_score():
+    """It decodes its answers, so that no reference is prefilled whose log-probability would be known."""
+    loaded = load(TINY)
+    model = MistralForCausalLM(MistralConfig(
+        vocab_size=len(loaded.tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=64,
+    ))  # fmt: skip
+    loaded = replace(loaded, model=model)
+    assert not HeadAblator(wrap(model), {STOP}, 4).drafts
+    result = head_importance.ablation_map(MapRun(loaded, "line", [200], samples=1), heads=[(0, 0)])
+    assert result["change"].keys() == result["base"].keys() == {"score"}
+    assert "Score: in L0H0" in CAPTION["ablation"](result) and "nan" not in CAPTION["ablation"](result)
+    assert DRAW["ablation"](result).axes[0].get_ylabel() == "score"
+
+
+def test_maps_are_compared_with_exact_ones_of_the_same_samples():
+    exact = {"kind": "ablation", "task": "line", "lengths": [256, 512], "samples": 8}
+    head_importance.check_comparable(exact, TASKS["line"], [256, 512], 8)
+    for other, message in [
+        ({"kind": "gradient"}, "map of gradients"), ({"task": "vt"}, "task: found vt"),
+        ({"lengths": [256]}, "lengths: found .256."), ({"samples": 50}, "samples: found 50"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            head_importance.check_comparable(exact | other, TASKS["line"], [256, 512], 8)
+    equal = {"unit": "head", "lengths": [1, 2], "change": {"score": {"1": [[0, 0]], "2": [[1, 2]]}}}
+    assert head_importance.agreement(equal, equal) == {"score": {"score": {"2": pytest.approx(1)}}}
+
+
 def test_ablation_map_goes_on_where_it_was_and_quadrants_make_an_adapter(tmp_path):
     loaded, journal = load(TINY), tmp_path / "j"
     complete = head_importance.ablation_map(MapRun(loaded, "line", [200, 256], samples=2, journal=journal))
@@ -356,6 +397,8 @@ def test_ablation_map_goes_on_where_it_was_and_quadrants_make_an_adapter(tmp_pat
     assert not torch.allclose(tuned.model(ids).logits, load(TINY).model(ids).logits)
     with pytest.raises(ValueError, match="exists already"):
         save_scales(load(TINY), scales, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is a SEAL-H adapter, whose scales would be replaced: name the base model"):
+        save_scales(tuned, scales, tmp_path / "other")
     if not (where == 1).any():
         with pytest.raises(ValueError, match="no head lies in quadrant 1"):
             quadrant_scales(complete, "Q1 down", 0.9, 1.1)
@@ -441,6 +484,8 @@ def test_controls_change_what_they_say(tmp_path):
     for mixed in (facts, answers):
         assert all(a[1] != b[1] and a[0] == b[0] for a, b in zip(chats, mixed, strict=True))
     assert facts[0][1]["content"] in ("was 22.", "was 33.") and answers[0][1] in (chats[1][1], chats[2][1])
+    with pytest.raises(ValueError, match=r"answer 'was 11\.' does not contain its first reference, 'eleven'"):
+        wrong_facts(chats, ["eleven", "22", "33"], random.Random(0))
 
 
 def command(*arguments, cwd):

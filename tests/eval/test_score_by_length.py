@@ -26,7 +26,7 @@ from data_gen.file_task import longeval_cases
 from data_gen.metrics import last_integer
 from data_gen.tasks import niah, resolve_task
 from eval.__main__ import app
-from eval.cli_options import parse_heads
+from eval.cli_options import parse_heads, parse_lengths
 from eval.confidence import wilson
 from eval.evaluate import evaluate
 from eval.lm_eval_model import Harness, Responses
@@ -231,9 +231,10 @@ def test_base_adapter_and_merged_model_are_scored_in_one_dtype(tmp_path):
 
 
 def test_a_result_is_not_lost_to_one_of_other_samples_or_of_another_model(tmp_path):
-    def score(samples: int, model: str = str(TINY)) -> None:
+    def score(samples: int, model: str = str(TINY), **options: str) -> None:
         wanted = ["--lengths", "260", "--samples", str(samples), "--out", str(tmp_path / "r.json")]
-        run_app(app, "python -m eval", ["run", "--model", model, *wanted])
+        more = [part for name, value in options.items() for part in (f"--{name}", value)]
+        run_app(app, "python -m eval", ["run", "--model", model, *wanted, *more])
 
     score(2)
     first = (tmp_path / "r.json").read_bytes()
@@ -241,6 +242,8 @@ def test_a_result_is_not_lost_to_one_of_other_samples_or_of_another_model(tmp_pa
         score(3)
     with pytest.raises(SystemExit, match=r"r\.json: holds a result of .*/tiny, not of .*/tuned: move it"):
         score(2, tuned(tmp_path / "tuned", "head", 0.5))
+    with pytest.raises(SystemExit, match=r"r\.json: holds a result of line, not of vt: move it"):
+        score(2, task="vt", lengths="900")
     assert (tmp_path / "r.json").read_bytes() == first
     score(2)
     assert (tmp_path / "r.json").read_bytes() == first
@@ -355,6 +358,10 @@ def test_lengths_are_chosen_in_one_way(lengths, options, message):
 def test_blanks_between_names_do_not_matter():
     assert [task.name for task in resolve_tasks("line, vt ,cwe", EvalSpec())] == ["line", "vt", "cwe"]
     assert parse_heads("L1H18, L13H16") == [(1, 18), (13, 16)]
+
+
+def test_lengths_are_in_order_and_distinct():
+    assert parse_lengths("1024,512,1024") == [512, 1024] and parse_lengths("") is None
     with pytest.raises(ValueError, match="task: found ''"):
         resolve_tasks("line,", EvalSpec())
 

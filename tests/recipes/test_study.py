@@ -155,7 +155,8 @@ def test_collect_makes_a_result_with_pictures_and_tables(finished, tmp_path):
     ]  # fmt: skip
     assert gathered["device"] == "cpu" and len(gathered["rates"]) == 2 and len(gathered["general"]) == 2
     command = shlex.split(gathered["command"])[2:]  # one that has the same settings and cells
-    again = study(*command, "--model", str(TINY), "--out", str(finished), "--device", "cpu")
+    assert command[command.index("--model") + 1] == str(TINY)
+    again = study(*command, "--out", str(finished), "--device", "cpu")
     assert again.stdout.endswith("0 cells done now\n"), again.stdout + again.stderr
     assert all(score["low"] <= score["score"] <= score["high"] for row in gathered["rows"] for score in row["scores"])
     assert {file.name for file in tmp_path.glob("*.png")} == {"toy_tasks.png", "toy_general.png"}
@@ -181,6 +182,11 @@ def test_adapters_are_written_with_card_and_training_data(finished, tmp_path):
     readme = (tmp_path / "line_sealh" / "README.md").read_text()
     assert "task line, tokens 300:400, samples 2, seed 0" in readme and f"Learning rate {cell.rate:g}" in readme
     assert f"| SEAL-H | {json.loads(tested.read_text())['scores'][0]['score']:.2f} |" in readme
+    other = tmp_path / "other"
+    shutil.copytree(TINY, other)
+    (other / "model.safetensors").write_bytes(b"other")
+    refused = study("adapters", "--model", str(other), "--out", str(finished), "--to", str(tmp_path / "a"))
+    assert refused.returncode == 1 and "is not the one that" in refused.stderr and not (tmp_path / "a").exists()
 
 
 def test_a_method_with_the_rate_of_another_is_collected(finished, tmp_path):

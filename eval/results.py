@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -14,6 +14,9 @@ from axolotl_plugins.common.environment import origin
 from axolotl_plugins.common.io import load_json, write_text
 from axolotl_plugins.common.schema import first_error
 from data_gen.tasks import TaskAttribute
+
+if TYPE_CHECKING:
+    from axolotl_plugins.seal.model_loading import LoadedModel
 
 TITLES = TaskAttribute("title", mmlu="MMLU")
 # Fields that are left out of a file where they are None.
@@ -28,6 +31,12 @@ def title_of(result: Mapping[str, Any]) -> str:
 def same_model(name: str, other: str) -> bool:
     """Return whether two names are of the same folder, or of the same repository on the hub."""
     return Path(name).resolve() == Path(other).resolve()
+
+
+def check_base(adapter: LoadedModel, model: str) -> None:
+    """Raise ValueError unless an adapter is of a base model."""
+    if not same_model(adapter.base, model):
+        raise ValueError(f"adapter: {adapter.name} is of {adapter.base}, expected one of {model}: name its --model")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,7 +91,7 @@ def work(
     transformers.utils.logging.disable_progress_bar()
     try:
         bench = Workbench(model, device, settings, folder / "data")
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, AssertionError) as error:  # the last: PyTorch without CUDA
         cause = " with the model_config, whose shapes must be those of the weights" if settings.model_config else ""
         sys.exit(f"{model} cannot be loaded{cause}: {first_line(error)}")
     locks, failed = folder / "locks", set[Cell]()

@@ -262,12 +262,14 @@ def direct(
     from axolotl_plugins.seal.model_loading import load
     from eval.probe.hooks import wrap
     from eval.probe.logit_attribution import compare_models
+    from eval.results import check_base
 
     check_output(out)
     own, _ = read_task(task, metric, max_new_tokens, str(length or ""))
     options = load_options(chat_template, chat_template_kwargs, dtype=dtype, trust_remote_code=trust_remote_code)
     models = [load(name, **options) for name in (model, *adapter)]
     for loaded in models:
+        check_base(loaded, model)
         wrap(loaded.model)
     finish(compare_models(models, own, length, find, normalised), out)
 

@@ -9,7 +9,7 @@ from typing import Any
 from axolotl_plugins.seal.model_loading import LoadedModel, load_each
 from axolotl_plugins.seal.provenance import seen_texts
 from data_gen.tasks import Task
-from eval.results import same_model
+from eval.results import check_base
 from eval.resume import journal_file
 from eval.score_by_length import score_by_length
 
@@ -76,8 +76,7 @@ def score_transfer(
     base: Scores = {}
     tuned: dict[str, Scores] = {}
     for name, loaded in zip(adapters, load_each(adapters, **options), strict=True):
-        if not same_model(loaded.base, model):
-            raise ValueError(f"adapter: {loaded.name} is of {loaded.base}, expected one of {model}: name its --model")
+        check_base(loaded, model)
         if not base:
             untuned = replace(loaded, name=model, method="base", trained_on=seen_texts(Path(model)))
             with loaded.model.disable_adapter():

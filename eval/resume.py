@@ -42,7 +42,7 @@ def check_replaced(out: Path, model: str, task: str, options: dict[str, Any]) ->
         raise ValueError(f"{out}: is no result of this command: name another file or folder with --out")
     changed = [f"other samples ({key}: {before.get(key)!r}, now {options[key]!r})"
                for key in options if before.get(key) != options[key]]  # fmt: skip
-    if existing.get("task") != task:
+    if existing.get("task") != task and "file_sha256" not in options:  # a file may have moved
         changed = [f"{existing.get('task')}, not of {task}"]
     if not same_model(str(existing["model"]), model):
         changed = [f"{existing['model']}, not of {model}"]

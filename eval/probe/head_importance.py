@@ -334,9 +334,11 @@ def check_comparable(exact: dict[str, Any], task: Task, lengths: list[int] | Non
     if exact["kind"] != "ablation":
         raise ValueError("compare: found a map of gradients, expected an exact one: make it with `seal probe heads`")
     drawn = Request.samples if task.rows is None else None
-    for key, value in {"task": task.key, "lengths": lengths, "samples": samples or drawn}.items():
-        if value and exact[key] != value:
-            raise ValueError(f"compare: the map's {key}: found {exact[key]}, expected {value}: use the same options")
+    for key, value in {"lengths": lengths, "task": task.key, "samples": samples or drawn}.items():
+        if value and exact.get(key) != value:
+            raise ValueError(
+                f"compare: the map's {key}: found {exact.get(key)}, expected {value}: use the same options"
+            )
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float:

@@ -163,7 +163,7 @@ SWEEP = "probe sweep --lengths 300 --out {tmp}/p.json --recipe "
 SCORE = "run --lengths 300 --samples 2 --out {tmp}/r.json --model "
 EACH = "run --lengths 300 --samples 2 --out {tmp} --adapter a={adapter}/good --adapter "
 INSPECT = "probe inspect --out {tmp}/p.json --adapter "
-TRANSFER = "probe transfer --tasks line --lengths 300 --samples 2 --out {tmp}/p.json --model {tiny} --adapter "
+TRANSFER = "probe transfer --tasks line --lengths 300,400 --samples 2 --out {tmp}/p.json --model {tiny} --adapter "
 STUDY = "run --model {tiny} --out {tmp}/s --lengths 900 --train-tokens "
 CASES = [
     # data_gen: what is asked for

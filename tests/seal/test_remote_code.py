@@ -99,7 +99,7 @@ PROBED = "--lengths 300 --samples 1 --out p.json"
         ("channels --model out --heads L0H0 " + PROBED, ""),
         ("gradient --model out " + PROBED, ""),
         ("direct --model base --adapter out --length 300 --find 1 --out p.json", "search more with --find"),
-        ("transfer --model base --adapter a=out --tasks line " + PROBED, "line: the base model scores .* at every"),
+        ("transfer --model base --adapter a=out --tasks line --lengths 300,400 --samples 1 --out p.json", ""),
     ],
 )
 def test_probes_run_a_checkpoints_own_code_only_if_asked(command, end, folder, monkeypatch):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 
 from axolotl_plugins.common.io import load_json, written_whole
 from axolotl_plugins.seal.model_loading import LoadedModel, load
@@ -46,7 +47,7 @@ def save_scales(loaded: LoadedModel, scales: np.ndarray, out: Path) -> None:
     """
     if out.exists():
         raise ValueError(f"{out}: exists already: delete it or name another folder with --adapters")
-    if loaded.method != "base":
+    if isinstance(loaded.model, PeftModel):
         raise ValueError(f"model: {loaded.name} is a {loaded.method} adapter, whose scales would be replaced: name the "
                          "base model, or merge the adapter first")  # fmt: skip
     model = wrap(loaded.model)

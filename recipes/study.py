@@ -91,7 +91,7 @@ def work(
     transformers.utils.logging.disable_progress_bar()
     try:
         bench = Workbench(model, device, settings, folder / "data")
-    except (RuntimeError, ValueError, OSError, AssertionError) as error:  # the last: PyTorch without CUDA
+    except (RuntimeError, ValueError, OSError) as error:
         cause = " with the model_config, whose shapes must be those of the weights" if settings.model_config else ""
         sys.exit(f"{model} cannot be loaded{cause}: {first_line(error)}")
     locks, failed = folder / "locks", set[Cell]()
@@ -295,6 +295,8 @@ def run(
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: PyTorch finds no CUDA GPU here: leave --device out, or install its CUDA build")
     if dtype == "auto":
         settings = replace(settings, dtype="bfloat16" if device == "cuda" else "float32")
     draw_missing(requests, model, out / "data", jobs)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from eval.probe.head_importance import MEASURES, changes, head_quadrants, measure_of
+from eval.probe.quadrants import RANDOM, runs_by_setting
 from eval.results import title_of
 
 
@@ -26,9 +27,9 @@ def extreme(result: dict[str, Any]) -> str:
 def ablation(result: dict[str, Any]) -> str:
     """Describe the effect of ablating heads or channels."""
     setting = f"{result['model']}, {title_of(result)}, {result['samples']} samples per length"
+    measure = measure_of(result)
     if result["unit"] == "channel":
         length = str(result["lengths"][-1])
-        measure = measure_of(result)
         rows = {name: np.array(values) for name, values in result["change"][measure][length].items()}
         parts = [
             f"in {name} {int((row > 0).sum())} of {row.size} channels help when ablated ({row.min():+.3f} to "
@@ -36,7 +37,6 @@ def ablation(result: dict[str, Any]) -> str:
             for name, row in rows.items()
         ]
         return f"{setting}. {MEASURES[measure].capitalize()}: {'; '.join(parts)}."
-    measure = "score" if "score" in result["base"] else "logprob"
     quadrants = head_quadrants(result)
     counts = ", ".join(f"{int((quadrants == number).sum())} in quadrant {number}" for number in (1, 2, 3, 4))
     return (
@@ -61,15 +61,16 @@ def gradient(result: dict[str, Any]) -> str:
 
 def quadrant_scaling(result: dict[str, Any]) -> str:
     """Describe scores with heads scaled by quadrant, of random heads mean and range over all draws."""
-    runs = {name: scores for name, scores in result["scores"].items() if not name.startswith("random ")}
-    parts = "; ".join(f"{name}: {by_length(scores)}" for name, scores in runs.items())
-    if random := [scores for name, scores in result["scores"].items() if name not in runs]:
+    runs = runs_by_setting(result)
+    random = runs.pop(RANDOM, [])
+    parts = "; ".join(f"{name}: {by_length(scores)}" for name, (scores,) in runs.items())
+    if random:
         columns = {length: [scores[length] for scores in random] for length in random[0]}
         ranges = (
             f"{np.mean(values):.2f} ({min(values):.2f}-{max(values):.2f}) at {length}"
             for length, values in columns.items()
         )
-        parts += f"; as many random heads, mean and range of {len(random)} draws: {', '.join(ranges)}"
+        parts += f"; as many {RANDOM}, mean and range of {len(random)} draws: {', '.join(ranges)}"
     return (
         f"{result['model']}, {title_of(result)}, {result['samples']} test samples per length, scales "
         f"{result['down']:g} and {result['up']:g}, nothing trained. {parts}."

@@ -269,14 +269,15 @@ def prompt_gradient(
     A head's gradient is the mean over the points of its group, see ``gradient_map``.
     """
     ids = torch.tensor([prompt.ids + prompt.reference], device=model.device)
-    shape = len(blocks), blocks[0].heads
-    order = random.Random(f"{PROBE_SEED}/{prompt.key}").sample(range(shape[0] * shape[1]), shape[0] * shape[1])
-    total = torch.zeros(shape[0], blocks[0].channels)
+    layers, per_layer, channels = len(blocks), blocks[0].heads, blocks[0].channels
+    heads = layers * per_layer
+    order = random.Random(f"{PROBE_SEED}/{prompt.key}").sample(range(heads), heads)
+    total = torch.zeros(layers, channels)
     logprob = 0.0
     for group, point in itertools.product(range(groups), points):
-        chosen = torch.zeros(shape[0] * shape[1], dtype=torch.bool)
+        chosen = torch.zeros(heads, dtype=torch.bool)
         chosen[order[group::groups]] = True
-        of_channels = chosen.view(shape).repeat_interleave(blocks[0].channels // shape[1], 1)
+        of_channels = chosen.view(layers, per_layer).repeat_interleave(channels // per_layer, 1)
         start = torch.where(of_channels, point, 1.0).to(ids.device)
         scales = [row.clone().requires_grad_() for row in start]
         with contextlib.ExitStack() as stack:
@@ -309,21 +310,24 @@ def read_map(file: Path, model: str) -> dict[str, Any]:
     return head_map
 
 
-def measure_of(channel_map: dict[str, Any]) -> str:
-    """Return the measure by which channels are shown: log-probability where it is known, as scores seldom change."""
-    return "logprob" if "logprob" in channel_map["change"] else "score"
+def measure_of(result: dict[str, Any]) -> str:
+    """Return the measure by which a map is shown: score for heads, log-probability for channels, else the known one.
+
+    A single channel seldom changes a score.
+    """
+    order = ("score", "logprob") if result["unit"] == "head" else ("logprob", "score")
+    return next(measure for measure in order if measure in result["change"])
 
 
 def changes(head_map: dict[str, Any], length: int, measure: str | None = None) -> np.ndarray:
-    """Return a map's changes at a length, shape (layers, heads); by default of the score, or else log-probability.
+    """Return a map's changes at a length, shape (layers, heads); by default of ``measure_of``.
 
     Raises:
         ValueError: the map is not of heads, or lacks the length.
     """
     if head_map["unit"] != "head":
         raise ValueError("map: it is of channels, expected one of heads")
-    measure = measure or ("score" if "score" in head_map["change"] else "logprob")
-    by_length = head_map["change"][measure]
+    by_length = head_map["change"][measure or measure_of(head_map)]
     if str(length) not in by_length:
         raise ValueError(f"map: it has lengths {', '.join(by_length)}, not {length}")
     return np.array(by_length[str(length)])

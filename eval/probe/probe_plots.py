@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from eval.probe.head_importance import MEASURES, changes, measure_of
+from eval.probe.quadrants import runs_by_setting
 from eval.results import title_of
 from eval.score_plots import draw_curve, draw_scales, finish_accuracy, set_integer_ticks
 
@@ -25,7 +26,7 @@ def ablation(result: dict[str, Any]) -> Figure:
 
 def scatter(result: dict[str, Any]) -> Figure:
     """Plot every head's change at the first and last length; extremes are named, quadrants 1 and 3 shaded."""
-    measure = "score" if "score" in result["change"] else "logprob"
+    measure = measure_of(result)
     first, last = result["lengths"][0], result["lengths"][-1]
     mid, long = (changes(result, length, measure) for length in (first, last))
     figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
@@ -42,9 +43,8 @@ def scatter(result: dict[str, Any]) -> Figure:
         names.setdefault((float(mid[layer, head]), float(long[layer, head])), []).append(f"L{layer}H{head}")
     figure.draw_without_rendering()  # labels can be placed only then
     label_apart(axes, {" ".join(heads): at for at, heads in names.items()})
-    quantity = "score" if measure == "score" else "log-probability of the answer"
     method = "one head ablated" + ("" if result["kind"] == "ablation" else " (by its gradient)")
-    axes.set(xlabel=f"change of {quantity} at {first} tokens", ylabel=f"at {last} tokens",
+    axes.set(xlabel=f"change of {MEASURES[measure]} at {first} tokens", ylabel=f"at {last} tokens",
              title=f"{title_of(result)}, {result['samples']} samples: {method}")  # fmt: skip
     return figure
 
@@ -89,10 +89,7 @@ def bars(result: dict[str, Any]) -> Figure:
 
 def quadrants(result: dict[str, Any]) -> Figure:
     """Plot scores over lengths with heads scaled by quadrant (Figure 2c)."""
-    runs: dict[str, list[Any]] = {}
-    for name, scores in result["scores"].items():
-        runs.setdefault("random heads" if name.startswith("random ") else name, []).append(scores)
-    return score_curves(runs, f"{title_of(result)}: scales from a map, nothing trained")
+    return score_curves(runs_by_setting(result), f"{title_of(result)}: scales from a map, nothing trained")
 
 
 def controls(result: dict[str, Any]) -> Figure:

@@ -23,6 +23,16 @@ from eval.score_by_length import score_by_length
 BOTH = "Q1 down, Q3 up"
 KINDS = {"Q1 down": (1,), "Q3 up": (3,), BOTH: (1, 3)}
 
+RANDOM = "random heads"  # all draws of the control together
+
+
+def runs_by_setting(result: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
+    """Return the scores by length of a result's runs, one for each setting but for the draws of ``RANDOM``."""
+    runs: dict[str, list[dict[str, float]]] = {}
+    for name, scores in result["scores"].items():
+        runs.setdefault(RANDOM if name.startswith("random ") else name, []).append(scores)
+    return runs
+
 
 def quadrant_scales(head_map: dict[str, Any], kind: str, down: float, up: float, seed: int | None = None) -> np.ndarray:
     """Return scales of shape (layers, heads) for one of ``KINDS``: ``down`` in quadrant 1, ``up`` in quadrant 3.

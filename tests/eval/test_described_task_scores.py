@@ -96,9 +96,8 @@ def test_probes_sweep_and_transfer_take_it(loaded, tmp_path):
     settings = {"samples": 1, "batch_size": None, "options": {}, "out": tmp_path / "t.json"}
     adapters = {"a": str(tmp_path / "adapter")}  # with scales of 1
     transferred, _ = score_transfer(str(TINY), adapters, [task], lengths=[250, 400], **settings)
-    assert transferred["scores"]["a"] == transferred["scores"]["base"] and transferred["scores"]["a"].keys() == {
-        "key_value"
-    }
+    assert transferred["scores"]["a"] == transferred["scores"]["base"]
+    assert transferred["scores"]["a"].keys() == {"key_value"}
     assert transferred["transferability"]["a"]["key_value"] in (None, 0)
     with pytest.raises(ValueError, match=r"^lengths: found 250 alone, expected several"):
         score_transfer(str(TINY), adapters, [task], lengths=[250], **settings)

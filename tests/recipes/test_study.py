@@ -529,6 +529,13 @@ def test_a_model_config_of_other_shapes_ends_with_its_reason(tmp_path):
     assert "cannot be loaded with the model_config, whose shapes must be those of the weights" in tried.stderr
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_missing_gpu_is_one_line_before_anything_is_drawn(tmp_path):
+    tried = study("run", "--model", str(TINY), "--longest", "900", "--out", str(tmp_path / "s"), "--device", "cuda")
+    assert tried.returncode == 1 and tried.stderr.startswith("seal: device: PyTorch finds no CUDA GPU")
+    assert not (tmp_path / "s").exists()
+
+
 @pytest.mark.parametrize(("options", "message"), [
     (["--tasks", "niah", "--methods", "SEAL-C up to 512 tokens"], "applies to none of the tasks niah"),
     (["--lengths", "line=256,line=300"], "names a task twice"),

@@ -13,20 +13,23 @@ from axolotl_plugins.seal.layer import SealLayer
 
 
 def seal_layers(model: nn.Module) -> list[SealLayer]:
-    """Return the wrapped projections, from the lowest layer."""
+    """Return the wrapped modules, from the lowest layer."""
     return [module for module in model.modules() if isinstance(module, SealLayer)]
 
 
 @torch.no_grad()
 def shuffle_heads(model: nn.Module, rng: random.Random) -> None:
-    """Permute whole heads' scales over all layers: the same values in other places."""
-    layers = seal_layers(model)
-    scales = [layer.seal_scale["default"] for layer in layers]
-    heads = layers[0].num_heads
-    rows = torch.cat([scale.detach().cpu().view(heads, -1) for scale in scales])
-    order = rng.sample(range(len(rows)), len(rows))
-    for scale, picked in zip(scales, torch.tensor(order).split(heads), strict=True):
-        scale.copy_(rows[picked].view(scale.shape))
+    """Permute whole heads' scales over all layers, within each placement: the same values in other places."""
+    by_placement: dict[str, list[SealLayer]] = {}
+    for layer in seal_layers(model):
+        by_placement.setdefault(layer.site.placement, []).append(layer)
+    for layers in by_placement.values():
+        scales = [layer.seal_scale["default"] for layer in layers]
+        heads = layers[0].num_heads
+        rows = torch.cat([scale.detach().cpu().view(heads, -1) for scale in scales])
+        order = rng.sample(range(len(rows)), len(rows))
+        for scale, picked in zip(scales, torch.tensor(order).split(heads), strict=True):
+            scale.copy_(rows[picked].view(scale.shape))
 
 
 @torch.no_grad()

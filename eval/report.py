@@ -170,7 +170,7 @@ def task_section(results: Sequence[EvalResult]) -> dict[str, Any]:
 
 def scale_figures(results: Sequence[Result]) -> list[str]:
     """Draw the scales of every scored adapter that still exists, with its number of trainable parameters."""
-    from axolotl_plugins.seal.scales import saved_scales, saved_tensors
+    from axolotl_plugins.seal.scales import saved_placements, saved_scales, saved_tensors
 
     paper = read_paper()["parameters"]
     figures = []
@@ -178,6 +178,8 @@ def scale_figures(results: Sequence[Result]) -> list[str]:
     for model, result in adapters.items():
         if not (Path(model) / "adapter_config.json").exists():
             continue  # a merged folder has no scales of its own
+        if "attention_output" not in saved_placements(Path(model)):
+            continue  # the figure is of attention heads
         scales = saved_scales(Path(model))
         printed = paper.get(result.base, {}).get(result.method)
         size = sum(tensor.size for tensor in saved_tensors(Path(model)).values())

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 Granularity = Literal["head", "channel"]
+Placement = Literal["attention_output", "query", "value", "mlp"]
 
 if TYPE_CHECKING:
     from .config import SealConfig
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from .model import SealModel, find_attention_outputs
     from .plugin import SealPlugin
 
-__all__ = ["Granularity", "SealConfig", "SealLayer", "SealModel", "SealPlugin", "find_attention_outputs"]
+__all__ = ["Granularity", "Placement", "SealConfig", "SealLayer", "SealModel", "SealPlugin", "find_attention_outputs"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 
 from axolotl_plugins.common.schema import Strict, first_error
 
-from . import Granularity
+from . import Granularity, Placement
 
 
 class DataArgs(Strict):
@@ -40,6 +40,10 @@ class SealBlock(Strict):
     granularity: Granularity | None = Field(
         default=None, description="`head` (SEAL-H) or `channel` (SEAL-C); required with `adapter: seal`."
     )
+    placements: list[Placement] = Field(
+        default=["attention_output"], description="What to scale: `attention_output` (the paper), `query`, `value`, "
+        "`mlp` (the input of its output projection, per channel only).",
+    )  # fmt: skip
     target_modules: list[str] | str | None = Field(
         default=None, description="Attention output projections: name suffixes or one regular expression; "
         "default: detected.",
@@ -72,7 +76,7 @@ class SealBlock(Strict):
 class SealArgs(BaseModel):
     """Keys that the plugin adds to Axolotl's schema."""
 
-    seal: SealBlock | None = Field(default=None, description="SEAL: learnable scales on attention outputs.")
+    seal: SealBlock | None = Field(default=None, description="SEAL: learnable scales, on attention outputs by default.")
 
 
 def parse_block(block: Any) -> SealBlock:

@@ -14,7 +14,7 @@ from axolotl_plugins.common.io import check_output, load_json, written_whole
 
 from . import provenance
 from .model_loading import WRITER_KEYS
-from .scales import saved_tensors
+from .scales import saved_placements, saved_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 OWN = (WEIGHTS, "README.md", provenance.FILE, "checkpoint-*", "debug.log")  # not copied from the first adapter
@@ -43,6 +43,8 @@ def combine(adapters: list[Path], weights: list[float], out: Path) -> None:
     for adapter, base, own, config in zip(adapters, bases, tensors, configs, strict=True):
         if Path(base).resolve() != Path(bases[0]).resolve():
             raise ValueError(f"{adapter}: is of {base}, the first adapter of {bases[0]}: combine adapters of one model")
+        if saved_placements(adapter) != saved_placements(adapters[0]):
+            raise ValueError(f"{adapter}: scales other placements than {adapters[0]}")
         if {name: scales.shape for name, scales in own.items()} != {n: s.shape for n, s in tensors[0].items()}:
             raise ValueError(f"{adapter}: has other layers or another granularity than {adapters[0]}")
         if config != configs[0]:

@@ -1,4 +1,4 @@
-"""Configuration of a SEAL adapter: which attention outputs to scale, per head or per channel."""
+"""Configuration of a SEAL adapter: what to scale in which layers, per head or per channel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, get_args
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
 
-from . import Granularity
+from . import Granularity, Placement
 
 
 def peft_type() -> PeftType:
@@ -43,6 +43,23 @@ def check_names(field_name: str, names: object) -> str | list[str] | None:
     return sorted(names)
 
 
+def check_placements(placements: object, granularity: Granularity) -> list[Placement]:
+    """Return placements as a list, in the order of ``Placement``.
+
+    Raises:
+        ValueError: there is none, one is unknown or named twice, or the granularity does not allow it.
+    """
+    known = get_args(Placement)
+    found = [placements] if isinstance(placements, str) else placements
+    if not isinstance(found, list | tuple) or not found or any(found.count(each) > 1 for each in found) or any(
+        each not in known for each in found
+    ):  # fmt: skip
+        raise ValueError(f"placements: found {placements!r}, expected a list of {', '.join(known)}")
+    if granularity == "head" and "mlp" in found:
+        raise ValueError("placements: the MLP has no heads: leave out `mlp`, or set granularity to 'channel'")
+    return [each for each in known if each in found]
+
+
 @dataclass
 class SealConfig(PeftConfig):
     """Configuration of SEAL (arXiv 2501.15225, section 4.2).
@@ -50,9 +67,12 @@ class SealConfig(PeftConfig):
     Attributes:
         granularity: ``"head"`` trains one scale per query head (SEAL-H), ``"channel"`` one per channel of the
             concatenated heads (SEAL-C).
-        target_modules: attention output projections whose *input* is scaled: a list of name suffixes, or a regular
-            expression for the full name; ``None`` detects them.
-        exclude_modules: modules not to scale, in the same two forms.
+        placements: what is scaled: ``"attention_output"`` (the paper), and beyond the paper, in the same attention
+            modules and layers, ``"query"`` (per head it is the attention's temperature), ``"value"`` and ``"mlp"`` (the
+            input of the MLP's output projection, per channel only).
+        target_modules: attention output projections, whose *input* is scaled: a list of name suffixes, or a regular
+            expression for the full name; ``None`` detects them. The other placements are found beside them.
+        exclude_modules: attention output projections not to scale, nor what is beside them, in the same two forms.
         layers_to_transform: index or indices of the decoder layers to scale; ``None`` means all. Not with a regular
             expression as ``target_modules``, which can select layers itself.
         num_heads: query heads per layer; ``None`` reads it from each module, or the model's config.
@@ -63,6 +83,10 @@ class SealConfig(PeftConfig):
     """
 
     granularity: Granularity = field(default="channel", metadata={"help": "`head` (SEAL-H) or `channel` (SEAL-C)."})
+    placements: list[Placement] = field(
+        default_factory=lambda: ["attention_output"],
+        metadata={"help": "What to scale: `attention_output` (the paper), `query`, `value`, `mlp`."},
+    )
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={"help": "Attention output projections: name suffixes or a regular expression; None detects them."},
@@ -82,6 +106,7 @@ class SealConfig(PeftConfig):
         self.peft_type = peft_type()
         if self.granularity not in get_args(Granularity):
             raise ValueError(f"granularity: found {self.granularity!r}, expected 'head' (SEAL-H) or 'channel' (SEAL-C)")
+        self.placements = check_placements(self.placements, self.granularity)
         self.target_modules = check_names("target_modules", self.target_modules)
         self.exclude_modules = check_names("exclude_modules", self.exclude_modules)
         if layers is not None:

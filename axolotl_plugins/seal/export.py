@@ -13,7 +13,7 @@ from axolotl_plugins.common.io import check_output, written_whole
 
 from . import provenance
 from .config import SealConfig
-from .layer import SealLayer
+from .layer import SealLayer, is_projection
 from .model_loading import load
 from .scales import saved_tensors
 
@@ -27,7 +27,8 @@ def export_ia3(adapter: Path, out: Path, *, trust_remote_code: bool = False) -> 
         trust_remote_code: run code that comes with the base model.
 
     Raises:
-        ValueError: ``adapter`` is not a SEAL adapter, or ``out`` exists.
+        ValueError: ``adapter`` is not a SEAL adapter, scales the output of a norm, which IA3 does not support, or
+            ``out`` exists.
     """
     scales = saved_tensors(adapter)  # raises if the folder is not a SEAL adapter
     check_output(out, folder=True)
@@ -35,19 +36,26 @@ def export_ia3(adapter: Path, out: Path, *, trust_remote_code: bool = False) -> 
     options: dict[str, Any] = {"needs_template": False, "default_window": 1}  # neither matters
     model = load(adapter, weights=False, trust_remote_code=trust_remote_code, **options).model
     layers = dict(get_peft_model(model, config).named_modules())  # on the meta device
-    tensors = {}
+    tensors, inputs = {}, []
     for name, scale in scales.items():
         layer = layers.get(name.removesuffix(".seal_scale"))
         size = layer.seal_scale["default"].numel() if isinstance(layer, SealLayer) else 0
         if not isinstance(layer, SealLayer) or len(scale) != size:
             raise ValueError(f"{adapter}: found {len(scale)} scales of {name}, the model has {size}: it belongs to "
                              "another model or configuration")  # fmt: skip
-        channels = torch.from_numpy(scale).repeat_interleave(layer.in_features // size)
-        tensors[name.removesuffix("seal_scale") + "ia3_l"] = channels[None].contiguous()
-    modules = [name.removeprefix("base_model.model.").removesuffix(".ia3_l") for name in tensors]
+        if not is_projection(layer.get_base_layer()):
+            raise ValueError(f"{adapter}: scales the output of {name.removesuffix('.seal_scale')}, a norm, which IA3 "
+                             "does not support: merge it")  # fmt: skip
+        factor = layer.of_features(torch.from_numpy(scale).repeat_interleave(layer.site.channels // size))
+        key = name.removesuffix("seal_scale") + "ia3_l"
+        tensors[key] = (factor[:, None] if layer.site.of_output else factor[None]).contiguous()
+        inputs += [] if layer.site.of_output else [key]
+    modules, inputs = (
+        [name.removeprefix("base_model.model.").removesuffix(".ia3_l") for name in names] for names in (tensors, inputs)
+    )
     ia3_config = IA3Config(
         base_model_name_or_path=config.base_model_name_or_path, task_type="CAUSAL_LM", inference_mode=True,
-        target_modules=modules, feedforward_modules=modules,
+        target_modules=modules, feedforward_modules=inputs,
     )  # fmt: skip
     with written_whole(out) as partial:
         partial.mkdir()

@@ -1,4 +1,8 @@
-"""Projection with a scaled input: SEAL(x) = W (s * x) + b (paper section 4.2)."""
+"""Module with a scaled input or output.
+
+SEAL scales the input of attention output projections, SEAL(x) = W (s * x) + b (paper section 4.2). Placements beyond
+the paper scale the input of another projection, or an output: s * (W x + b).
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import SealConfig
+from .placements import Site, features
 
 
 class Scale(torch.autograd.Function):
     """Compute ``x * scale`` in the dtype of the scale and save ``x`` for backward without upcasting it.
 
-    ``x`` is the attention output, which attention's backward pass saves anyway, so scaling adds no activation memory.
+    An attention output is saved by attention's backward pass anyway, so scaling it adds no activation memory; queries
+    and values before RoPE are not.
     """
 
     @staticmethod
@@ -37,10 +43,10 @@ class Scale(torch.autograd.Function):
 
 
 class SealLayer(nn.Module, BaseTunerLayer):
-    """Scale the input of an attention output projection (paper section 4.2, Figure 3a).
+    """Scale the input or output of a module (paper section 4.2, Figure 3a).
 
-    C is the number of input channels (heads x head_dim), H the number of query heads. ``seal_scale`` maps adapter
-    names to float32 parameters of shape (H,) for SEAL-H or (C,) for SEAL-C.
+    C is the number of scaled channels, for an attention output heads x head_dim, and H the number of heads.
+    ``seal_scale`` maps adapter names to float32 parameters of shape (H,) for SEAL-H or (C,) for SEAL-C.
     """
 
     adapter_layer_names = ("seal_scale",)
@@ -50,23 +56,25 @@ class SealLayer(nn.Module, BaseTunerLayer):
     get_base_layer: Callable[[], Any]
     set_adapter: Callable[..., None]
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: SealConfig, num_heads: int) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: SealConfig, site: Site) -> None:
         """Wrap ``base_layer`` and add its first adapter."""
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = projection_shape(base_layer)
-        self.num_heads = num_heads
+        self.site = site
+        self.num_heads = site.heads
+        self.in_features, self.out_features = features(base_layer)
+        self.rows = None if site.rows is None else torch.tensor(site.rows, device="cpu")
         self.seal_scale = nn.ParameterDict({})
         self.row_adapters: Sequence[str] | None = None  # see SealModel._enable_peft_forward_hooks
         self._disable_adapters = False
-        self._unmerged_weight: torch.Tensor | None = None
+        self._unmerged: dict[str, torch.Tensor] = {}
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: SealConfig, **_: Any) -> None:
         """Add an adapter with all scales initialised to 1."""
-        size = self.num_heads if config.granularity == "head" else self.in_features
+        size = self.num_heads if config.granularity == "head" else self.site.channels
         self.seal_scale[adapter_name] = nn.Parameter(torch.ones(size, dtype=torch.float32))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -90,9 +98,9 @@ class SealLayer(nn.Module, BaseTunerLayer):
         return self
 
     def channel_scale(self, adapter_name: str) -> torch.Tensor:
-        """Return the adapter's scale of each input channel, float32 of shape (C,)."""
+        """Return the adapter's scale of each channel, float32 of shape (C,)."""
         scale = self.seal_scale[adapter_name]
-        return scale if scale.numel() == self.in_features else scale.repeat_interleave(self.in_features // len(scale))
+        return scale if len(scale) == self.site.channels else scale.repeat_interleave(self.site.channels // len(scale))
 
     def active_scale(self) -> torch.Tensor | None:
         """Return the product of the active adapters' scales, float32 of shape (C,), or None without active scales."""
@@ -114,35 +122,67 @@ class SealLayer(nn.Module, BaseTunerLayer):
             raise ValueError("adapter_names: adapters are merged into the weights of all rows: unmerge them first")
         if len(names) != rows:
             raise ValueError(f"adapter_names: found {len(names)} names for {rows} rows, expected one for each row")
-        identity = torch.ones(self.in_features, device=self.get_base_layer().weight.device)
+        identity = torch.ones(self.site.channels, device=self.get_base_layer().weight.device)
         return torch.stack([self.channel_scale(name) if name in self.seal_scale else identity for name in names])
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Project the scaled input.
+    def of_features(self, scale: torch.Tensor) -> torch.Tensor:
+        """Return the factor of each feature of the input or output, which is 1 where a feature has no scale.
 
         Args:
-            x: concatenated head outputs, shape (..., C), any float dtype; the product is computed in float32.
-            args: passed to the projection.
-            kwargs: passed to the projection.
+            scale: of the channels, shape (..., C).
 
         Returns:
-            Shape (..., out_features), in the dtype of the projection.
+            Shape (..., *F): F is (in_features,), (out_features,), or, after a norm, the shape of its gain.
+        """
+        leading = scale.shape[:-1]
+        if self.rows is not None:
+            self.rows = self.rows.to(scale.device)
+            return scale.new_ones(*leading, self.out_features).index_copy(-1, self.rows, scale)
+        return (
+            scale if is_projection(self.get_base_layer()) else scale.view(*leading, *self.get_base_layer().weight.shape)
+        )
+
+    def multiply(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Scale an input or output; ``scale`` has the shape (C,), or (B, C) for one vector per row of the batch."""
+        factor = self.of_features(scale)
+        if scale.dim() > 1:
+            shape = factor.shape[1:]
+            factor = factor.view(len(factor), *[1] * (x.dim() - 1 - len(shape)), *shape)
+        return Scale.apply(x, factor)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute the module on the scaled input, or scale its output.
+
+        Args:
+            x: shape (..., in_features), such as concatenated head outputs, any float dtype; the product with the scale
+                is computed in float32.
+            args: passed to the module.
+            kwargs: passed to the module.
+
+        Returns:
+            The module's output, in its dtype.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
         scale = None
         if self.row_adapters is not None and not self.disable_adapters:
-            scale = self.row_scale(x.shape[0]).view(x.shape[0], *[1] * (x.dim() - 2), -1)
+            scale = self.row_scale(x.shape[0])
         elif not (self.disable_adapters or self.merged):
             scale = self.active_scale()
-        if scale is not None:
-            x = Scale.apply(x, scale)
-        return self.base_layer(x, *args, **kwargs)
+        if scale is None:
+            return self.base_layer(x, *args, **kwargs)
+        if self.site.of_output:
+            return self.multiply(self.base_layer(x, *args, **kwargs), scale)
+        return self.base_layer(self.multiply(x, scale), *args, **kwargs)
+
+    def parameter_factors(self, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what a merge multiplies the module's parameters by; ``scale`` is of the channels, shape (C,)."""
+        return parameter_factors(self.get_base_layer(), self.of_features(scale), self.site.of_output)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Multiply the columns of the projection's weight by the scales of their channels (paper section 4.3).
+        """Multiply the module's weight by the scales (paper section 4.3).
 
-        The original weight is stored and restored by ``unmerge``, so that unmerging is exact.
+        The original parameters are stored and restored by ``unmerge``, so that unmerging is exact.
 
         Args:
             safe_merge: check that the new weight is finite.
@@ -157,34 +197,45 @@ class SealLayer(nn.Module, BaseTunerLayer):
                 continue
             if not base.weight.is_floating_point():
                 raise ValueError("cannot merge into a quantised projection: merge into the full-precision base model")
-            scale = self.channel_scale(name).detach().to(base.weight.device)
-            columns = scale[:, None] if isinstance(base, Conv1D) else scale
-            merged = (base.weight.data * columns).to(base.weight.dtype)  # in float32, or wider where the weight is
-            if safe_merge and not torch.isfinite(merged).all():
+            merged = {}
+            for key, factor in self.parameter_factors(self.channel_scale(name).detach()).items():
+                value = getattr(base, key).data
+                merged[key] = (value * factor.to(value.device)).to(value.dtype)  # in float32, or wider where it is
+            if safe_merge and not all(value.isfinite().all() for value in merged.values()):
                 raise ValueError(
                     f"merging adapter {name!r} gives non-finite weights: train it again at a lower learning rate"
                 )
-            if self._unmerged_weight is None:
-                self._unmerged_weight = base.weight.data
-            base.weight.data = merged
+            for key, value in merged.items():
+                self._unmerged.setdefault(key, getattr(base, key).data)
+                getattr(base, key).data = value
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Restore the original weight."""
-        if self._unmerged_weight is not None:
-            self.get_base_layer().weight.data = self._unmerged_weight
-        self._unmerged_weight = None
+        """Restore the original parameters."""
+        for key, value in self._unmerged.items():
+            getattr(self.get_base_layer(), key).data = value
+        self._unmerged.clear()
         self.merged_adapters.clear()
 
 
-def projection_shape(module: nn.Module) -> tuple[int, int]:
-    """Return ``(in_features, out_features)`` of a Linear (also quantised) or Conv1D.
+def is_projection(module: nn.Module) -> bool:
+    """Return whether a module is a Linear (also quantised) or Conv1D, rather than a norm."""
+    return isinstance(module, nn.Linear | Conv1D)
 
-    Raises:
-        TypeError: ``module`` is neither.
+
+def parameter_factors(module: nn.Module, factor: torch.Tensor, of_output: bool) -> dict[str, torch.Tensor]:
+    """Return what a module's parameters are multiplied by to scale its input or output (paper section 4.3).
+
+    Args:
+        module: a Linear, Conv1D or norm.
+        factor: of each feature, see ``SealLayer.of_features``.
+        of_output: whether of the output, or of the input.
+
+    Returns:
+        ``weight``, and ``bias`` where the output has one -> factor that broadcasts to the parameter.
     """
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, Conv1D):
-        return module.nx, module.nf
-    raise TypeError(f"SEAL scales the input of a Linear or Conv1D projection, found {type(module).__name__}")
+    weight = factor
+    if is_projection(module):  # Conv1D stores the transpose
+        weight = factor[None] if of_output == isinstance(module, Conv1D) else factor[:, None]
+    has_bias = of_output and getattr(module, "bias", None) is not None
+    return {"weight": weight, "bias": factor} if has_bias else {"weight": weight}

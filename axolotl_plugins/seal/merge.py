@@ -12,14 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.pytorch_utils import Conv1D
 
 from axolotl_plugins.common.console import first_line
 from axolotl_plugins.common.io import check_output, file_hash, load_json, written_whole
 from axolotl_plugins.common.window import read_config
 
 from . import provenance
-from .layer import SealLayer
+from .layer import SealLayer, parameter_factors
 from .merge_quantised import (
     ABSMAX,
     MAX_RELATIVE_ERROR,
@@ -51,6 +50,7 @@ from .model_loading import (
     check_name,
     load,
 )
+from .placements import FUSED, Site, features, fused_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,41 +60,37 @@ Into = Literal["auto", "o_proj", "v_proj"]
 MAX_LOGIT_DIFFERENCE = 1e-4
 PROOF_WINDOW = 2048  # tokens; bounds the proof's prompts where the config states no window
 PLAIN_TOKENS = 256  # of a prompt for models without a chat template
-# Attention modules whose values reach the output projection through attention alone, and their projection of values.
-VALUE_PROJECTIONS = {
-    **dict.fromkeys(("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma"), "v_proj"),
-    "Phi3": "qkv_proj", "GPTNeoX": "query_key_value", "GPT2": "c_attn",
-}  # fmt: skip
+# Attention modules whose values reach the output projection through attention alone.
+VALUES_ONLY_ATTEND = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", *FUSED)
 
 
-def value_rows(attention: nn.Module, size: int, num_heads: int) -> tuple[str, torch.Tensor]:
+def value_rows(attention: nn.Module, output: Site) -> tuple[str, torch.Tensor]:
     """Find the output rows of an attention module's projections that compute its values.
-
-    The output projection has ``size`` (C) input channels of ``num_heads`` query heads.
 
     Returns:
         Name of the projection inside ``attention``, and the indices of its value rows, int64 of shape (C,), in the
-        order of the concatenated heads.
+        order of the concatenated heads, whose site is ``output``.
 
     Raises:
         ValueError: there are fewer value heads than query heads, or values may change on their way to the output
             projection, which the class of the module tells.
     """
     kind = type(attention)
-    name = VALUE_PROJECTIONS.get(kind.__name__.removesuffix("Attention"))
-    if name is None or not kind.__module__.startswith("transformers.models."):
+    name = kind.__name__.removesuffix("Attention")
+    if name not in VALUES_ONLY_ATTEND or not kind.__module__.startswith("transformers.models."):
         raise ValueError(f"{kind.__name__} may change values between their projection and attention: merge into o_proj")
-    projection = getattr(attention, name)
-    rows = projection.nf if isinstance(projection, Conv1D) else projection.out_features
-    expected = size if name == "v_proj" else 3 * size
-    if rows != expected:
+    if name in FUSED:
+        child, rows = fused_rows(attention, "value", output.channels, output.heads)
+    else:
+        child = "v_proj"
+        rows = torch.arange(features(getattr(attention, child))[1])
+    if len(rows) != output.channels:
         raise ValueError(
-            f"{name} has {rows} rows where values of {num_heads} heads would need {expected}: with grouped-query "
-            "attention one value row serves several query heads that have different scales; merge into o_proj"
+            f"{child} has {len(rows)} value rows where those of {output.heads} heads would be {output.channels}: with "
+            "grouped-query attention one value row serves several query heads that have different scales; merge into "
+            "o_proj"
         )
-    if name == "query_key_value":  # for each head its query, key and value
-        return name, torch.arange(3 * size).view(num_heads, 3, -1)[:, 2].flatten()
-    return name, torch.arange(rows - size, rows)
+    return child, rows
 
 
 def scale_factors(model: nn.Module, into: Literal["o_proj", "v_proj"]) -> dict[str, torch.Tensor]:
@@ -102,7 +98,8 @@ def scale_factors(model: nn.Module, into: Literal["o_proj", "v_proj"]) -> dict[s
 
     Args:
         model: wrapped by SEAL, with active adapters, not merged.
-        into: ``o_proj`` scales the columns of attention output projections, ``v_proj`` the value rows and biases.
+        into: where scales of attention outputs go: ``o_proj``, the columns of the output projections, or ``v_proj``,
+            the value rows and biases. Those of other placements have one place each.
 
     Returns:
         Parameter name, without PEFT's prefix -> float32 factor of a shape that broadcasts to the parameter's.
@@ -110,30 +107,31 @@ def scale_factors(model: nn.Module, into: Literal["o_proj", "v_proj"]) -> dict[s
     Raises:
         ValueError: the architecture does not allow ``into``.
     """
-    factors: dict[str, torch.Tensor] = {}
-    owners: dict[int, str] = {}
+    modules: dict[str, tuple[nn.Module, dict[str, torch.Tensor]]] = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, SealLayer) or (scale := layer.active_scale()) is None:
             continue
-        scale = scale.detach().cpu()
-        name = name.removeprefix("base_model.model.")
-        projection = layer.get_base_layer()
-        by_column = into == "o_proj"
-        if not by_column:
+        name, scale = name.removeprefix("base_model.model."), scale.detach().cpu()
+        if into == "v_proj" and layer.site.placement == "attention_output":
             parent = name.rpartition(".")[0]
             attention = model.get_submodule(f"base_model.model.{parent}")
-            child, rows = value_rows(attention, layer.in_features, layer.num_heads)
-            name, projection = f"{parent}.{child}", getattr(attention, child)
-            of_values = scale
-            scale = torch.ones(projection.nf if isinstance(projection, Conv1D) else projection.out_features)
-            scale[rows] = of_values
-        factor = scale[None] if by_column != isinstance(projection, Conv1D) else scale[:, None]
-        owner = owners.setdefault(id(projection.weight), name)
+            child, rows = value_rows(attention, layer.site)
+            name, base = f"{parent}.{child}", getattr(attention, child)
+            base = base.get_base_layer() if isinstance(base, SealLayer) else base
+            factor = torch.ones(features(base)[1])
+            factor[rows] = scale
+            own = parameter_factors(base, factor, of_output=True)
+        else:
+            base, own = layer.get_base_layer(), layer.parameter_factors(scale)
+        _, others = modules.setdefault(name, (base, {}))  # not empty where its values have scales of their own
+        others |= {key: others[key] * factor if key in others else factor for key, factor in own.items()}
+    factors: dict[str, torch.Tensor] = {}
+    owners: dict[int, str] = {}
+    for name, (module, own) in modules.items():
+        owner = owners.setdefault(id(module.weight), name)
         if owner == name:
-            factors[f"{name}.weight"] = factor
-            if not by_column and projection.bias is not None:
-                factors[f"{name}.bias"] = scale
-        elif not torch.equal(factors[f"{owner}.weight"], factor):
+            factors |= {f"{name}.{key}": factor for key, factor in own.items()}
+        elif not torch.equal(factors[f"{owner}.weight"], own["weight"]):
             raise ValueError(
                 f"{owner} and {name} share one weight but have different scales, which cannot be merged: use the "
                 "adapter, or `export` it"

@@ -1,4 +1,4 @@
-"""PEFT tuner of SEAL: finds a model's attention output projections and wraps them."""
+"""PEFT tuner of SEAL: finds a model's attention output projections and what else to scale, and wraps them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import SealConfig, peft_type
-from .layer import SealLayer, projection_shape
+from .layer import SealLayer
+from .placements import Site, features, find_sites
 
 # Attention output projections in the Transformers library, and some of the models that have them.
 ATTENTION_OUTPUTS = (
@@ -111,21 +112,26 @@ def num_query_heads(attention: nn.Module, channels: int, config: dict) -> int:
     raise ValueError("the model's config has no number of query heads: set num_heads")
 
 
+def is_selected(config: SealConfig, name: str) -> bool:
+    """Return whether a configuration selects the attention output projection of this name."""
+    layers = config.layers_to_transform
+    if isinstance(layers, list) and layer_index(name) not in layers:
+        return False
+    # Without the layers: PEFT finds no index in the names of a model without head, such as `layers.0.self_attn`.
+    names = SimpleNamespace(target_modules=config.target_modules, exclude_modules=config.exclude_modules)
+    return bool(check_target_module_exists(names, name))
+
+
 class SealModel(BaseTuner):
-    """PEFT tuner of SEAL: the scales of attention outputs are the only trainable parameters (paper section 4.2)."""
+    """PEFT tuner of SEAL: scales, by default of attention outputs, are all that is trainable (paper section 4.2)."""
 
     prefix: str = "seal_"
     tuner_layer_cls = SealLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
-    def _check_target_module_exists(self, peft_config: SealConfig, key: str) -> bool | re.Match[str] | None:
+    def _check_target_module_exists(self, peft_config: SealConfig, key: str) -> bool:
         """Return whether to scale the module named ``key``."""
-        layers = peft_config.layers_to_transform
-        if key not in self._scalable or (isinstance(layers, list) and layer_index(key) not in layers):
-            return False
-        # Without the layers: PEFT finds no index in the names of a model without head, such as `layers.0.self_attn`.
-        names = SimpleNamespace(target_modules=peft_config.target_modules, exclude_modules=peft_config.exclude_modules)
-        return check_target_module_exists(names, key)
+        return key in self._sites
 
     def _prepare_adapter_config(self, peft_config: SealConfig, model_config: dict) -> SealConfig:
         """Keep the model's config; ``_prepare_model`` sets modules and heads because it has access to the model."""
@@ -141,8 +147,7 @@ class SealModel(BaseTuner):
         if peft_config.target_modules is None:
             peft_config.target_modules = find_attention_outputs(model)
         projections = dict(_projections(model))
-        self._scalable = frozenset(projections)
-        names = [name for name in projections if self._check_target_module_exists(peft_config, name)]
+        names = [name for name in projections if is_selected(peft_config, name)]
         layers = {layer_index(name) for name in names}
         selected = peft_config.layers_to_transform
         missing = set(selected) - layers if isinstance(selected, list) else set()
@@ -155,32 +160,42 @@ class SealModel(BaseTuner):
                 f"the model has layers {indices[0] if indices else 'none'} to {indices[-1] if indices else 'none'}, "
                 f"and its attention outputs are {find_attention_outputs(model)}"
             )
-        self._heads = {}
-        for name in names:
-            module = projections[name]
-            channels = module.in_features if isinstance(module, SealLayer) else projection_shape(module)[0]
-            attention = model.get_submodule(name.rpartition(".")[0])
-            heads = peft_config.num_heads or num_query_heads(attention, channels, self._model_config)
-            if channels % heads:
-                raise ValueError(
-                    f"{name} has {channels} input channels, which is not divisible by {heads} heads: "
-                    "set num_heads, or other target_modules"
-                )
-            self._heads[name] = heads
-        if len(numbers := set(self._heads.values())) == 1:
+        heads = {name: self._query_heads(peft_config, model, name, projections[name]) for name in names}
+        outputs = {name: Site("attention_output", heads[name], features(projections[name])[0]) for name in names}
+        self._sites = find_sites(model, outputs, peft_config.placements)
+        if len(numbers := set(heads.values())) == 1:
             peft_config.num_heads = numbers.pop()
+
+    def _query_heads(self, peft_config: SealConfig, model: nn.Module, name: str, projection: nn.Module) -> int:
+        """Return the query heads whose outputs a projection takes.
+
+        Raises:
+            ValueError: its input channels are not divisible by their number.
+        """
+        channels = features(projection)[0]
+        attention = model.get_submodule(name.rpartition(".")[0])
+        heads = peft_config.num_heads or num_query_heads(attention, channels, self._model_config)
+        if channels % heads:
+            raise ValueError(
+                f"{name} has {channels} input channels, which is not divisible by {heads} heads: "
+                "set num_heads, or other target_modules"
+            )
+        return heads
 
     def _create_and_replace(
         self, peft_config: SealConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
         current_key: str, **_: Any,
     ) -> None:  # fmt: skip
         """Wrap a projection, or add an adapter to a projection that is already wrapped."""
+        site = self._sites[current_key]
         if isinstance(target, SealLayer):
+            if target.site != site:
+                raise ValueError(f"{current_key}: another adapter scales other channels of it: use a model for each")
             target.update_layer(adapter_name, peft_config)
             return
         if isinstance(target, BaseTunerLayer):
             raise ValueError(f"{current_key} already has an adapter of another PEFT method: merge that adapter first")
-        layer = SealLayer(target, adapter_name, peft_config, self._heads[current_key])
+        layer = SealLayer(target, adapter_name, peft_config, site)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

@@ -13,6 +13,7 @@ from axolotl_plugins.common.io import load_json, write_text
 
 from . import provenance
 from .config import SealConfig
+from .model import layer_index
 from .model_loading import method_name
 from .scales import saved_tensors
 
@@ -57,15 +58,17 @@ def card(adapter: Path, scores: Sequence[str] = ()) -> str:
     Raises:
         ValueError: ``adapter`` is not a SEAL adapter.
     """
-    layers = saved_tensors(adapter).values()
+    tensors = saved_tensors(adapter)
+    layers = len({layer_index(name) for name in tensors})
     config = SealConfig.from_pretrained(str(adapter))
     method = method_name(config)
-    scales = np.concatenate(list(layers))
+    scales = np.concatenate(list(tensors.values()))
     base = provenance.base_model(adapter)
     parts = [
         f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [seal, long-context]\n---",
         f"# {method} on {base}",
-        f"{scales.size:,} learned scales of attention outputs (one per {config.granularity} in {len(layers)} layers; "
+        f"{scales.size:,} learned scales of {described(config.placements)} (one per {config.granularity} in {layers} "
+        f"layers; "
         f"from {scales.min():.3f} to {scales.max():.3f}, mean {scales.mean():.3f}), trained as in {PAPER}. The model's "
         "own weights are unchanged.",
         "## Use",
@@ -79,6 +82,12 @@ def card(adapter: Path, scores: Sequence[str] = ()) -> str:
     if scores:
         parts += ["## Scores", *scores]
     return "\n\n".join(parts) + "\n"
+
+
+def described(placements: Sequence[str]) -> str:
+    """Return placements in words."""
+    names = {"attention_output": "attention outputs", "query": "queries", "value": "values", "mlp": "MLP activations"}
+    return ", ".join(names[placement] for placement in placements)
 
 
 def uploaded_files(adapter: Path) -> list[Path]:

@@ -122,10 +122,13 @@ def check_adapter(folder: Path) -> None:
 
 
 def method_name(config: PeftConfig) -> str:
-    """Return the paper's name of an adapter's method, or its PEFT type."""
+    """Return the paper's name of an adapter's method, with placements beyond the paper, or its PEFT type."""
     if config.peft_type.value == "LORA":
         return "DoRA" if config.use_dora else "LoRA"
-    return {"head": "SEAL-H", "channel": "SEAL-C"}.get(getattr(config, "granularity", ""), str(config.peft_type.value))
+    if config.peft_type.value != "SEAL":
+        return str(config.peft_type.value)
+    name = {"head": "SEAL-H", "channel": "SEAL-C"}[config.granularity]
+    return name if config.placements == ["attention_output"] else f"{name} ({', '.join(config.placements)})"
 
 
 def apply_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:

@@ -214,6 +214,10 @@ class SealPlugin(BasePlugin):
                 raise ValueError(
                     f"{cfg.lora_model_dir}: found granularity {saved.granularity}, the recipe has {block.granularity}"
                 )
+            if saved.placements != config.placements:
+                raise ValueError(
+                    f"{cfg.lora_model_dir}: found placements {saved.placements}, the recipe has {config.placements}"
+                )
             peft_model = apply_adapter(model, Path(cfg.lora_model_dir), trainable=not self.inference)
         peft_model.print_trainable_parameters()
         return peft_model, config

@@ -14,14 +14,16 @@ from torch import nn
 
 from axolotl_plugins.common.console import first_line
 
+from . import Placement
+from .config import SealConfig
 from .layer import SealLayer
-from .model import layer_index
+from .model import is_selected, layer_index
 from .model_loading import check_adapter
 
 
 @torch.no_grad()
-def scale_matrix(model: nn.Module) -> dict[int, torch.Tensor]:
-    """Return the active scales of a wrapped model.
+def scale_matrix(model: nn.Module, placement: Placement = "attention_output") -> dict[int, torch.Tensor]:
+    """Return the active scales of a wrapped model in one placement.
 
     Returns:
         Layer index -> float32 of shape (heads, head_dim), on the CPU; heads of a SEAL-H adapter have equal rows. Heads
@@ -29,7 +31,9 @@ def scale_matrix(model: nn.Module) -> dict[int, torch.Tensor]:
     """
     scales: dict[int, torch.Tensor] = {}
     for name, module in model.named_modules():
-        if isinstance(module, SealLayer) and (scale := module.active_scale()) is not None:
+        if not isinstance(module, SealLayer) or module.site.placement != placement:
+            continue
+        if (scale := module.active_scale()) is not None:
             index = layer_index(name)
             index = len(scales) if index is None else index
             rows = scale.detach().float().cpu().view(module.num_heads, -1)
@@ -57,19 +61,32 @@ def saved_tensors(adapter: Path) -> dict[str, np.ndarray]:
     return {name: tensors[name].float().numpy() for name in names}
 
 
-def saved_scales(adapter: Path) -> np.ndarray:
-    """Return the scales in an adapter folder: float32 of shape (layers, heads, head_dim), or (..., 1) for SEAL-H.
+def saved_placements(adapter: Path) -> list[Placement]:
+    """Return what the scales in a SEAL adapter's folder are of."""
+    config: Any = SealConfig.from_pretrained(str(adapter))
+    return config.placements
 
-    Where heads are of different sizes in different layers, the shape is (layers, heads, 1), with a head's mean.
+
+def saved_scales(adapter: Path) -> np.ndarray:
+    """Return an adapter folder's scales of attention outputs: float32 of shape (layers, heads, head_dim).
+
+    The last is 1 for SEAL-H. Where heads are of different sizes in different layers, it is 1, with a head's mean.
 
     Raises:
-        ValueError: the folder is not a SEAL adapter, or its layers have different numbers of heads.
+        ValueError: the folder is not a SEAL adapter, has no scales of attention outputs, or its layers have different
+            numbers of heads.
     """
-    tensors = saved_tensors(adapter).values()
-    heads = json.loads((adapter / "adapter_config.json").read_text()).get("num_heads")
-    if not heads or any(tensor.size % heads for tensor in tensors):
+    tensors = saved_tensors(adapter)
+    config: Any = SealConfig.from_pretrained(str(adapter))
+    if "attention_output" not in config.placements:
+        raise ValueError(f"{adapter}: scales {', '.join(config.placements)}, expected scales of attention outputs")
+    if len(config.placements) > 1:
+        modules = {name: name.removeprefix("base_model.model.").removesuffix(".seal_scale") for name in tensors}
+        tensors = {name: tensor for name, tensor in tensors.items() if is_selected(config, modules[name])}
+    heads = config.num_heads
+    if not heads or any(tensor.size % heads for tensor in tensors.values()):
         raise ValueError(f"{adapter}: its layers have different numbers of heads, which is not supported")
-    rows = [tensor.reshape(heads, -1) for tensor in tensors]
+    rows = [tensor.reshape(heads, -1) for tensor in tensors.values()]
     return np.stack(rows if len({row.shape for row in rows}) == 1 else [row.mean(1, keepdims=True) for row in rows])
 
 

@@ -206,5 +206,7 @@ class SealTrainer(AnswerTrainer):
         """Log a summary of the scales."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if "loss" in logs and isinstance(model, PeftModel):
-            logs = {**logs, **{f"seal/{key}": value for key, value in summary(scale_matrix(model)).items()}}
+            placement = model.active_peft_config.placements[0]  # the paper's, if it is among them
+            scales = scale_matrix(model, placement)
+            logs = {**logs, **{f"seal/{key}": value for key, value in summary(scales).items()}}
         super().log(logs, *args, **kwargs)

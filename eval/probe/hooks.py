@@ -69,7 +69,7 @@ def decoder_blocks(model: nn.Module) -> list[Block]:
     by_layer: dict[str, list[Block]] = {}
     stack = ""
     for name, module in model.named_modules():
-        if isinstance(module, SealLayer):
+        if isinstance(module, SealLayer) and module.site.placement == "attention_output":
             index = layer_index(name)
             stack, _, _ = name.partition(f".{index}.")
             layer = model.get_submodule(f"{stack}.{index}")

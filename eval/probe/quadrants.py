@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from axolotl_plugins.common.io import load_json, written_whole
-from axolotl_plugins.seal.model_loading import LoadedModel, load
+from axolotl_plugins.common.io import written_whole
+from axolotl_plugins.seal import SealConfig
+from axolotl_plugins.seal.model_loading import LoadedModel, load, method_name
 from axolotl_plugins.seal.provenance import base_model
 from axolotl_plugins.seal.scales import saved_scales
 from data_gen.tasks import Task
@@ -153,9 +154,8 @@ def scale_map(adapter: Path, map_file: Path | None = None) -> dict[str, Any]:
     """
     values = saved_scales(adapter)
     mean = values.mean(-1)
-    config = load_json(adapter / "adapter_config.json")
     result: dict[str, Any] = {
-        "kind": "scales", "model": str(adapter), "method": f"SEAL-{config['granularity'][0].upper()}",
+        "kind": "scales", "model": str(adapter), "method": method_name(SealConfig.from_pretrained(str(adapter))),
         "mean": mean.tolist(), "spread": values.std(-1).tolist(),
     }  # fmt: skip
     if map_file is not None:

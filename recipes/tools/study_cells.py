@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from axolotl_plugins.common.io import load_json, read_rows, write_text, written_whole
 from axolotl_plugins.common.tokenizer import Messages, count_tokens, load_tokenizer
+from axolotl_plugins.seal import Granularity, Placement
 from data_gen.dataset import Request, generate
 
 if TYPE_CHECKING:
@@ -47,8 +48,11 @@ RATES = {
     "SEAL-H": (1e-2, 2e-2, 5e-2, 1e-1),
     "SEAL-C": (1e-2, 2e-2, 5e-2, 1e-1),
     "LoRA": (2e-4, 1e-3, 3e-3),
-    "query": (1e-2, 2e-2, 5e-2, 1e-1),  # scales on queries instead of attention outputs, one per channel
-    "query+output": (1e-2, 2e-2, 5e-2),  # both
+    "query": (1e-2, 2e-2, 5e-2, 1e-1),  # scales per channel in the placements of the name
+    "query+output": (1e-2, 2e-2, 5e-2),
+    "value": (1e-2, 2e-2, 5e-2, 1e-1),
+    "mlp": (1e-2, 2e-2, 5e-2, 1e-1),
+    "query per head": (1e-2, 2e-2, 5e-2, 1e-1),  # the temperature of each head's attention
     "IA3": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2),  # as PEFT ships it: keys, values and the input of down_proj
     "LayerNorm": (2e-4, 5e-4, 1e-3, 5e-3, 2e-2),  # the gains of all norms
     "VeRA": (3e-3, 1e-2, 3e-2),
@@ -57,7 +61,10 @@ RATES = {
 RATE_OF = {"DoRA": "LoRA"}  # a method that uses the rate chosen for another
 UNTUNED = ("base", "one-shot", FACTOR)
 CONTROLS = ("SEAL-H shuffled", "SEAL-C shuffled", "SEAL-H wrong answers", "SEAL-C wrong answers")
-PLACEMENTS = ("query", "query+output")
+PLACEMENTS: dict[str, list[Placement]] = {
+    "query": ["query"], "query+output": ["attention_output", "query"], "value": ["value"], "mlp": ["mlp"],
+    "query per head": ["query"],
+}  # fmt: skip
 BASELINES = ("IA3", "LayerNorm", "VeRA")
 WEIGHTED = tuple(f"{method} at {weight}" for method in ("SEAL-H", "SEAL-C") for weight in (0.25, 0.5, 0.75))
 MIXTURES = ("mixture", "full mixture")  # of all tasks: as many samples in all as of one task, or as many of each
@@ -229,12 +236,13 @@ def plan(tasks: list[str], methods: list[str], seeds: list[int], train: dict[str
     """
     first, others = seeds[:1], seeds[1:]
     seal = ("SEAL-H", "SEAL-C")
+    placements = tuple(method for method in PLACEMENTS if method != "query")
     stages: list[tuple[tuple[str, ...], list[int]]] = [
-        (("base",), first), (seal, first), (("LoRA",), first), (PLACEMENTS[:1], first), (("one-shot", "DoRA"), first),
+        (("base",), first), (seal, first), (("LoRA",), first), (("query",), first), (("one-shot", "DoRA"), first),
         (tuple(f"SEAL-C from {mixture}" for mixture in MIXTURES), first),
-        *(((*seal, "LoRA", *PLACEMENTS[:1]), [seed]) for seed in others), (TRANSFERS, first), (WEIGHTED, first),
-        (SIZED, first), (CAPPED, first), (PLACEMENTS[1:], first), (CONTROLS, first), ((*BASELINES, FACTOR), first),
-        (("DoRA", *WEIGHTED, *SIZED, *CAPPED, *PLACEMENTS[1:], *BASELINES, *CONTROLS, *TRANSFERS), others),
+        *(((*seal, "LoRA", "query"), [seed]) for seed in others), (TRANSFERS, first), (WEIGHTED, first),
+        (SIZED, first), (CAPPED, first), (placements, first), (CONTROLS, first), ((*BASELINES, FACTOR), first),
+        (("DoRA", *WEIGHTED, *SIZED, *CAPPED, *placements, *BASELINES, *CONTROLS, *TRANSFERS), others),
     ]  # fmt: skip
     cells: list[Cell] = []
     for stage, of_seeds in stages:
@@ -359,11 +367,12 @@ def adapter_config(method: str) -> Any:
     """Return the PEFT configuration of a tuned method."""
     from peft import IA3Config, LNTuningConfig, VeraConfig
 
+    from axolotl_plugins.seal import SealConfig
     from recipes.tools.methods import KEYS, PROJECTIONS, peft_config
 
-    if method in PLACEMENTS:  # IA3 scales the output of a module, and the input of a feed-forward one
-        output = ["o_proj"] if method == "query+output" else []
-        return IA3Config(target_modules=["q_proj", *output], feedforward_modules=output)
+    if method in PLACEMENTS:
+        granularity: Granularity = "head" if method.endswith("per head") else "channel"
+        return SealConfig(granularity=granularity, placements=PLACEMENTS[method])
     if method == "IA3":
         return IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
     if method == "LayerNorm":

@@ -13,7 +13,7 @@ from axolotl_plugins.common.io import check_output, written_whole
 
 from . import provenance
 from .config import SealConfig
-from .layer import SealLayer, is_projection
+from .layer import SealLayer
 from .model_loading import load
 from .scales import saved_tensors
 
@@ -43,7 +43,7 @@ def export_ia3(adapter: Path, out: Path, *, trust_remote_code: bool = False) -> 
         if not isinstance(layer, SealLayer) or len(scale) != size:
             raise ValueError(f"{adapter}: found {len(scale)} scales of {name}, the model has {size}: it belongs to "
                              "another model or configuration")  # fmt: skip
-        if not is_projection(layer.get_base_layer()):
+        if layer.site.gain:
             raise ValueError(f"{adapter}: scales the output of {name.removesuffix('.seal_scale')}, a norm, which IA3 "
                              "does not support: merge it")  # fmt: skip
         factor = layer.of_features(torch.from_numpy(scale).repeat_interleave(layer.site.channels // size))

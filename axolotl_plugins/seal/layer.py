@@ -62,7 +62,7 @@ class SealLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.site = site
         self.num_heads = site.heads
-        self.in_features, self.out_features = features(base_layer)
+        self.in_features, self.out_features = (site.channels,) * 2 if site.gain else features(base_layer)
         self.rows = None if site.rows is None else torch.tensor(site.rows, device="cpu")
         self.seal_scale = nn.ParameterDict({})
         self.row_adapters: Sequence[str] | None = None  # see SealModel._enable_peft_forward_hooks
@@ -138,9 +138,7 @@ class SealLayer(nn.Module, BaseTunerLayer):
         if self.rows is not None:
             self.rows = self.rows.to(scale.device)
             return scale.new_ones(*leading, self.out_features).index_copy(-1, self.rows, scale)
-        return (
-            scale if is_projection(self.get_base_layer()) else scale.view(*leading, *self.get_base_layer().weight.shape)
-        )
+        return scale.view(*leading, *self.site.gain) if self.site.gain else scale
 
     def multiply(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Scale an input or output; ``scale`` has the shape (C,), or (B, C) for one vector per row of the batch."""
@@ -218,11 +216,6 @@ class SealLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
 
-def is_projection(module: nn.Module) -> bool:
-    """Return whether a module is a Linear (also quantised) or Conv1D, rather than a norm."""
-    return isinstance(module, nn.Linear | Conv1D)
-
-
 def parameter_factors(module: nn.Module, factor: torch.Tensor, of_output: bool) -> dict[str, torch.Tensor]:
     """Return what a module's parameters are multiplied by to scale its input or output (paper section 4.3).
 
@@ -235,7 +228,7 @@ def parameter_factors(module: nn.Module, factor: torch.Tensor, of_output: bool) 
         ``weight``, and ``bias`` where the output has one -> factor that broadcasts to the parameter.
     """
     weight = factor
-    if is_projection(module):  # Conv1D stores the transpose
+    if isinstance(module, nn.Linear | Conv1D):  # the latter stores the transpose
         weight = factor[None] if of_output == isinstance(module, Conv1D) else factor[:, None]
     has_bias = of_output and getattr(module, "bias", None) is not None
     return {"weight": weight, "bias": factor} if has_bias else {"weight": weight}

@@ -6,9 +6,10 @@ output into its rows and bias, or into the gain of the norm after it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -43,6 +44,7 @@ class Site:
         channels: number of channels, C.
         of_output: whether the channels are of the module's output, or of its input.
         rows: indices of the channels in the output; None if they are all of it.
+        gain: shape of the gain of a norm whose output is scaled; None if the module is a projection.
     """
 
     placement: Placement
@@ -50,6 +52,7 @@ class Site:
     channels: int
     of_output: bool = False
     rows: tuple[int, ...] | None = None
+    gain: tuple[int, ...] | None = None
 
     def joined(self, other: Site) -> Site:
         """Return the site of both sites' channels, of one fused projection."""
@@ -59,12 +62,8 @@ class Site:
 
 
 def features(module: Any) -> tuple[int, int]:
-    """Return ``(in_features, out_features)`` of a Linear, Conv1D, norm, or wrapper of one."""
-    if isinstance(module, Conv1D):
-        return module.nx, module.nf
-    if hasattr(module, "in_features"):
-        return module.in_features, module.out_features
-    return module.weight.numel(), module.weight.numel()
+    """Return ``(in_features, out_features)`` of a Linear (also quantised), Conv1D, or wrapper of one."""
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
 
 
 def fused_rows(
@@ -142,13 +141,14 @@ def norm_site(attention: nn.Module, name: str, site: Site, projection: str) -> t
     if norm is None:
         return f"{name}.{projection}", site
     gain = getattr(getattr(attention, norm), "weight", None)
-    if gain is None or gain.numel() != site.channels:
-        what = "no gain" if gain is None else f"a gain of {gain.numel()} channels that heads share"
+    shape = tuple(getattr(gain, "ds_shape", () if gain is None else gain.shape))  # DeepSpeed empties sharded weights
+    if gain is None or math.prod(shape) != site.channels:
+        what = "no gain" if gain is None else f"a gain of {math.prod(shape)} channels that heads share"
         raise ValueError(
             f"placements: {name}.{norm} undoes scales of {projection}'s output, and has {what} instead of one for "
             f"each of {site.channels} channels, so that they cannot be merged: leave out `{site.placement}`"
         )
-    return f"{name}.{norm}", site
+    return f"{name}.{norm}", replace(site, gain=shape)
 
 
 def mlp_site(model: nn.Module, attention: str) -> tuple[str, Site]:

@@ -49,8 +49,8 @@ def check_gradients(model: nn.Module) -> None:
         )
     if not any(scale.grad is not None and scale.grad.any() for scale in scales.values()):
         raise ValueError(
-            "the gradient of every scale is zero, so the loss does not depend on the attention outputs: lower the "
-            "learning rate, or check the base model"
+            "the gradient of every scale is zero, so the loss does not depend on what is scaled: lower the learning "
+            "rate, or check the base model"
         )
 
 

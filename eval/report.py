@@ -170,7 +170,7 @@ def task_section(results: Sequence[EvalResult]) -> dict[str, Any]:
 
 def scale_figures(results: Sequence[Result]) -> list[str]:
     """Draw the scales of every scored adapter that still exists, with its number of trainable parameters."""
-    from axolotl_plugins.seal.scales import saved_placements, saved_scales, saved_tensors
+    from axolotl_plugins.seal.scales import by_query_head, saved_placements, saved_scales, saved_tensors
 
     paper = read_paper()["parameters"]
     figures = []
@@ -178,14 +178,14 @@ def scale_figures(results: Sequence[Result]) -> list[str]:
     for model, result in adapters.items():
         if not (Path(model) / "adapter_config.json").exists():
             continue  # a merged folder has no scales of its own
-        if "attention_output" not in saved_placements(Path(model)):
-            continue  # the figure is of attention heads
+        if not by_query_head(saved_placements(Path(model))):
+            continue
         scales = saved_scales(Path(model))
         printed = paper.get(result.base, {}).get(result.method)
         size = sum(tensor.size for tensor in saved_tensors(Path(model)).values())
         count = f"{size:,} trainable parameters" + (f" (paper {printed[0]}K, table 8)" if printed else "")
         figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
-        draw_scales(figure, axes, scales.mean(-1), f"{model}\nmean scale of each head; {count}")
+        draw_scales(figure, axes, scales.mean(-1), f"{model}, {result.method}\nmean scale of each head; {count}")
         figures.append(embed(figure))
     return figures
 

@@ -67,19 +67,25 @@ def saved_placements(adapter: Path) -> list[Placement]:
     return config.placements
 
 
-def saved_scales(adapter: Path) -> np.ndarray:
-    """Return an adapter folder's scales of attention outputs: float32 of shape (layers, heads, head_dim).
+def by_query_head(placements: list[Placement]) -> bool:
+    """Return whether ``saved_scales`` reads the scales of these placements, as a map of query heads."""
+    return "attention_output" in placements or placements == ["query"]
 
-    The last is 1 for SEAL-H. Where heads are of different sizes in different layers, it is 1, with a head's mean.
+
+def saved_scales(adapter: Path) -> np.ndarray:
+    """Return an adapter folder's scales of attention outputs, or of queries alone, as float32.
+
+    The shape is (layers, heads, head_dim), for SEAL-H (layers, heads, 1). Where heads are of different sizes in
+    different layers, it is (layers, heads, 1), with a head's mean.
 
     Raises:
-        ValueError: the folder is not a SEAL adapter, has no scales of attention outputs, or its layers have different
-            numbers of heads.
+        ValueError: the folder is not a SEAL adapter, has no such scales, or its layers have different numbers of heads.
     """
     tensors = saved_tensors(adapter)
     config: Any = SealConfig.from_pretrained(str(adapter))
-    if "attention_output" not in config.placements:
-        raise ValueError(f"{adapter}: scales {', '.join(config.placements)}, expected scales of attention outputs")
+    if not by_query_head(config.placements):
+        raise ValueError(f"{adapter}: scales {', '.join(config.placements)}, expected scales of attention outputs, or "
+                         "of queries alone")  # fmt: skip
     if len(config.placements) > 1:
         modules = {name: name.removeprefix("base_model.model.").removesuffix(".seal_scale") for name in tensors}
         tensors = {name: tensor for name, tensor in tensors.items() if is_selected(config, modules[name])}

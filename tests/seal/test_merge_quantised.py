@@ -55,9 +55,10 @@ def quantise(plain, folder, shard="1GB", **settings):
     return folder
 
 
-def save_adapter(base, plain, out, granularity="head"):
+def save_adapter(base, plain, out, granularity="head", **settings):
     """An adapter of the model in ``base``, whose heads are those of ``plain``, with scales far from 1."""
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(plain), SealConfig(granularity=granularity))
+    config = SealConfig(granularity=granularity, **settings)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(plain), config)
     model.peft_config["default"].base_model_name_or_path = str(base)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -193,6 +194,23 @@ def test_value_rows_take_any_scales(granularity, tmp_path):
     assert (wanted - unchanged).abs().max() > 0.2
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(logits(merged), wanted, atol=0.02, rtol=0)
+
+
+def test_queries_take_any_scales_and_the_mlp_takes_none(tmp_path):
+    plain = save_plain(tmp_path / "plain", attention_bias=True)
+    quantise(plain, tmp_path / "base", load_in_4bit=True, **FOUR_BITS["nf4"])
+    save_adapter(tmp_path / "base", plain, tmp_path / "query", "channel", placements=["query"])
+    result = merge(tmp_path / "query", tmp_path / "merged", report=lambda _: None)
+    assert {".".join(name.split(".")[-2:]) for name in result["changed"]} == {"q_proj.weight", "q_proj.bias"}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    unchanged, wanted = logits(base), logits(PeftModel.from_pretrained(base, tmp_path / "query"))
+    assert (wanted - unchanged).abs().max() > 0.2
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), wanted, atol=0.02, rtol=0)
+    save_adapter(tmp_path / "base", plain, tmp_path / "mlp", "channel", placements=["mlp"])
+    with pytest.raises(ValueError, match=r"down_proj\.weight\.absmax: a block of quantised weights has several scales"):
+        merge(tmp_path / "mlp", tmp_path / "refused", report=lambda _: None)
+    assert not (tmp_path / "refused").exists()
 
 
 def test_an_adapter_with_a_config_of_its_own_keeps_the_bases_quantisation(four_bits, tmp_path):

@@ -290,13 +290,14 @@ def test_a_card_says_what_is_scaled_and_others_are_not_combined(bases, tmp_path)
     assert all(torch.allclose(halves[name] - 1, (whole[name] - 1) / 2, atol=1e-6) for name in whole)
     with pytest.raises(ValueError, match=r"value: scales other placements than .*query"):
         combine([tmp_path / "query", tmp_path / "value"], [1, 1], tmp_path / "sum")
-    with pytest.raises(ValueError, match="query: scales query, expected scales of attention outputs"):
-        saved_scales(tmp_path / "query")
+    with pytest.raises(ValueError, match="value: scales value, expected scales of attention outputs, or of queries"):
+        saved_scales(tmp_path / "value")
 
 
-def test_maps_of_heads_are_of_attention_outputs(bases, tmp_path):
-    model = saved(bases["llama"], tmp_path / "adapter", ["query", "attention_output"], "head")
-    expected = [module.seal_scale["default"] for name, module in layers_of(model).items() if name.endswith("o_proj")]
+@pytest.mark.parametrize(("placements", "module"), [(["query", "attention_output"], "o_proj"), (["query"], "q_proj")])
+def test_maps_of_heads_are_of_attention_outputs_or_queries(placements, module, bases, tmp_path):
+    model = saved(bases["llama"], tmp_path / "adapter", placements, "head")
+    expected = [layer.seal_scale["default"] for name, layer in layers_of(model).items() if name.endswith(module)]
     assert torch.equal(torch.tensor(saved_scales(tmp_path / "adapter"))[..., 0], torch.stack(expected).detach())
 
 

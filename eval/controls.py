@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from axolotl_plugins.common.tokenizer import Messages
+from axolotl_plugins.seal import Placement
 from axolotl_plugins.seal.layer import SealLayer
 
 
@@ -20,16 +21,14 @@ def seal_layers(model: nn.Module) -> list[SealLayer]:
 @torch.no_grad()
 def shuffle_heads(model: nn.Module, rng: random.Random) -> None:
     """Permute whole heads' scales over all layers, within each placement: the same values in other places."""
-    by_placement: dict[str, list[SealLayer]] = {}
-    for layer in seal_layers(model):
-        by_placement.setdefault(layer.site.placement, []).append(layer)
-    for layers in by_placement.values():
-        scales = [layer.seal_scale["default"] for layer in layers]
-        heads = layers[0].num_heads
-        rows = torch.cat([scale.detach().cpu().view(heads, -1) for scale in scales])
-        order = rng.sample(range(len(rows)), len(rows))
-        for scale, picked in zip(scales, torch.tensor(order).split(heads), strict=True):
-            scale.copy_(rows[picked].view(scale.shape))
+    for placement in get_args(Placement):
+        parts = [(layer, heads) for layer in seal_layers(model) if (heads := layer.site.heads_of(placement))]
+        scales = [layer.seal_scale["default"].view(layer.num_heads, -1)[heads] for layer, heads in parts]
+        if scales:
+            rows = torch.cat(scales).cpu()
+            order = rng.sample(range(len(rows)), len(rows))
+            for scale, picked in zip(scales, torch.tensor(order).split(len(scales[0])), strict=True):
+                scale.copy_(rows[picked])
 
 
 @torch.no_grad()

@@ -34,13 +34,18 @@ def as_list(value: Any) -> Any:
     return [value] if isinstance(value, dict) or type(value) is int else value
 
 
+def name_as_list(value: Any) -> Any:
+    """Return a single name as a list of length one."""
+    return [value] if isinstance(value, str) else value
+
+
 class SealBlock(Strict):
     """Settings of the adapter and of its training data."""
 
     granularity: Granularity | None = Field(
         default=None, description="`head` (SEAL-H) or `channel` (SEAL-C); required with `adapter: seal`."
     )
-    placements: list[Placement] = Field(
+    placements: Annotated[list[Placement], BeforeValidator(name_as_list)] = Field(
         default=["attention_output"], description="What to scale: `attention_output` (the paper), `query`, `value`, "
         "`mlp` (the input of its output projection, per channel only).",
     )  # fmt: skip

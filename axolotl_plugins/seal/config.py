@@ -47,13 +47,11 @@ def check_placements(placements: object, granularity: Granularity) -> list[Place
     """Return placements as a list, in the order of ``Placement``.
 
     Raises:
-        ValueError: there is none, one is unknown or named twice, or the granularity does not allow it.
+        ValueError: there is none, one is unknown, or the granularity does not allow it.
     """
     known = get_args(Placement)
     found = [placements] if isinstance(placements, str) else placements
-    if not isinstance(found, list | tuple) or not found or any(found.count(each) > 1 for each in found) or any(
-        each not in known for each in found
-    ):  # fmt: skip
+    if not isinstance(found, list | tuple | set) or not found or not all(each in known for each in found):
         raise ValueError(f"placements: found {placements!r}, expected a list of {', '.join(known)}")
     if granularity == "head" and "mlp" in found:
         raise ValueError("placements: the MLP has no heads: leave out `mlp`, or set granularity to 'channel'")
@@ -65,14 +63,14 @@ class SealConfig(PeftConfig):
     """Configuration of SEAL (arXiv 2501.15225, section 4.2).
 
     Attributes:
-        granularity: ``"head"`` trains one scale per query head (SEAL-H), ``"channel"`` one per channel of the
-            concatenated heads (SEAL-C).
+        granularity: ``"head"`` trains one scale per head of what is scaled (SEAL-H; of values per key-value head),
+            ``"channel"`` one per channel (SEAL-C).
         placements: what is scaled: ``"attention_output"`` (the paper), and beyond the paper, in the same attention
-            modules and layers, ``"query"`` (per head it is the attention's temperature), ``"value"`` and ``"mlp"`` (the
+            modules and layers, ``"query"`` (per head a factor of its attention logits), ``"value"`` and ``"mlp"`` (the
             input of the MLP's output projection, per channel only).
         target_modules: attention output projections, whose *input* is scaled: a list of name suffixes, or a regular
             expression for the full name; ``None`` detects them. The other placements are found beside them.
-        exclude_modules: attention output projections not to scale, nor what is beside them, in the same two forms.
+        exclude_modules: modules not to scale, in the same two forms; of an attention output also what is beside it.
         layers_to_transform: index or indices of the decoder layers to scale; ``None`` means all. Not with a regular
             expression as ``target_modules``, which can select layers itself.
         num_heads: query heads per layer; ``None`` reads it from each module, or the model's config.

@@ -21,8 +21,8 @@ from .placements import Site, features
 class Scale(torch.autograd.Function):
     """Compute ``x * scale`` in the dtype of the scale and save ``x`` for backward without upcasting it.
 
-    An attention output is saved by attention's backward pass anyway, so scaling it adds no activation memory; queries
-    and values before RoPE are not.
+    An attention output is saved by attention's backward pass anyway, so scaling it adds no activation memory; scaled
+    queries, values and inputs of the MLP's output projection add their own.
     """
 
     @staticmethod
@@ -63,7 +63,7 @@ class SealLayer(nn.Module, BaseTunerLayer):
         self.site = site
         self.num_heads = site.heads
         self.in_features, self.out_features = (site.channels,) * 2 if site.gain else features(base_layer)
-        self.rows = None if site.rows is None else torch.tensor(site.rows, device="cpu")
+        self._rows: torch.Tensor | None = None  # site.rows on the device of the scales
         self.seal_scale = nn.ParameterDict({})
         self.row_adapters: Sequence[str] | None = None  # see SealModel._enable_peft_forward_hooks
         self._disable_adapters = False
@@ -135,9 +135,10 @@ class SealLayer(nn.Module, BaseTunerLayer):
             Shape (..., *F): F is (in_features,), (out_features,), or, after a norm, the shape of its gain.
         """
         leading = scale.shape[:-1]
-        if self.rows is not None:
-            self.rows = self.rows.to(scale.device)
-            return scale.new_ones(*leading, self.out_features).index_copy(-1, self.rows, scale)
+        if self.site.rows is not None:
+            if self._rows is None or self._rows.device != scale.device:
+                self._rows = torch.tensor(self.site.rows, device=scale.device)
+            return scale.new_ones(*leading, self.out_features).index_copy(-1, self._rows, scale)
         return scale.view(*leading, *self.site.gain) if self.site.gain else scale
 
     def multiply(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,7 @@ def value_rows(attention: nn.Module, output: Site) -> tuple[str, torch.Tensor]:
     if name not in VALUES_ONLY_ATTEND or not kind.__module__.startswith("transformers.models."):
         raise ValueError(f"{kind.__name__} may change values between their projection and attention: merge into o_proj")
     if name in FUSED:
-        child, rows = fused_rows(attention, "value", output.channels, output.heads)
+        child, rows = fused_rows(attention, "value", output.channels)
     else:
         child = "v_proj"
         rows = torch.arange(features(getattr(attention, child))[1])
@@ -112,7 +112,7 @@ def scale_factors(model: nn.Module, into: Literal["o_proj", "v_proj"]) -> dict[s
         if not isinstance(layer, SealLayer) or (scale := layer.active_scale()) is None:
             continue
         name, scale = name.removeprefix("base_model.model."), scale.detach().cpu()
-        if into == "v_proj" and layer.site.placement == "attention_output":
+        if into == "v_proj" and layer.site.heads_of("attention_output"):
             parent = name.rpartition(".")[0]
             attention = model.get_submodule(f"base_model.model.{parent}")
             child, rows = value_rows(attention, layer.site)

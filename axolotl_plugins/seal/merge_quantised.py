@@ -71,11 +71,12 @@ def block_changes(
     for name, factor in factors.items():
         prefix = name.removesuffix("weight")
         scales = name + ABSMAX if method == "bitsandbytes" else f"{prefix}scales"
-        needed = [name] if name.endswith(".bias") else [scales, f"{prefix}g_idx"] if method == "gptq" else [scales]
+        plain = name in stored and read_tensor(folder, stored[name]).is_floating_point()  # a bias, or not quantised
+        needed = [name] if plain else [scales, f"{prefix}g_idx"] if method == "gptq" else [scales]
         if missing := [each for each in needed if each not in stored]:
             raise ValueError(f"{folder}: its files lack {missing[0]}, as weights of {method} have it: {FULL}")
         places[name] = place = stored[needed[0]]
-        if name.endswith(".bias"):
+        if plain:
             changes[place] = times(factor)
         elif method == "bitsandbytes":
             changes |= absmax_changes(folder, stored, place, factor)

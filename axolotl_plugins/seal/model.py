@@ -161,8 +161,12 @@ class SealModel(BaseTuner):
                 f"and its attention outputs are {find_attention_outputs(model)}"
             )
         heads = {name: self._query_heads(peft_config, model, name, projections[name]) for name in names}
-        outputs = {name: Site("attention_output", heads[name], features(projections[name])[0]) for name in names}
-        self._sites = find_sites(model, outputs, peft_config.placements)
+        outputs = {name: Site((("attention_output", heads[name]),), features(projections[name])[0]) for name in names}
+        sites = find_sites(model, outputs, peft_config.placements)
+        excludes: Any = SimpleNamespace(target_modules=peft_config.exclude_modules or [], exclude_modules=None)
+        self._sites = {name: site for name, site in sites.items() if not check_target_module_exists(excludes, name)}
+        if not self._sites:
+            raise ValueError(f"exclude_modules: {peft_config.exclude_modules} leaves no module to scale")
         if len(numbers := set(heads.values())) == 1:
             peft_config.num_heads = numbers.pop()
 

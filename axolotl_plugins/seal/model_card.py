@@ -68,9 +68,8 @@ def card(adapter: Path, scores: Sequence[str] = ()) -> str:
         f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [seal, long-context]\n---",
         f"# {method} on {base}",
         f"{scales.size:,} learned scales of {described(config.placements)} (one per {config.granularity} in {layers} "
-        f"layers; "
-        f"from {scales.min():.3f} to {scales.max():.3f}, mean {scales.mean():.3f}), trained as in {PAPER}. The model's "
-        "own weights are unchanged.",
+        f"layers; from {scales.min():.3f} to {scales.max():.3f}, mean {scales.mean():.3f}), trained as in {PAPER}. "
+        "The model's own weights are unchanged.",
         "## Use",
         "```python\nfrom axolotl_plugins.seal import SealConfig  # registers SEAL\n"
         "from peft import AutoPeftModelForCausalLM\n\n"

@@ -48,7 +48,8 @@ class LoadedModel:
         model: in evaluation mode, with the adapter applied if there is one.
         tokenizer: with a chat template.
         base: hub id or folder of the base model, also for a merged folder.
-        method: ``base``, ``SEAL-H``, ``SEAL-C``, ``LoRA``, ``DoRA`` or a PEFT type; also for a merged folder.
+        method: ``base``, ``SEAL-H``, ``SEAL-C``, ``LoRA``, ``DoRA`` or a PEFT type (see ``method_name``); also for a
+            merged folder.
         window: context window in tokens, from the config.
         trained_on: hashes of the texts it was tuned on, see ``provenance``; None if unknown.
         trust_remote_code: whether it was loaded with code from the checkpoint.

@@ -216,7 +216,8 @@ class SealPlugin(BasePlugin):
                 )
             if saved.placements != config.placements:
                 raise ValueError(
-                    f"{cfg.lora_model_dir}: found placements {saved.placements}, the recipe has {config.placements}"
+                    f"{cfg.lora_model_dir}: found placements {saved.placements}, the recipe has {config.placements}: "
+                    "set `seal: placements:` to the adapter's"
                 )
             peft_model = apply_adapter(model, Path(cfg.lora_model_dir), trainable=not self.inference)
         peft_model.print_trainable_parameters()

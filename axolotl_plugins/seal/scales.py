@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from axolotl_plugins.common.console import first_line
 
@@ -31,12 +32,13 @@ def scale_matrix(model: nn.Module, placement: Placement = "attention_output") ->
     """
     scales: dict[int, torch.Tensor] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, SealLayer) or module.site.placement != placement:
+        if not isinstance(module, SealLayer) or (heads := module.site.heads_of(placement)) is None:
             continue
         if (scale := module.active_scale()) is not None:
+            scale = scale.full_tensor() if isinstance(scale, DTensor) else scale  # FSDP2 shards it
             index = layer_index(name)
             index = len(scales) if index is None else index
-            rows = scale.detach().float().cpu().view(module.num_heads, -1)
+            rows = scale.detach().float().cpu().view(module.num_heads, -1)[heads]
             scales[index] = torch.cat([scales[index], rows]) if index in scales else rows
     return scales
 

@@ -45,7 +45,7 @@ def check_gradients(model: nn.Module) -> None:
     if idle := [name for name, scale in scales.items() if scale.grad is None]:
         raise ValueError(
             f"{len(idle)} of {len(scales)} wrapped modules have no gradient, such as "
-            f"{idle[0].split('.seal_scale')[0]}: select others by `seal: target_modules:`"
+            f"{idle[0].split('.seal_scale')[0]}: exclude them by `seal: exclude_modules:`"
         )
     if not any(scale.grad is not None and scale.grad.any() for scale in scales.values()):
         raise ValueError(
@@ -206,7 +206,9 @@ class SealTrainer(AnswerTrainer):
         """Log a summary of the scales."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if "loss" in logs and isinstance(model, PeftModel):
-            placement = model.active_peft_config.placements[0]  # the paper's, if it is among them
-            scales = scale_matrix(model, placement)
-            logs = {**logs, **{f"seal/{key}": value for key, value in summary(scales).items()}}
+            placements = model.active_peft_config.placements
+            for placement in placements:
+                prefix = f"seal/{placement}/" if len(placements) > 1 else "seal/"
+                values = summary(scale_matrix(model, placement))
+                logs = {**logs, **{prefix + key: value for key, value in values.items()}}
         super().log(logs, *args, **kwargs)

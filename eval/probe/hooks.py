@@ -69,7 +69,7 @@ def decoder_blocks(model: nn.Module) -> list[Block]:
     by_layer: dict[str, list[Block]] = {}
     stack = ""
     for name, module in model.named_modules():
-        if isinstance(module, SealLayer) and module.site.placement == "attention_output":
+        if isinstance(module, SealLayer) and module.site.heads_of("attention_output"):
             index = layer_index(name)
             stack, _, _ = name.partition(f".{index}.")
             layer = model.get_submodule(f"{stack}.{index}")
@@ -80,7 +80,7 @@ def decoder_blocks(model: nn.Module) -> list[Block]:
     if not count or any(len(by_layer.get(name, ())) != 1 for name in names):
         raise ValueError(
             "probes need one wrapped attention output in every decoder layer, found them in "
-            f"{sorted(by_layer) or 'none'}: use an adapter that wraps all layers, or the base model"
+            f"{sorted(by_layer) or 'none'}: use an adapter that scales those of all layers, or the base model"
         )
     return [by_layer[name][0] for name in names]
 

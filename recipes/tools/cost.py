@@ -6,11 +6,12 @@ docs/performance.md derives the formulas and compares them with measurements.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple
 
+from axolotl_plugins.seal import Placement
 from data_gen.dataset import Request
 
 
@@ -91,6 +92,11 @@ class Shape:
             tied=bool(config.get("tie_word_embeddings")),
         )
 
+    def scaled(self, placements: Iterable[Placement]) -> int:
+        """Return the channels of a layer that scales of these placements multiply."""
+        width = {"attention_output": self.attention, "query": self.attention, "value": self.shared, "mlp": self.mlp}
+        return sum(width[placement] for placement in placements)
+
     @property
     def linear(self) -> int:
         """Weights of the layers' projections: q and o, k and v, three of the MLP."""
@@ -137,6 +143,7 @@ class StepConfig:
         offload: what recomputed layers store in host memory: nothing, their ``inputs`` (``activation_offloading:
             hidden_states``), or ``all``, the attention outputs as well (``selective_checkpointing: {offload: true}``).
         low_rank: whether LoRA is trained instead of scales.
+        placements: what is scaled (``seal: placements``).
         devices: that weights are sharded across (ZeRO-3 or FSDP2).
         context_parallel_size: devices that a sample's tokens are sharded across (``seal: context_parallel``).
         backend: kernel of scaled dot-product attention, one of ``BACKENDS``; None leaves the choice to PyTorch.
@@ -151,6 +158,7 @@ class StepConfig:
     liger: bool = False
     offload: str = ""
     low_rank: bool = False
+    placements: tuple[Placement, ...] = ("attention_output",)
     devices: int = 1
     context_parallel_size: int = 1
     backend: str | None = None
@@ -182,7 +190,7 @@ class StepConfig:
     @classmethod
     def of(cls, settings: dict[str, Any]) -> StepConfig:
         """Read a recipe's settings, for a device that holds all weights."""
-        selective = settings.get("selective_checkpointing")
+        selective, seal = settings.get("selective_checkpointing"), settings.get("seal") or {}
         offload = "inputs" if settings.get("activation_offloading") == "hidden_states" else ""
         if offload and isinstance(selective, dict) and selective.get("offload"):
             offload = "all"
@@ -196,7 +204,8 @@ class StepConfig:
             liger=bool(settings.get("liger_glu_activation")),
             offload=offload,
             low_rank=settings.get("adapter") in ("lora", "qlora"),
-            context_parallel_size=(settings.get("seal") or {}).get("context_parallel", 1),
+            placements=tuple(seal.get("placements") or ["attention_output"]),
+            context_parallel_size=seal.get("context_parallel", 1),
         )
 
     @property
@@ -218,7 +227,8 @@ def layer_bytes(shape: Shape, step: StepConfig, recomputed: bool) -> float:
     A recomputed layer stores its input, and its attention output under selective checkpointing. Any other stores the
     inputs of its norms (in 16 bits twice, as they compute in float32), queries, keys, values and attention output, and
     three products of its MLP; Liger's norms store their input once, its SwiGLU two products. Each of LoRA's four
-    projections stores its input in float32; where that is its dtype, three share one.
+    projections stores its input in float32; where that is its dtype, three share one. What is scaled is stored too, but
+    for the attention output, which attention stores.
     """
     if recomputed:
         kept = 0 if step.offload else shape.hidden
@@ -226,7 +236,8 @@ def layer_bytes(shape: Shape, step: StepConfig, recomputed: bool) -> float:
     norms = (4 if step.element == 2 and not step.liger else 2) * shape.hidden
     mlp = (2 if step.liger else 3) * shape.mlp
     low_rank = (8 if step.element == 2 else 1) * shape.hidden if step.low_rank else 0
-    return step.element * (norms + 2 * shape.attention + 2 * shape.shared + mlp + low_rank)
+    scaled = 0 if step.low_rank else shape.scaled(part for part in step.placements if part != "attention_output")
+    return step.element * (norms + 2 * shape.attention + 2 * shape.shared + mlp + low_rank + scaled)
 
 
 def training_bytes(shape: Shape, tokens: int, *, answer: int = 40, step: StepConfig = StepConfig()) -> float:
@@ -276,7 +287,8 @@ def moved_bytes(shape: Shape, step: StepConfig) -> tuple[float, float]:
         (20 * d + 4 * heads + 6 * m, 42 * d + 4 * heads + 10 * m) if step.liger
         else (84 * d + 20 * heads + 10 * m, 198 * d + 32 * heads + 18 * m)
     )  # fmt: skip
-    scale = (120 * d, 180 * d) if step.low_rank else (12 * shape.attention, 32 * shape.attention)
+    scaled = shape.scaled(step.placements)
+    scale = (120 * d, 180 * d) if step.low_rank else (12 * scaled, 32 * scaled)
     return (forward + scale[0]) * step.element / 2, (backward + scale[1]) * step.element / 2
 
 

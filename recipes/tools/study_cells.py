@@ -21,7 +21,6 @@ from filelock import FileLock
 
 from axolotl_plugins.common.io import load_json, read_rows, write_text, written_whole
 from axolotl_plugins.common.tokenizer import Messages, count_tokens, load_tokenizer
-from axolotl_plugins.seal import Granularity, Placement
 from data_gen.dataset import Request, generate
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ RATES = {
     "query+output": (1e-2, 2e-2, 5e-2),
     "value": (1e-2, 2e-2, 5e-2, 1e-1),
     "mlp": (1e-2, 2e-2, 5e-2, 1e-1),
-    "query per head": (1e-2, 2e-2, 5e-2, 1e-1),  # the temperature of each head's attention
+    "query per head": (1e-2, 2e-2, 5e-2, 1e-1),  # a factor of each head's attention logits
     "IA3": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2),  # as PEFT ships it: keys, values and the input of down_proj
     "LayerNorm": (2e-4, 5e-4, 1e-3, 5e-3, 2e-2),  # the gains of all norms
     "VeRA": (3e-3, 1e-2, 3e-2),
@@ -61,9 +60,10 @@ RATES = {
 RATE_OF = {"DoRA": "LoRA"}  # a method that uses the rate chosen for another
 UNTUNED = ("base", "one-shot", FACTOR)
 CONTROLS = ("SEAL-H shuffled", "SEAL-C shuffled", "SEAL-H wrong answers", "SEAL-C wrong answers")
-PLACEMENTS: dict[str, list[Placement]] = {
-    "query": ["query"], "query+output": ["attention_output", "query"], "value": ["value"], "mlp": ["mlp"],
-    "query per head": ["query"],
+PLACEMENTS: dict[str, dict[str, Any]] = {  # settings of ``SealConfig``
+    "query": {"placements": ["query"]}, "query+output": {"placements": ["attention_output", "query"]},
+    "value": {"placements": ["value"]}, "mlp": {"placements": ["mlp"]},
+    "query per head": {"placements": ["query"], "granularity": "head"},
 }  # fmt: skip
 BASELINES = ("IA3", "LayerNorm", "VeRA")
 WEIGHTED = tuple(f"{method} at {weight}" for method in ("SEAL-H", "SEAL-C") for weight in (0.25, 0.5, 0.75))
@@ -371,8 +371,7 @@ def adapter_config(method: str) -> Any:
     from recipes.tools.methods import KEYS, PROJECTIONS, peft_config
 
     if method in PLACEMENTS:
-        granularity: Granularity = "head" if method.endswith("per head") else "channel"
-        return SealConfig(granularity=granularity, placements=PLACEMENTS[method])
+        return SealConfig(**PLACEMENTS[method])
     if method == "IA3":
         return IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
     if method == "LayerNorm":

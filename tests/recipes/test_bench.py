@@ -11,10 +11,13 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from miniatures import build, token_ids
 from paths import ROOT, TINY_SEALC
+from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from axolotl_plugins.seal import SealConfig
 from recipes import bench
 from recipes.tools.cost import (
     CARD_SHARE,
@@ -24,6 +27,7 @@ from recipes.tools.cost import (
     choices,
     fastest,
     host_bytes,
+    layer_bytes,
     longest_sample,
     recipe_cost,
     step_seconds,
@@ -132,8 +136,32 @@ def test_settings_of_a_recipe_are_read():
     assert StepConfig.named(step.name) == StepConfig(selective=True, every=3, liger=True, offload="all")
 
 
+def stored_bytes(placements: list[str]) -> int:
+    """What autograd stores for a backward pass through all layers of a miniature, each storage once."""
+    model = get_peft_model(build("llama_gqa"), SealConfig(placements=placements)).train()
+    model.enable_input_require_grads()
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        model(input_ids=token_ids(1, 32)).logits.sum()
+    scales = {parameter.data_ptr() for parameter in model.parameters()}
+    return sum(tensor.nbytes for pointer, tensor in kept.items() if pointer not in scales)
+
+
+@pytest.mark.parametrize("placement", ["query", "value", "mlp"])
+def test_a_step_stores_what_is_scaled(placement):
+    settings = {"seal": {"placements": ["attention_output", placement]}}
+    config = build("llama_gqa").config.to_dict()
+    of = Shape.of(config)
+    expected = layer_bytes(of, StepConfig.of(settings), False) - layer_bytes(of, StepConfig(element=4), False)
+    width = {"query": of.attention, "value": of.shared, "mlp": of.mlp}[placement]
+    assert expected == 4 * width
+    measured = stored_bytes(["attention_output", placement]) - stored_bytes(["attention_output"])
+    assert measured == 32 * of.layers * expected
+
+
 MEASURE = """
 import gc, sys, torch
+from axolotl_plugins.seal import SealConfig
 from recipes import bench
 torch.set_num_threads(1)
 tokens, checkpointing = int(sys.argv[1]), sys.argv[2] == "True"
@@ -323,6 +351,7 @@ def test_bench_keeps_the_rows_it_has(tmp_path, capsys):
 SHORT_OF_MEMORY = """
 import resource, sys, torch
 torch.set_num_threads(1)
+from axolotl_plugins.seal import SealConfig
 from recipes import bench
 bench.main(["--device", "cpu", "--methods", "SEAL-C", "--tokens", "64", "--settings", "full", "--out", sys.argv[1]])
 size = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024

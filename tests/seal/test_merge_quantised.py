@@ -10,7 +10,15 @@ import torch
 from paths import TINY
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+)
 
 from axolotl_plugins.common.io import file_hash
 from axolotl_plugins.seal import SealConfig
@@ -211,6 +219,26 @@ def test_queries_take_any_scales_and_the_mlp_takes_none(tmp_path):
     with pytest.raises(ValueError, match=r"down_proj\.weight\.absmax: a block of quantised weights has several scales"):
         merge(tmp_path / "mlp", tmp_path / "refused", report=lambda _: None)
     assert not (tmp_path / "refused").exists()
+
+
+def test_the_gain_of_a_norm_in_a_quantised_model_takes_scales(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    config = Olmo2Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=LAYERS,
+        num_attention_heads=2, num_key_value_heads=2, initializer_range=0.1, max_position_embeddings=1024,
+    )  # fmt: skip
+    Olmo2ForCausalLM(config).save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    quantise(tmp_path / "plain", tmp_path / "base", load_in_4bit=True, **FOUR_BITS["nf4"])
+    save_adapter(tmp_path / "base", tmp_path / "plain", tmp_path / "adapter", "channel", placements=["query"])
+    result = merge(tmp_path / "adapter", tmp_path / "merged", report=lambda _: None)
+    assert result["changed"] == [f"model.layers.{layer}.self_attn.q_norm.weight" for layer in range(LAYERS)]
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    unchanged, wanted = logits(base), logits(PeftModel.from_pretrained(base, tmp_path / "adapter"))
+    assert (wanted - unchanged).abs().max() > 0.2
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), wanted, atol=0.02, rtol=0)
 
 
 def test_an_adapter_with_a_config_of_its_own_keeps_the_bases_quantisation(four_bits, tmp_path):

@@ -1,13 +1,14 @@
-"""Scales of queries, values and the MLP: against PEFT's IA3, attention's own temperature, and merged models."""
+"""Scales of queries, values and the MLP: against PEFT's IA3, attention's own scaling, and merged models."""
 
 from __future__ import annotations
 
 import copy
 import json
+import random
 
 import pytest
 import torch
-from axolotl_runs import launch, write_recipe
+from axolotl_runs import STEPS, launch, refusal, write_recipe
 from miniatures import COMMON, MINIATURES, build, token_ids
 from paths import TINY
 from peft import IA3Config, PeftModel, get_peft_model
@@ -20,6 +21,7 @@ from axolotl_plugins.seal.export import export_ia3
 from axolotl_plugins.seal.merge import merge, scale_factors, verify
 from axolotl_plugins.seal.model_card import card
 from axolotl_plugins.seal.scales import saved_scales, scale_matrix
+from eval.controls import shuffle_heads
 
 ALL = ["attention_output", "query", "value", "mlp"]
 # name -> model type and settings of models whose queries or values are found in other places
@@ -98,7 +100,7 @@ def test_channels_train_bit_for_bit_as_ia3_on_the_same_modules(name, placements,
 
 
 @pytest.mark.parametrize("name", ["llama_gqa", "phi3", "gpt_neox"])
-def test_a_scale_of_a_heads_queries_is_the_temperature_of_its_attention(name):
+def test_a_scale_of_a_heads_queries_is_a_factor_of_its_attention_logits(name):
     model = wrap(build(name), "head")
     with torch.no_grad():
         for layer in layers_of(model).values():
@@ -155,8 +157,8 @@ def test_merged_weights_have_the_adapters_logits(name, placements, granularity):
 @pytest.mark.parametrize(
     ("name", "placement", "message"),
     [
-        ("qwen3", "query", "q_norm undoes scales of q_proj's output, and has a gain of 16 channels that heads share"),
-        ("gemma3", "query", r"q_norm undoes .* leave out `query`"),
+        ("qwen3", "query", r"q_norm \(Qwen3RMSNorm\) may undo scales of q_proj's output, and is not known to multiply"),
+        ("gemma3", "query", r"q_norm .* remove `query` from placements"),
         ("qwen3_moe", "mlp", "model.layers.0 has no MLP with one output projection"),
         ("falcon", "query", r"cannot find the query projection of .*FalconAttention"),
         ("deepseek", "value", r"cannot find the value projection of .*DeepseekV3Attention"),
@@ -167,7 +169,7 @@ def test_what_cannot_be_merged_is_refused_before_training(name, placement, messa
         wrap(miniature(name), placements=[placement])
 
 
-@pytest.mark.parametrize("placements", [[], ["key"], "query,value", ["query", "query"], None, [1]])
+@pytest.mark.parametrize("placements", [[], ["key"], "query,value", None, [1]])
 def test_unknown_placements_are_refused(placements):
     with pytest.raises(ValueError, match=r"placements: found .* expected a list of attention_output, query"):
         SealConfig(placements=placements)
@@ -178,12 +180,42 @@ def test_the_mlp_has_no_heads():
         SealConfig(granularity="head", placements=["mlp"])
 
 
+def test_a_norm_that_multiplies_by_one_plus_its_gain_takes_no_scales():
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING["gemma3_text"](
+        **{**COMMON, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
+    )
+    with pytest.raises(ValueError, match=r"q_norm \(Gemma3RMSNorm\) may undo scales"):
+        wrap(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize(
+    ("placements", "targets"),
+    [
+        (["query"], ["q_proj", "o_proj"]),
+        (["query"], ["q_proj"]),
+        (["attention_output", "query"], ["q_proj"]),
+        (["mlp"], ["down_proj"]),
+        (["query", "value"], r".*self_attn\.(q|v)_proj"),
+    ],
+)
+def test_only_attention_outputs_are_targets_of_other_placements(placements, targets):
+    with pytest.raises(ValueError, match=r"target_modules: .* name attention output projections only"):
+        wrap(build("llama_mha"), placements=placements, target_modules=targets)
+
+
 def test_layers_and_names_select_what_is_beside_them():
     assert list(layers_of(wrap(build("llama_mha"), placements=["query", "mlp"], layers_to_transform=[1]))) == [
         "base_model.model.model.layers.1.self_attn.q_proj", "base_model.model.model.layers.1.mlp.down_proj",
     ]  # fmt: skip
     model = wrap(build("llama_mha"), placements=["query"], exclude_modules=["layers.1.self_attn.o_proj"])
     assert list(layers_of(model)) == ["base_model.model.model.layers.0.self_attn.q_proj"]
+    model = wrap(
+        build("llama_mha"), placements=["query", "value"], exclude_modules=["q_proj", "layers.0.self_attn.v_proj"]
+    )
+    assert list(layers_of(model)) == ["base_model.model.model.layers.1.self_attn.v_proj"]
+    with pytest.raises(ValueError, match=r"exclude_modules: \['q_proj'\] leaves no module to scale"):
+        wrap(build("llama_mha"), placements=["query"], exclude_modules=["q_proj"])
 
 
 def test_adapters_of_one_model_may_scale_different_modules_but_not_different_rows_of_one():
@@ -197,11 +229,45 @@ def test_adapters_of_one_model_may_scale_different_modules_but_not_different_row
         fused.add_adapter("values", SealConfig(placements=["value"]))
 
 
-def test_matrices_hold_one_placement():
-    model = randomise(wrap(build("llama_gqa"), placements=ALL))
+@pytest.mark.parametrize(("name", "size"), [("llama_gqa", 16), ("phi3", 8)])
+def test_matrices_hold_one_placement(name, size):
+    model = randomise(wrap(build(name), placements=ALL))
     assert {p: {tuple(rows.shape) for rows in scale_matrix(model, p).values()} for p in ALL} == {
-        "attention_output": {(4, 16)}, "query": {(4, 16)}, "value": {(2, 16)}, "mlp": {(1, 48)},
+        "attention_output": {(4, size)}, "query": {(4, size)}, "value": {(2, size)}, "mlp": {(1, 48)},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "phi3"])
+def test_heads_are_shuffled_within_a_placement(name):
+    model = wrap(build(name), "head", ["query", "value"])
+    with torch.no_grad():
+        for layer in layers_of(model).values():
+            for index, placement in enumerate(("query", "value")):
+                if heads := layer.site.heads_of(placement):
+                    layer.seal_scale["default"][heads] = torch.arange(heads.stop - heads.start) + 10.0 * (index + 1)
+    before = {p: torch.cat([*scale_matrix(model, p).values()]) for p in ("query", "value")}
+    shuffle_heads(model, random.Random(1))
+    for placement, rows in before.items():
+        after = torch.cat([*scale_matrix(model, placement).values()])
+        assert not torch.equal(after, rows) and torch.equal(after.flatten().sort()[0], rows.flatten().sort()[0])
+
+
+def test_rows_of_a_head_by_head_projection_do_not_depend_on_num_heads():
+    whole, halves = (randomise(wrap(build("gpt_neox"), num_heads=heads)) for heads in (4, 2))
+    assert torch.equal(logits(whole), logits(halves))
+
+
+def test_a_model_on_the_meta_device_gets_its_rows_with_its_weights():
+    with torch.device("meta"):
+        model = wrap(miniature("phi3"))
+    model(input_ids=token_ids().to("meta"))
+    real = build("phi3")
+    model.to_empty(device="cpu")
+    loaded = wrap(copy.deepcopy(real))
+    model.load_state_dict(loaded.state_dict())
+    for name, buffer in loaded.named_buffers():
+        model.get_buffer(name).copy_(buffer)
+    torch.testing.assert_close(logits(randomise(model)), logits(randomise(loaded)))
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +369,8 @@ def test_maps_of_heads_are_of_attention_outputs_or_queries(placements, module, b
 
 def test_a_recipe_trains_placements_and_refuses_to_continue_with_others(tmp_path):
     data = {"task": "line", "tokens": "300:500", "samples": 8}
-    write_recipe(tmp_path, seal={"granularity": "channel", "placements": ["query", "mlp"], "data": data})
+    seal = {"granularity": "channel", "placements": ["query", "mlp"], "data": data}
+    write_recipe(tmp_path, seal=seal, save_strategy="steps", save_steps=STEPS)
     done = launch(tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     tensors = load_file(tmp_path / "out/adapter_model.safetensors")
@@ -312,3 +379,8 @@ def test_a_recipe_trains_placements_and_refuses_to_continue_with_others(tmp_path
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["placements"] == ["query", "mlp"] and config["granularity"] == "channel"
     assert "learned scales of queries, MLP activations" in (tmp_path / "out/README.md").read_text()
+    state = json.loads((tmp_path / f"out/checkpoint-{STEPS}/trainer_state.json").read_text())
+    step = next(entry for entry in state["log_history"] if "loss" in entry)
+    assert step["seal/query/min"] < 1 < step["seal/query/max"] and "seal/mlp/mean" in step and "seal/mean" not in step
+    write_recipe(tmp_path, seal=seal | {"placements": ["query"]}, lora_model_dir="out", output_dir="more")
+    assert "out: found placements ['query', 'mlp'], the recipe has ['query']: set" in refusal(launch(tmp_path))

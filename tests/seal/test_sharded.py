@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from axolotl_plugins.seal import SealConfig
 from axolotl_plugins.seal.answer_logits import answers_only, next_labels
 from axolotl_plugins.seal.context_parallel import ContextParallel
+from axolotl_plugins.seal.scales import scale_matrix, summary
 
 STEPS, PROCESSES = 3, 2
 
@@ -71,6 +72,9 @@ def process(rank: int, folder: str, grain: str, dtype: torch.dtype, share: bool)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     tune(model, [[samples_of(step, share)[0 if share else rank]] for step in range(STEPS)], shared)
     scales = {name: parameter.full_tensor() for name, parameter in trainable(model).items()}
+    logged = summary(scale_matrix(model))
+    flat = torch.cat([scale.detach() for scale in scales.values()])
+    assert logged["min"] == flat.min().item() and logged["max"] == flat.max().item() and logged["min"] != 1
     if rank == 0:
         torch.save(scales, f"{folder}/scales.pt")
     dist.destroy_process_group()

@@ -22,7 +22,7 @@ COLOURS = {
     "SEAL-H shuffled": "#fdb863", "SEAL-C shuffled": "#92c5de", "SEAL-H wrong answers": "#b35806",
     "SEAL-C wrong answers": "#053061", "query+output": "#e377c2", "IA3": "#bcbd22", "LayerNorm": "#7f7f7f",
     "VeRA": "#17becf", "SEAL-C from mixture": "#f4a582", "attention_factor": "#f781bf",
-    "value": "#1b9e77", "mlp": "#e6ab02", "query per head": "#fb9a99",
+    "value": "#1b9e77", "mlp": "#e6ab02", "query-H": "#fb9a99",
 }  # fmt: skip
 
 

@@ -51,7 +51,7 @@ RATES = {
     "query+output": (1e-2, 2e-2, 5e-2),
     "value": (1e-2, 2e-2, 5e-2, 1e-1),
     "mlp": (1e-2, 2e-2, 5e-2, 1e-1),
-    "query per head": (1e-2, 2e-2, 5e-2, 1e-1),  # a factor of each head's attention logits
+    "query-H": (1e-2, 2e-2, 5e-2, 1e-1),  # a factor of each head's attention logits
     "IA3": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2),  # as PEFT ships it: keys, values and the input of down_proj
     "LayerNorm": (2e-4, 5e-4, 1e-3, 5e-3, 2e-2),  # the gains of all norms
     "VeRA": (3e-3, 1e-2, 3e-2),
@@ -63,7 +63,7 @@ CONTROLS = ("SEAL-H shuffled", "SEAL-C shuffled", "SEAL-H wrong answers", "SEAL-
 PLACEMENTS: dict[str, dict[str, Any]] = {  # settings of ``SealConfig``
     "query": {"placements": ["query"]}, "query+output": {"placements": ["attention_output", "query"]},
     "value": {"placements": ["value"]}, "mlp": {"placements": ["mlp"]},
-    "query per head": {"placements": ["query"], "granularity": "head"},
+    "query-H": {"placements": ["query"], "granularity": "head"},
 }  # fmt: skip
 BASELINES = ("IA3", "LayerNorm", "VeRA")
 WEIGHTED = tuple(f"{method} at {weight}" for method in ("SEAL-H", "SEAL-C") for weight in (0.25, 0.5, 0.75))
@@ -481,14 +481,20 @@ class Workbench:
         """Load the adapter of a test cell if another cell has tuned it; else tune it and store it.
 
         Of several processes one tunes an adapter, the others wait for it.
+
+        Raises:
+            ValueError: the stored adapter is of another method or model.
         """
         from peft import load_peft_weights, set_peft_model_state_dict
+
+        from axolotl_plugins.seal.model_loading import check_tensors
 
         folder = adapter_folder(self.data.parent, cell.tuned_cell)
         record, locks = folder / "tuning.json", self.data.parent / "locks"
         locks.mkdir(exist_ok=True)
         with FileLock(locks / f"{folder.name}.adapter"):
             if record.exists():
+                check_tensors(folder, model)
                 set_peft_model_state_dict(model, load_peft_weights(str(folder), device=str(model.device)))
                 return load_json(record)
             result = self.tune(model, cell)

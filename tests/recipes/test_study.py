@@ -28,9 +28,11 @@ from recipes.tools import study_results
 from recipes.tools.study_cells import (
     FACTOR,
     RATES,
+    UNTUNED,
     Cell,
     Settings,
     Workbench,
+    adapter_folder,
     capped,
     choose_rate,
     data_file,
@@ -346,11 +348,25 @@ def test_an_adapter_is_tuned_once_for_all_cells_that_score_it(finished, tmp_path
     assert len(tuned) == 3
 
 
-@pytest.mark.parametrize("method", ["LoRA", "DoRA", "query"])
+PARAMETERS = {"LoRA": 12288, "DoRA": 13824, "query": 384, "query-H": 12, "query+output": 768, "mlp": 960}
+
+
+@pytest.mark.parametrize("method", PARAMETERS)
 def test_other_methods_run_and_are_taken_off_again(method, finished):
     settings = Settings(**json.loads((finished / "settings.json").read_text()))
     result = Workbench(TINY, "cpu", settings, finished / "data").run(Cell("line", method, "validation", 0, 1e-3))
-    assert len(result["losses"]) == 2 and result["parameters"] == {"LoRA": 12288, "DoRA": 13824, "query": 384}[method]
+    assert len(result["losses"]) == 2 and result["parameters"] == PARAMETERS[method]
+
+
+def test_a_stored_adapter_of_another_method_is_refused(finished, tmp_path):
+    settings = Settings(**json.loads((finished / "settings.json").read_text()))
+    shutil.copytree(finished / "data", tmp_path / "data")
+    bench = Workbench(TINY, "cpu", settings, tmp_path / "data")
+    cells = [Cell("line", method, "test", 0, 1e-2) for method in ("query", "SEAL-C")]
+    bench.run(cells[0])
+    adapter_folder(tmp_path, cells[0]).rename(adapter_folder(tmp_path, cells[1]))
+    with pytest.raises(ValueError, match="it belongs to another model or configuration"):
+        bench.run(cells[1])
 
 
 def test_a_loss_that_is_not_finite_fails_the_cell_alone(finished):
@@ -414,6 +430,12 @@ def test_general_ability_is_that_of_plain_arithmetic():
         moved["tokens"] == count and moved["kl"] == pytest.approx(divergence / count, rel=1e-3) and moved["kl"] > 1e-4
     )
     assert moved["ratio"] == pytest.approx(torch.tensor((losses - bases) / count).exp().item(), rel=1e-4)
+
+
+def test_every_rated_method_is_tuned_as_itself():
+    for method in RATES:
+        cell = Cell("line", method, "test")
+        assert cell.rated_as == method and cell.tuned_as == (None if method in UNTUNED else method)
 
 
 def test_pictures_know_every_method():

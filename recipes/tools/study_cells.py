@@ -59,6 +59,7 @@ RATES = {
 }
 RATE_OF = {"DoRA": "LoRA"}  # a method that uses the rate chosen for another
 UNTUNED = ("base", "one-shot", FACTOR)
+SHOWN = ("SEAL-H one-shot", "SEAL-C one-shot")  # adapters of plain prompts, asked with a worked example
 CONTROLS = ("SEAL-H shuffled", "SEAL-C shuffled", "SEAL-H wrong answers", "SEAL-C wrong answers")
 PLACEMENTS: dict[str, dict[str, Any]] = {  # settings of ``SealConfig``
     "query": {"placements": ["query"]}, "query+output": {"placements": ["attention_output", "query"]},
@@ -74,8 +75,8 @@ SIZED = tuple(f"{method} with {size} samples" for method in ("SEAL-H", "SEAL-C",
 CAPS = (256, 512, 1024, 2048, 4096)  # of the length of training samples, in tokens
 CAPPED = tuple(f"{method} up to {cap} tokens" for method in ("SEAL-H", "SEAL-C", "LoRA") for cap in CAPS)
 METHODS = (
-    *UNTUNED, "SEAL-H", "SEAL-C", "LoRA", "DoRA", *WEIGHTED, *SIZED, *CAPPED, *CONTROLS, *PLACEMENTS, *BASELINES,
-    *TRANSFERS,
+    *UNTUNED, "SEAL-H", "SEAL-C", "LoRA", "DoRA", *SHOWN, *WEIGHTED, *SIZED, *CAPPED, *CONTROLS, *PLACEMENTS,
+    *BASELINES, *TRANSFERS,
 )  # fmt: skip
 VALIDATION_LENGTHS = 3  # the longest ones of a task
 VALIDATION_SEED = 9000  # of training-split samples that no cell is tuned on
@@ -138,6 +139,11 @@ class Cell:
     def tuned_as(self) -> str | None:
         """The tuning method, without the control's change; None if nothing is tuned."""
         return None if self.method in UNTUNED else self.method.split(" ")[0]
+
+    @property
+    def shows_example(self) -> bool:
+        """Whether prompts start with a worked example."""
+        return self.method.endswith("one-shot")
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -238,11 +244,11 @@ def plan(tasks: list[str], methods: list[str], seeds: list[int], train: dict[str
     seal = ("SEAL-H", "SEAL-C")
     placements = tuple(method for method in PLACEMENTS if method != "query")
     stages: list[tuple[tuple[str, ...], list[int]]] = [
-        (("base",), first), (seal, first), (("LoRA",), first), (("query",), first), (("one-shot", "DoRA"), first),
-        (tuple(f"SEAL-C from {mixture}" for mixture in MIXTURES), first),
+        (("base",), first), (seal, first), (("LoRA",), first), (("query",), first),
+        (("one-shot", "DoRA", *SHOWN), first), (tuple(f"SEAL-C from {mixture}" for mixture in MIXTURES), first),
         *(((*seal, "LoRA", "query"), [seed]) for seed in others), (TRANSFERS, first), (WEIGHTED, first),
         (SIZED, first), (CAPPED, first), (placements, first), (CONTROLS, first), ((*BASELINES, FACTOR), first),
-        (("DoRA", *WEIGHTED, *SIZED, *CAPPED, *placements, *BASELINES, *CONTROLS, *TRANSFERS), others),
+        (("DoRA", *SHOWN, *WEIGHTED, *SIZED, *CAPPED, *placements, *BASELINES, *CONTROLS, *TRANSFERS), others),
     ]  # fmt: skip
     cells: list[Cell] = []
     for stage, of_seeds in stages:
@@ -303,7 +309,7 @@ def scored_requests(settings: Settings, cell: Cell) -> dict[int, Request]:
             length: request(settings, cell.task, length, settings.validation_samples, VALIDATION_SEED, "train")
             for length in lengths[-VALIDATION_LENGTHS:]
         }
-    example = settings.shot_tokens if cell.method == "one-shot" else 0
+    example = settings.shot_tokens if cell.shows_example else 0
     return {
         length: request(
             settings, cell.task, length - example * (length + example + ANSWER_ROOM > settings.window),
@@ -319,7 +325,7 @@ def data_requests(settings: Settings, cells: list[Cell]) -> list[Request]:
     for cell in cells:
         if cell.tuned_as:
             requests += training_requests(settings, cell)
-        if cell.method == "one-shot":
+        if cell.shows_example:
             requests.append(example_request(settings, cell.task))
         requests += scored_requests(settings, cell).values()
     return list(dict.fromkeys(requests))
@@ -456,7 +462,7 @@ class Workbench:
                 if cell.method in WEIGHTED:
                     weight_scales(peft_model, float(cell.method.split(" at ")[1]))
                 result |= self.score(peft_model.base_model.model, cell)
-                if cell.purpose == "test" and cell.method not in CONTROLS and cell.task in cell.sources:
+                if cell.purpose == "test" and cell.method not in (*CONTROLS, *SHOWN) and cell.task in cell.sources:
                     rows = [row for _, row in read_rows(TEXTS)]
                     parts = ([row[key] for row in rows if key in row] for key in ("text", "messages"))
                     result["general"] = general_ability(peft_model, self.tokenizer, *parts)
@@ -538,7 +544,7 @@ class Workbench:
 
         model.eval()
         shown = ""
-        if cell.method == "one-shot":
+        if cell.shows_example:
             example = read_samples(example_request(self.settings, cell.task), self.tokenizer, self.data)[0]
             shown = "\n".join(message["content"] for message in example["messages"]) + "\n\n"
         start = time.perf_counter()

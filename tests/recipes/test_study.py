@@ -21,6 +21,7 @@ from axolotl_plugins.common.io import write_text
 from axolotl_plugins.common.window import read_config
 from axolotl_plugins.seal.model_loading import load
 from axolotl_plugins.seal.provenance import text_hash
+from eval import score_samples
 from eval.cli_options import read_model_config
 from eval.controls import seal_layers
 from recipes.study import make_settings
@@ -37,12 +38,14 @@ from recipes.tools.study_cells import (
     choose_rate,
     data_file,
     data_requests,
+    example_request,
     plan,
     read_samples,
     scaled_attention,
     scored_requests,
     training_requests,
     write_cell,
+    write_samples,
 )
 
 OPTIONS = [
@@ -323,7 +326,7 @@ def test_tuning_and_controls_differ_and_leave_the_model_as_it_was(finished):
     assert not torch.equal(tuned, shuffled) and torch.equal(tuned.sort().values, shuffled.sort().values)
 
 
-def test_an_adapter_is_tuned_once_for_all_cells_that_score_it(finished, tmp_path):
+def test_an_adapter_is_tuned_once_for_all_cells_that_score_it(finished, tmp_path, monkeypatch):
     shutil.copytree(finished / "data", tmp_path / "data")
     bench = Workbench(TINY, "cpu", Settings(**json.loads((finished / "settings.json").read_text())), tmp_path / "data")
     scales, tuned = [], []
@@ -343,6 +346,22 @@ def test_an_adapter_is_tuned_once_for_all_cells_that_score_it(finished, tmp_path
     assert not torch.equal(scales[0], scales[2]) and torch.equal(scales[0].sort().values, scales[2].sort().values)
     bench.run(Cell("line", "SEAL-H at 0.5", "test", 0, 0.02))
     torch.testing.assert_close(scales[3] - 1, (scales[0] - 1) / 2)
+    shown = Cell("line", "SEAL-H one-shot", "test", 0, 0.02)
+    for wanted in data_requests(bench.settings, [shown]):
+        if not (file := data_file(tmp_path / "data", wanted)).exists():
+            write_samples(wanted, TINY, file)
+    examples = []
+    plain = score_samples.score_samples
+    monkeypatch.setattr(
+        score_samples,
+        "score_samples",
+        lambda *args, **options: examples.append(options["shown"]) or plain(*args, **options),
+    )
+    result = bench.run(shown)
+    assert torch.equal(scales[4], scales[0]) and "general" not in result and "general" in results[0]
+    (example,) = examples
+    row = read_samples(example_request(bench.settings, "line"), bench.tokenizer, bench.data)[0]
+    assert row["messages"][0]["content"] in example and row["messages"][-1]["content"] in example
     bench.run(Cell("line", "SEAL-H wrong answers", "test", 0, 0.02))
     bench.run(Cell("line", "SEAL-H", "test", 0, 0.05))
     assert len(tuned) == 3

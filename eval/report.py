@@ -242,8 +242,11 @@ def study_section(file: Path, values: dict[str, Any], figures: Sequence[Path] = 
         by_task[run["task"]].append(run)
     sections = []
     for runs in by_task.values():
-        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+        methods = len({run["method"] for run in runs})
+        figure, axes = plt.subplots(figsize=(8, max(4, 0.25 * methods)), layout="constrained")
         draw_accuracy(axes, runs, at="length")
+        axes.legend().remove()  # beside the plot, as a study may have 20 methods
+        figure.legend(loc="outside right upper")
         sections.append({"title": title_of(runs[0]), "figures": [embed(figure)], "tables": [study_table(runs)]})
     maps = []
     for method, scales in values.get("scales", {}).items():

@@ -64,11 +64,12 @@ def card(adapter: Path, scores: Sequence[str] = ()) -> str:
     method = method_name(config)
     scales = np.concatenate(list(tensors.values()))
     base = provenance.base_model(adapter)
+    paper = PAPER if config.placements == ["attention_output"] else f"{PAPER}, which scales attention outputs only"
     parts = [
         f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [seal, long-context]\n---",
         f"# {method} on {base}",
         f"{scales.size:,} learned scales of {described(config.placements)} (one per {config.granularity} in {layers} "
-        f"layers; from {scales.min():.3f} to {scales.max():.3f}, mean {scales.mean():.3f}), trained as in {PAPER}. "
+        f"layers; from {scales.min():.3f} to {scales.max():.3f}, mean {scales.mean():.3f}), trained as in {paper}. "
         "The model's own weights are unchanged.",
         "## Use",
         "```python\nfrom axolotl_plugins.seal import SealConfig  # registers SEAL\n"

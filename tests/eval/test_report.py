@@ -146,6 +146,7 @@ def test_page_shows_studies_and_the_demo(tmp_path):
     assert all(escape(prompt["answers"]["SEAL-C"]) in page for prompt in demo["prompts"])
 
 
+@pytest.mark.filterwarnings("error:constrained_layout:UserWarning")
 def test_every_figure_of_the_repositorys_results_is_on_the_page(tmp_path):
     results = ROOT / "results"
     write_report(results, tmp_path / "report.html")

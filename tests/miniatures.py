@@ -44,3 +44,19 @@ def build(name: str, dtype: torch.dtype = torch.float32, **settings: object) -> 
 def token_ids(batch: int = 2, length: int = 24, seed: int = 1) -> torch.Tensor:
     """Random ids of shape (batch, length), none of them special."""
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def train(
+    model: torch.nn.Module, parameters: list[torch.nn.Parameter], steps: int = 20, lr: float = 2e-2
+) -> list[float]:
+    """Plain AdamW steps on random text; returns the losses."""
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    losses = []
+    for step in range(steps):
+        ids = token_ids(seed=step)
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

@@ -36,23 +36,21 @@ def export_ia3(adapter: Path, out: Path, *, trust_remote_code: bool = False) -> 
     options: dict[str, Any] = {"needs_template": False, "default_window": 1}  # neither matters
     model = load(adapter, weights=False, trust_remote_code=trust_remote_code, **options).model
     layers = dict(get_peft_model(model, config).named_modules())  # on the meta device
-    tensors, inputs = {}, []
+    tensors, modules, inputs = {}, [], []
     for name, scale in scales.items():
-        layer = layers.get(name.removesuffix(".seal_scale"))
+        module = name.removesuffix(".seal_scale")
+        layer = layers.get(module)
         size = layer.seal_scale["default"].numel() if isinstance(layer, SealLayer) else 0
         if not isinstance(layer, SealLayer) or len(scale) != size:
             raise ValueError(f"{adapter}: found {len(scale)} scales of {name}, the model has {size}: it belongs to "
                              "another model or configuration")  # fmt: skip
         if layer.site.gain:
-            raise ValueError(f"{adapter}: scales the output of {name.removesuffix('.seal_scale')}, a norm, which IA3 "
-                             "does not support: merge it")  # fmt: skip
+            raise ValueError(f"{adapter}: scales the output of {module}, a norm, which IA3 does not support: merge it")
         factor = layer.of_features(torch.from_numpy(scale).repeat_interleave(layer.site.channels // size))
-        key = name.removesuffix("seal_scale") + "ia3_l"
-        tensors[key] = (factor[:, None] if layer.site.of_output else factor[None]).contiguous()
-        inputs += [] if layer.site.of_output else [key]
-    modules, inputs = (
-        [name.removeprefix("base_model.model.").removesuffix(".ia3_l") for name in names] for names in (tensors, inputs)
-    )
+        tensors[f"{module}.ia3_l"] = (factor[:, None] if layer.site.of_output else factor[None]).contiguous()
+        modules.append(module.removeprefix("base_model.model."))
+        if not layer.site.of_output:
+            inputs.append(modules[-1])
     ia3_config = IA3Config(
         base_model_name_or_path=config.base_model_name_or_path, task_type="CAUSAL_LM", inference_mode=True,
         target_modules=modules, feedforward_modules=inputs,

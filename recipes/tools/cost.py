@@ -12,6 +12,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from axolotl_plugins.seal import Placement
+from axolotl_plugins.seal.args import parse_block
 from data_gen.dataset import Request
 
 
@@ -190,7 +191,7 @@ class StepConfig:
     @classmethod
     def of(cls, settings: dict[str, Any]) -> StepConfig:
         """Read a recipe's settings, for a device that holds all weights."""
-        selective, seal = settings.get("selective_checkpointing"), settings.get("seal") or {}
+        selective, block = settings.get("selective_checkpointing"), parse_block(settings.get("seal"))
         offload = "inputs" if settings.get("activation_offloading") == "hidden_states" else ""
         if offload and isinstance(selective, dict) and selective.get("offload"):
             offload = "all"
@@ -204,8 +205,8 @@ class StepConfig:
             liger=bool(settings.get("liger_glu_activation")),
             offload=offload,
             low_rank=settings.get("adapter") in ("lora", "qlora"),
-            placements=tuple(seal.get("placements") or ["attention_output"]),
-            context_parallel_size=seal.get("context_parallel", 1),
+            placements=tuple(block.placements),
+            context_parallel_size=block.context_parallel,
         )
 
     @property

@@ -153,6 +153,7 @@ def test_a_step_stores_what_is_scaled(placement):
     config = build("llama_gqa").config.to_dict()
     of = Shape.of(config)
     expected = layer_bytes(of, StepConfig.of(settings), False) - layer_bytes(of, StepConfig(element=4), False)
+    assert StepConfig.of({"seal": {"placements": placement}}).placements == (placement,)  # as a recipe may write it
     width = {"query": of.attention, "value": of.shared, "mlp": of.mlp}[placement]
     assert expected == 4 * width
     measured = stored_bytes(["attention_output", placement]) - stored_bytes(["attention_output"])

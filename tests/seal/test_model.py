@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from miniatures import COMMON, MINIATURES, VOCABULARY, build, token_ids
+from miniatures import COMMON, MINIATURES, VOCABULARY, build, token_ids, train
 from paths import ROOT
 from peft import IA3Config, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -22,20 +22,6 @@ from axolotl_plugins.seal.scales import saved_scales
 GRAINS = ("head", "channel")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.15}
-
-
-def train(model, parameters, steps=20, lr=2e-2):
-    """Plain AdamW steps on random text; returns the losses."""
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    losses = []
-    for step in range(steps):
-        ids = token_ids(seed=step)
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 from axolotl_runs import STEPS, launch, refusal, write_recipe
-from miniatures import COMMON, MINIATURES, build, token_ids
+from miniatures import COMMON, MINIATURES, build, token_ids, train
 from paths import TINY
 from peft import IA3Config, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -81,16 +81,7 @@ def test_channels_train_bit_for_bit_as_ia3_on_the_same_modules(name, placements,
     losses = []
     for model in (ours, theirs):
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=2e-2, weight_decay=0.0)
-        steps = []
-        for step in range(5):
-            ids = token_ids(seed=step)
-            loss = model(input_ids=ids, labels=ids).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            steps.append(loss.item())
-        losses.append(steps)
+        losses.append(train(model, trainable, steps=5))
     assert losses[0] == losses[1] and losses[0][0] != losses[0][-1]
     reference = {n.partition(".ia3_l")[0]: p.flatten() for n, p in theirs.named_parameters() if "ia3_l" in n}
     scales = {n.partition(".seal_scale")[0]: p for n, p in ours.named_parameters() if "seal_scale" in n}
